@@ -1,0 +1,1 @@
+"""Training: recipes, data, losses over cycles, and a thin layer over the transformers Trainer."""

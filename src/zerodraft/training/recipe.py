@@ -1,0 +1,242 @@
+"""What a training run is: one frozen dataclass tree, read from YAML and from command-line flags alike.
+
+Every value that changes the result of a run is here, so a recipe and the data are enough to repeat it. Field docstrings are
+the help texts of the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.strict import did_you_mean, from_mapping
+
+Weights = tuple[float, ...] | Literal["uniform", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRecipe:
+    """The model: from scratch (`family` and sizes) or from an existing one (`start`)."""
+
+    kind: Literal["ztt", "plain"] = "ztt"
+    """`ztt`: a Zero Token Transformer. `plain`: the transformers model of the family itself, for comparison."""
+    start: str | None = None
+    """Checkpoint to start from (path, hub id or short name); a plain model is converted. `finetune` needs it."""
+    convert: Literal["deepen", "compress"] = "deepen"
+    """How a plain `start` model becomes a ZTT: the same weights with more cycles, or fewer weights at the same depth."""
+    family: str = "llama"
+    """Model type of the base family, as in transformers (llama, qwen3, ...)."""
+    hidden_size: int = 256
+    """Width."""
+    intermediate_size: int = 704
+    """Width inside the feed-forward block."""
+    num_hidden_layers: int = 6
+    """Stored layers: head + shared + tail."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_key_value_heads: int = 4
+    """Key/value heads (fewer than query heads: grouped-query attention)."""
+    head_dim: int = 64
+    """Size of one head."""
+    max_position_embeddings: int = 1024
+    """Longest sequence the model is meant for."""
+    tie_word_embeddings: bool = True
+    """Use the embedding matrix as the output matrix."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Any other key of the family's config."""
+    head_layers: int = 1
+    """Unshared layers before the cycled block."""
+    tail_layers: int = 1
+    """Unshared layers after the cycled block."""
+    cycles: int = 2
+    """How often the shared block runs."""
+    schedule: Literal["block", "layer"] = "block"
+    """Order of the cycled layers: 2345 2345 (block) or 22 33 44 55 (layer)."""
+    zero_tokens: bool = True
+    """Trainable zero tokens in the cycled layers."""
+    ztt: dict[str, Any] = field(default_factory=dict)
+    """Any other key of ZttConfig (zero_rope, ffn_gate, cycle_gates, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerRecipe:
+    """The tokenizer of a from-scratch run; a run with `model.start` uses that model's own."""
+
+    path: str | None = None
+    """Load this tokenizer instead of training one."""
+    vocab_size: int = 4096
+    """Entries of the byte-level BPE, special tokens included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataRecipe:
+    """Where the text comes from and how it becomes blocks of tokens."""
+
+    train: tuple[str, ...] = ()
+    """Files, folders, globs (.txt, .jsonl, .parquet) or `hub:NAME`; $VARIABLES are expanded."""
+    validation: tuple[str, ...] = ()
+    """Text to validate on; when empty, a share of the training documents is held out."""
+    validation_fraction: float = 0.01
+    """Share of documents held out when `validation` is empty; chosen by a hash of each document."""
+    evaluation: dict[str, str] = field(default_factory=dict)
+    """Further texts, by name, whose perplexity is measured at the end."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, parquet and hub data."""
+    template: str | None = None
+    """Builds the text from several fields, such as "{instruction}\\n{output}"; replaces `text_field`."""
+    separator: str | None = None
+    """Splits a text file into documents, such as "\\n\\n\\n"; without it a file is one document."""
+    document_chars: int = 20000
+    """Longer documents are cut into pieces of about this length, between paragraphs."""
+    context_length: int = 256
+    """Tokens in a training block."""
+    validation_blocks: int = 128
+    """At most this many blocks are used in each evaluation; 0 means all."""
+    cache: str = "~/.cache/zerodraft"
+    """Folder for tokenized data, one sub-folder per content hash."""
+    hub_split: str = "train"
+    """Split to take of hub data sets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossRecipe:
+    """What is minimised over the cycles."""
+
+    kind: Literal["last", "weighted", "sampled"] = "last"
+    """`last` cycle only; `weighted` mean over all exits; `sampled`: a random number of cycles per step."""
+    weights: Weights = "uniform"
+    """Weight (`weighted`) or probability (`sampled`) of each cycle: a list, `uniform` or `linear` (1, 2, 3...)."""
+    token_depths: float = 0.0
+    """`sampled`: share of the steps that draw a depth for every token, as at inference with an exit rule."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRecipe:
+    """Optimisation."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Blocks per forward pass and process."""
+    accumulation: int = 1
+    """Forward passes per optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices inside the layers, AdamW for everything else."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    muon_learning_rate: float = 0.0
+    """Peak learning rate of the Muon matrices; 0 means the same as `learning_rate`."""
+    schedule: Literal["cosine", "wsd", "constant"] = "wsd"
+    """After the warm-up: cosine decay, a plateau with a linear decay at the end, or a plateau."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.3
+    """`wsd`: share of the steps that the final decay takes."""
+    final_scale: float = 0.05
+    """Learning rate at the end as a share of the peak."""
+    betas: tuple[float, ...] = (0.9, 0.95)
+    """AdamW betas."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; norms, embeddings, zero tokens and gates have none."""
+    max_grad_norm: float = 1.0
+    """Gradient norm is clipped here."""
+    bf16: bool = False
+    """bfloat16 autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    compile: bool = False
+    """torch.compile the model."""
+    log_every: int = 10
+    """Steps between progress logs."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 means only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 means none before the end."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+    fsdp: bool = False
+    """Shard over the processes of `accelerate launch` with FSDP2."""
+    use_cpu: bool = False
+    """Train on the CPU even if there is an accelerator."""
+    tensorboard: bool = True
+    """Write TensorBoard logs if tensorboard is installed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeftRecipe:
+    """LoRA adapters (needs the `peft` extra)."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: float = 16.0
+    """Scale of the adapters."""
+    dropout: float = 0.0
+    """Dropout in the adapters."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear modules that get adapters; empty means all of them."""
+    merge: bool = False
+    """Save the merged model as well as the adapters."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One training run."""
+
+    output: str
+    """Folder for checkpoints, logs, the final model (`model/`) and `results.json`."""
+    seed: int = 0
+    """Seeds the weights, the order of the data and the sampled cycles."""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    peft: PeftRecipe = field(default_factory=PeftRecipe)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Reads a YAML recipe.
+
+    Args:
+        path: the file.
+        overrides: dotted keys, as a mapping or as `"training.steps=10"` strings whose values are YAML.
+
+    Raises:
+        ZerodraftError: no such file, not YAML, unknown keys or values of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ZerodraftError(f"no recipe at '{path}'" + (did_you_mean(path.name, near) if near else ""))
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ZerodraftError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise ZerodraftError(f"'{path}' must hold a mapping of keys to values")
+    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
+    for dotted, value in pairs:
+        _set(mapping, dotted, value)
+    return from_mapping(Recipe, mapping)
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ZerodraftError(f"override '{text}' must look like key=value")
+    return key, yaml.safe_load(value)
+
+
+def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        mapping = mapping.setdefault(parent, {})
+        if not isinstance(mapping, dict):
+            raise ZerodraftError(f"override '{dotted}': '{parent}' is not a section")
+    mapping[last] = value
