@@ -1,0 +1,79 @@
+"""What a run tells the outside: a log of every step as JSON lines, and a one-line progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LOG_NAME = "log.jsonl"
+
+
+class JsonLog:
+    """Appends one JSON object a line; after a resume, lines beyond the checkpoint are dropped and written anew.
+
+    Args:
+        folder: of the run; the file is `log.jsonl` in it.
+        resumed_step: optimizer step of the checkpoint that the run continues from, 0 for a new run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], resumed_step: int = 0) -> None:
+        self.path = Path(folder) / LOG_NAME
+        kept = [row for row in read_log(self.path) if row["step"] <= resumed_step] if resumed_step else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def write(self, **row: Any) -> None:
+        """Appends `row`, which must have a `step`."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a `log.jsonl`; a last line cut short by a crash is left out."""
+    if not Path(path).is_file():
+        return []
+    *complete, _ = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in complete]
+
+
+class ProgressBar(TrainerCallback):
+    """One line on the terminal: steps, loss, tokens per second. Replaces the Trainer's own, which prints dictionaries."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Opens the bar where the run starts."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+            self.start, self.first_step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Shows the latest loss and the throughput since the start."""
+        if self.bar is not None and logs and "loss" in logs:
+            tokens = (state.global_step - self.first_step) * self.tokens_per_step
+            rate = tokens / (time.perf_counter() - self.start)
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

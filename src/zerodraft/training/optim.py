@@ -1,0 +1,104 @@
+"""Learning-rate schedule, parameter groups, and Muon joined with AdamW.
+
+Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens and gates have none: a decayed zero token drifts to
+the key 0, whose score is the same for every query, and a decayed gate pulls a deepened model back to its base.
+Muon (Jordan et al. 2024; `torch.optim.Muon`) orthogonalises the momentum of matrices; everything else stays with AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from zerodraft.training.recipe import TrainingRecipe
+
+NEVER_DECAYED = ("zero_tokens", "cycle_gates")
+
+
+def learning_rate_scale(recipe: TrainingRecipe, step: int) -> float:
+    """Learning rate of `step` (from 0) as a share of the peak.
+
+    Warm-up is linear. `wsd` then keeps the peak and decays linearly over the last `decay_fraction` of the steps, so that a
+    run can be extended from any checkpoint on the plateau (Hägele et al. 2024).
+    """
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return 1.0
+    if recipe.schedule == "cosine":
+        start = recipe.warmup_steps
+    else:
+        start = max(recipe.warmup_steps, recipe.steps - round(recipe.decay_fraction * recipe.steps))
+    progress = min(max(step - start, 0) / max(recipe.steps - start, 1), 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if recipe.schedule == "cosine" else 1 - progress
+    return recipe.final_scale + (1 - recipe.final_scale) * shape
+
+
+def is_decayed(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool:
+    """Whether weight decay acts on a parameter: matrices do, unless they are embeddings, zero tokens or gates."""
+    return parameter.ndim == 2 and id(parameter) not in embeddings and not any(part in name for part in NEVER_DECAYED)
+
+
+def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the decayed matrices and AdamW for the rest."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        embeddings.add(id(output.weight))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if is_decayed(name, p, embeddings)]
+    rest = [p for name, p in trained if not is_decayed(name, p, embeddings)]
+    # parameter groups may not be empty everywhere (adapters have nothing without decay)
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}] if decayed else []
+    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
+    if recipe.optimizer == "adamw" or not decayed:
+        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
+    muon = torch.optim.Muon(
+        decayed,
+        lr=recipe.muon_learning_rate or recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        # updates as large as AdamW's, so that one learning rate suits both (Liu et al. 2025)
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW(groups[1:], lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
+    return JoinedOptimizer([muon, adamw] if rest else [muon])
+
+
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each over its own parameters, behind the interface of one.
+
+    `param_groups` holds the members' own group dictionaries, so a learning-rate scheduler reaches them.
+    """
+
+    def __init__(self, members: list[torch.optim.Optimizer]) -> None:
+        self.members = members
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self._join()
+
+    def _join(self) -> None:
+        self.param_groups = [group for member in self.members for group in member.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch overloads
+        """One step of every member."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for member in self.members:
+            member.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The members' state dictionaries, in order."""
+        return {"members": [member.state_dict() for member in self.members]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        for member, state in zip(self.members, state_dict["members"], strict=True):
+            member.load_state_dict(state)
+        self._join()

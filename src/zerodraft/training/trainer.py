@@ -1,0 +1,218 @@
+"""`ZttTrainer`: transformers' Trainer with a loss over cycles, perplexity per number of cycles, and checkpoints that are whole.
+
+What differs from the Trainer, and why:
+- the loss gets its cycles from `CycleLoss`; every step's loss goes to `log.jsonl`;
+- `evaluate` gives the loss after every cycle in one pass;
+- a checkpoint is written beside its place and renamed, so a killed run never leaves a half-written one to resume from;
+- a loss that is not finite stops the run at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.callbacks import JsonLog
+from zerodraft.training.data import PackedBlocks
+from zerodraft.training.losses import CycleLoss
+from zerodraft.training.optim import build_optimizer, learning_rate_scale
+from zerodraft.training.recipe import TrainingRecipe
+
+PARTIAL = ".partial"
+
+
+class ZttTrainer(Trainer):
+    """Trains a ZTT (or a plain causal language model, which counts as one cycle).
+
+    Args:
+        recipe: optimizer and schedule.
+        cycle_loss: how many cycles each forward pass runs.
+        log: where every step's loss goes.
+        evaluations: block sets by name; `evaluate` measures all of them.
+        **kwargs: of the transformers Trainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: TrainingRecipe,
+        cycle_loss: CycleLoss,
+        log: JsonLog,
+        evaluations: Mapping[str, PackedBlocks],
+        **kwargs: Any,
+    ) -> None:
+        self.recipe, self.cycle_loss, self.json_log, self.evaluations = recipe, cycle_loss, log, dict(evaluations)
+        self._micro_step = 0
+        self._saving = False
+        self._unwritten: list[tuple[int, torch.Tensor, int | None]] = []
+        super().__init__(**kwargs)
+
+    # --- optimisation ---
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Parameter groups of `training.optim` instead of the Trainer's."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.model, self.recipe)  # type: ignore[arg-type]  # set by Trainer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The recipe's schedule, which knows the number of steps itself."""
+        if self.lr_scheduler is None:
+            scale = lambda step: learning_rate_scale(self.recipe, step)  # noqa: E731  # LambdaLR does not pickle a plain function
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, scale)  # type: ignore[arg-type]  # set by Trainer
+            self._created_lr_scheduler = True
+        return self.lr_scheduler  # type: ignore[return-value]  # the Trainer declares a wider type
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass, logged with the number of cycles that it ran."""
+        first = self._micro_step == 0
+        arguments = self.cycle_loss.forward_arguments(
+            self.state.global_step, self._micro_step, inputs["input_ids"].shape, self.args.process_index
+        )
+        loss = super().training_step(model, {**inputs, **arguments}, num_items_in_batch)
+        if not math.isfinite(loss.item()):
+            raise ZerodraftError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate "
+                "(or check the weights that the run started from); checkpoints up to here are kept"
+            )
+        step = self.state.global_step + 1
+        if first:
+            self._unwritten.append((step, loss, arguments.get("cycles")))
+        else:
+            self._unwritten[-1] = (step, self._unwritten[-1][1] + loss, None)
+        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Also writes what has been trained since the last log to `log.jsonl`."""
+        self.write_losses()
+        super().log(logs, *args, **kwargs)
+
+    def write_losses(self) -> None:
+        """Writes the losses of the steps since the last call, averaged over processes."""
+        if not self._unwritten:
+            return
+        losses = torch.stack([loss for _, loss, _ in self._unwritten])
+        if self.args.world_size > 1:
+            losses = self.accelerator.reduce(losses, "mean")
+        if self.is_world_process_zero():
+            rate = self.recipe.learning_rate
+            for (step, _, cycles), loss in zip(self._unwritten, losses.tolist(), strict=True):
+                row = {"step": step, "loss": loss, "learning_rate": rate * learning_rate_scale(self.recipe, step - 1)}
+                self.json_log.write(**row, **({} if cycles is None else {"cycles": cycles}))
+        self._unwritten = []
+
+    # --- evaluation ---
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Loss and perplexity after each number of cycles, and bits per byte of the last, for every evaluation set."""
+        metrics: dict[str, float] = {}
+        for name, blocks in self.evaluations.items():
+            prefix = f"{metric_key_prefix}_{name}"
+            losses = evaluate_cycles(self, blocks)
+            for cycle, loss in enumerate(losses, 1):
+                metrics[f"{prefix}_loss_{cycle}"] = loss
+                metrics[f"{prefix}_perplexity_{cycle}"] = math.exp(min(loss, 700.0))
+            metrics[f"{prefix}_bits_per_byte"] = losses[-1] / math.log(2) * blocks.tokens_per_byte
+        self.log(dict(metrics))
+        if self.is_world_process_zero():
+            self.json_log.write(step=self.state.global_step, **metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
+        return metrics
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.write_losses()
+        folder = Path(super()._get_output_dir(trial))
+        if self.args.should_save:
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(folder / PARTIAL / name, folder / name)
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+            rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
+    """Mean loss per token after each cycle, the last being that of the whole model; every process takes its share.
+
+    All processes run the same number of forward passes, as sharded models need; a process without a block of its own repeats
+    one with weight zero.
+    """
+    model, accelerator = trainer.model_wrapped, trainer.accelerator
+    cycles, size = trainer.cycle_loss.cycles, trainer.args.per_device_eval_batch_size
+    sums = torch.zeros(cycles + 1, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(blocks), size * accelerator.num_processes):
+        first = start + accelerator.process_index * size
+        rows = [blocks[i] for i in range(first, min(first + size, len(blocks)))]
+        batch = {k: torch.stack([r[k] for r in rows or [blocks[0]]]).to(accelerator.device) for k in blocks[0]}
+        output = model(**batch, **({"cycle_weights": (1.0,) * cycles} if cycles > 1 else {}))
+        losses = output.cycle_losses if cycles > 1 else output.loss[None]
+        sums += len(rows) * torch.cat([losses.double().cpu(), torch.ones(1, dtype=torch.float64)])
+    model.train(was_training)
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").cpu().double()
+    return (sums[:-1] / sums[-1]).tolist()
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Path of the newest complete checkpoint in a run's folder."""
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+
+
+def training_arguments(recipe: TrainingRecipe, output: str, seed: int, **kwargs: Any) -> TrainingArguments:
+    """The recipe in the Trainer's own words."""
+    return TrainingArguments(
+        output_dir=output,
+        seed=seed,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        torch_compile=recipe.compile,
+        use_cpu=recipe.use_cpu,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe.eval_every else "no",
+        eval_steps=recipe.eval_every or None,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or recipe.steps,
+        save_total_limit=recipe.keep_checkpoints,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **kwargs,
+    )
