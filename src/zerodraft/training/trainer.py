@@ -38,7 +38,7 @@ class ZttTrainer(Trainer):
     Args:
         recipe: optimizer and schedule.
         cycle_loss: how many cycles each forward pass runs.
-        log: where every step's loss goes.
+        log: where every step's loss goes; only the first process needs one.
         evaluations: block sets by name; `evaluate` measures all of them.
         **kwargs: of the transformers Trainer.
     """
@@ -48,7 +48,7 @@ class ZttTrainer(Trainer):
         *,
         recipe: TrainingRecipe,
         cycle_loss: CycleLoss,
-        log: JsonLog,
+        log: JsonLog | None,
         evaluations: Mapping[str, PackedBlocks],
         **kwargs: Any,
     ) -> None:

@@ -1,0 +1,106 @@
+"""The model that a recipe describes: from scratch, from a checkpoint, or converted; with adapters if it asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.resolve import resolve
+from zerodraft.training.recipe import ModelRecipe, PeftRecipe
+from zerodraft.training.strict import did_you_mean
+from zerodraft.ztt.config import ZttConfig
+from zerodraft.ztt.model import ZttForCausalLM
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+CYCLING = ("head_layers", "tail_layers", "cycles", "schedule", "zero_tokens")
+
+
+def build_from_scratch(recipe: ModelRecipe, tokenizer: Any) -> PreTrainedModel:
+    """A randomly initialised model whose vocabulary is the tokenizer's."""
+    if recipe.family not in CONFIG_MAPPING_NAMES:
+        raise ZerodraftError(
+            f"model.family '{recipe.family}' is unknown{did_you_mean(recipe.family, CONFIG_MAPPING_NAMES)[:200]}"
+        )
+    known = AutoConfig.for_model(recipe.family)
+    _check_keys("model.base", recipe.base, {*known.to_dict(), *known.attribute_map})
+    base = AutoConfig.for_model(
+        recipe.family,
+        **{name: getattr(recipe, name) for name in SIZES},
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **recipe.base,
+    )
+    if recipe.kind == "plain":
+        return AutoModelForCausalLM.from_config(base)
+    return ZttForCausalLM(ZttConfig(base_config=base, **_cycling(recipe)))
+
+
+def build_from_start(recipe: ModelRecipe) -> PreTrainedModel:
+    """The checkpoint `recipe.start`; a plain one is converted unless the recipe wants a plain model."""
+    path = resolve(recipe.start or "")
+    is_ztt = AutoConfig.from_pretrained(path).model_type == ZttConfig.model_type
+    if recipe.kind == "plain" and is_ztt:
+        raise ZerodraftError(f"model.start '{recipe.start}' is a Zero Token Transformer, so model.kind must be 'ztt'")
+    if is_ztt:
+        return ZttForCausalLM.from_pretrained(path)
+    if recipe.kind == "plain":
+        return AutoModelForCausalLM.from_pretrained(path)
+    return ZttForCausalLM.from_base(path, mode=recipe.convert, **_cycling(recipe))
+
+
+def add_adapters(model: PreTrainedModel, recipe: PeftRecipe) -> Any:
+    """LoRA on the linear modules of the base; zero tokens and gates stay trainable, they are what a conversion adds.
+
+    Raises:
+        ZerodraftError: peft is not installed, or no module has one of the names.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise ZerodraftError("peft.rank > 0 needs the peft extra: pip install 'zerodraft[peft]'") from error
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft says int and divides it
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.target_modules) or "all-linear",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ZerodraftError(f"peft.target_modules {list(recipe.target_modules)}: {error}") from error
+
+
+def number_of_cycles(model: PreTrainedModel) -> int:
+    """Exits of the model: its cycles, or 1 for a plain one."""
+    config: PreTrainedConfig = model.config
+    return getattr(config, "cycles", 1)
+
+
+def _cycling(recipe: ModelRecipe) -> dict[str, Any]:
+    _check_keys("model.ztt", recipe.ztt, {f.name for f in dataclasses.fields(ZttConfig)} - {*CYCLING, "base_config"})
+    return {**{name: getattr(recipe, name) for name in CYCLING}, **recipe.ztt}
+
+
+def _check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    # configs accept any key and ignore those that they do not know
+    for key in given:
+        if key not in known:
+            suggestion = did_you_mean(key, known)
+            raise ZerodraftError(f"unknown key '{where}.{key}'{suggestion if 'did you mean' in suggestion else ''}")
