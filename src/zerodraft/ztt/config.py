@@ -1,0 +1,153 @@
+"""`ZttConfig`: what belongs in `config.json` of a Zero Token Transformer.
+
+The configuration of an existing decoder family is nested under `base_config`; its `num_hidden_layers` is the number of
+*stored* layers. Everything that transformers asks of a configuration and that is not declared here (vocabulary size,
+heads, sliding window, ...) is answered by the base configuration; the two that follow the unrolled depth, and by which
+caches are sized, are `num_hidden_layers` and `layer_types`.
+
+Idea: Li et al., "Efficient Transformer Parameter Reuse via Zero-Token Mechanism", Findings of ACL 2026.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from zerodraft.errors import ZerodraftError
+
+Schedule = Literal["block", "layer"]
+ZeroRope = Literal["origin", "none", "relative"]
+
+
+class Step(NamedTuple):
+    """One execution of a stored layer: which layer, in which cycle (0-based), and in which KV slot it writes."""
+
+    layer: int
+    cycle: int
+    slot: int
+
+
+class ZttConfig(PreTrainedConfig):
+    """Configuration of a Zero Token Transformer over any decoder family of transformers.
+
+    Args:
+        base_config: Configuration of the family whose layers are cycled (Llama, Qwen3, GPT-2, ...).
+        head_layers: Layers at the start that are run once. 0 is allowed.
+        tail_layers: Layers at the end that are run once. 0 is allowed.
+        cycles: How often the shared layers between head and tail are run (N >= 1).
+        schedule: `"block"` runs 2345 2345, `"layer"` runs 22 33 44 55.
+        zero_tokens: Give the attention of the shared layers a zero token (trainable key, zero value).
+        zero_token_start: First cycle (from 1) that has a zero token. 2 leaves the first cycle as the base model has it.
+        zero_rope: Rotary position of the zero key. `"origin"`: fixed at position 0. `"none"`: rotated along with the
+            query, so that the score does not depend on the position. `"relative"`: one position before each query
+            (`"none"` up to a rotation of the key).
+        edge_zero_tokens: Zero tokens in the head and tail layers too.
+        ffn_gate: Scale the FFN output by one minus the zero-token mass (mean over heads).
+        cycle_gates: From the second cycle on, `h + g * (layer(h) - h)` with a trainable `g` per (cycle, layer) that
+            starts at zero: the extra cycles begin as the exact identity.
+        cycle_lora_rank: Rank of the per-cycle low-rank deltas on the shared layers' projections; 0 for none.
+        exit_rule: The early-exit rule found by calibration, as `zerodraft.exit_rule_to_dict` writes it.
+
+    Raises:
+        ZerodraftError: head, tail, cycles or one of the choices do not fit the base configuration.
+    """
+
+    model_type = "ztt"
+    sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    base_config: dict | PreTrainedConfig | None = None
+    head_layers: int = 1
+    tail_layers: int = 1
+    cycles: int = 2
+    schedule: str = "block"
+    zero_tokens: bool = True
+    zero_token_start: int = 1
+    zero_rope: str = "origin"
+    edge_zero_tokens: bool = False
+    ffn_gate: bool = False
+    cycle_gates: bool = False
+    cycle_lora_rank: int = 0
+    exit_rule: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # What older or foreign files repeat at the top level and the base configuration already says.
+        for name in ("num_hidden_layers", "layer_types"):
+            kwargs.pop(name, None)
+        super().__post_init__(**kwargs)
+        check_cycling(self)
+
+    # -- the base configuration answers for everything that is not declared here ----------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("base_config")
+        if name.startswith("_") or not isinstance(base, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name == "layer_types":
+            return [base.layer_types[step.layer] for step in self.steps()]
+        return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base_config")
+        own = name.startswith("_") or hasattr(type(self), name) or name in self.__dict__
+        if not own and isinstance(base, PreTrainedConfig) and hasattr(base, name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # -- the unrolled model ---------------------------------------------------------------------------------------
+
+    @property
+    def stored_layers(self) -> int:
+        """Layers that have weights of their own: head + shared + tail."""
+        return self.base_config.num_hidden_layers
+
+    @property
+    def shared_layers(self) -> int:
+        """Layers between head and tail, run `cycles` times."""
+        return self.stored_layers - self.head_layers - self.tail_layers
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Depth of the unrolled model, and the number of KV slots that a cache needs."""
+        return self.head_layers + self.cycles * self.shared_layers + self.tail_layers
+
+    def steps(self) -> list[Step]:
+        """Every execution of a stored layer in order; `slot` counts them from 0."""
+        head, shared = self.head_layers, range(self.head_layers, self.head_layers + self.shared_layers)
+        if self.schedule == "block":
+            middle = [(layer, cycle) for cycle in range(self.cycles) for layer in shared]
+        else:
+            middle = [(layer, cycle) for layer in shared for cycle in range(self.cycles)]
+        tail = [(layer, 0) for layer in range(head + self.shared_layers, self.stored_layers)]
+        order = [(layer, 0) for layer in range(head)] + middle + tail
+        return [Step(layer, cycle, slot) for slot, (layer, cycle) in enumerate(order)]
+
+    def is_shared(self, layer: int) -> bool:
+        """Whether a stored layer is one of those that are cycled."""
+        return self.head_layers <= layer < self.head_layers + self.shared_layers
+
+
+def check_cycling(config: ZttConfig) -> None:
+    """Raise `ZerodraftError` unless head, tail, cycles and choices fit the base configuration."""
+    stored = getattr(config.base_config, "num_hidden_layers", None)
+    if not isinstance(stored, int):
+        raise ZerodraftError(
+            f"The base configuration ({config.base_config.model_type!r}) has no num_hidden_layers; expected the text "
+            "configuration of a decoder-only model."
+        )
+    for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("cycle_lora_rank", 0)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < least:
+            raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if config.head_layers + config.tail_layers > stored or (config.shared_layers == 0 and config.cycles > 1):
+        raise ZerodraftError(
+            f"head_layers={config.head_layers} and tail_layers={config.tail_layers} leave no layer to cycle in a model "
+            f"of {stored} stored layers; choose them so that their sum is below {stored}."
+        )
+    for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
+        if getattr(config, name) not in choices:
+            raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
+    if not 1 <= config.zero_token_start <= config.cycles + 1:
+        raise ZerodraftError(
+            f"zero_token_start={config.zero_token_start} must lie between 1 and cycles + 1 = {config.cycles + 1}."
+        )

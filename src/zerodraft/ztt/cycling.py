@@ -1,0 +1,293 @@
+"""The heart of the Zero Token Transformer: run head, N cycles of the shared layers, and tail.
+
+The family's own forward pass drives: it embeds, makes masks and rotary positions, and walks over its decoder layers. That
+walk meets a `CycledLayers`, which in the middle of a forward pass hands out recorders instead of layers. They note with
+what arguments each stored layer would be called; the last one has seen them all and runs the schedule, every execution
+with its own KV slot and zero token. So final norm, LM head, score caps and multipliers stay the family's own.
+
+Head-tail decoupled cycling: Li et al., 2025/2026. Early exit: exited tokens stay attendable in the deeper cycles, with
+keys and values from their frozen state (`propagate`) or from their last cycle (`latest`); the rest is compacted to the
+tokens that still run.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
+from zerodraft.ztt.config import Step, ZttConfig
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule
+from zerodraft.ztt.families import DecoderParts, rotary_of
+from zerodraft.ztt.interface import LayerCall, TokenGrid, current_call
+from zerodraft.ztt.pool import ZeroTokenPool
+
+_active: ContextVar["Recorder | None"] = ContextVar("active_run", default=None)
+
+# Layer arguments that have one entry per token and follow the tokens of a compacted step.
+_PER_TOKEN = ("position_embeddings", "position_ids")
+
+
+class CycledLayers(nn.ModuleList):
+    """The stored decoder layers of a family's model. Outside a forward pass a plain `ModuleList`."""
+
+    @property
+    def stored(self) -> list[nn.Module]:
+        """The layers themselves, also during a forward pass."""
+        return [layer for layer in self._modules.values() if layer is not None]
+
+    def _walk(self) -> list[Any]:
+        run = _active.get()
+        return self.stored if run is None else [partial(run.record, i) for i in range(len(self))]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._walk())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._walk()[index]
+
+
+class Recorder:
+    """What `CycledLayers` hands its layers' calls to during a forward pass."""
+
+    def record(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    @contextmanager
+    def drives(self) -> Iterator[None]:
+        """Within this context the walk over the layers goes to this object."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+            current_call.set(None)
+
+
+class Readout(Recorder):
+    """Stands in for all layers with given states, so that only the family's final norm and LM head run."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+    def record(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.hidden
+
+
+@dataclass(kw_only=True)
+class CycleRun(Recorder):
+    """One forward pass.
+
+    Args:
+        config: The schedule.
+        layers: The family's layers.
+        parts: How they are called.
+        pool: Zero tokens, or None.
+        gates: `(cycles - 1, shared layers)` of `cycle_gates`, or None.
+        rotary: The family's rotary module, or None.
+        cache: Cache of the unrolled model, or None.
+        cycles: Cycles to run for every token.
+        every_cycle: Run the tail after each cycle; the result has `cycles` times the batch, one after another.
+        keep_mass: Collect the zero-token mass of the shared layers.
+        depth: `(b, t)`, cycles of each token (from 1): run everything and select. The oracle, and for training.
+        rule: Early exit, decided after each cycle.
+        policy: What deeper cycles see of an exited token.
+        real: `(b, t)` bool, False for padding, or None.
+        readout: Logits of states, for rules that want them.
+    """
+
+    config: ZttConfig
+    layers: list[nn.Module]
+    parts: DecoderParts
+    pool: ZeroTokenPool | None
+    gates: Tensor | None
+    rotary: nn.Module | None
+    cache: Cache | None
+    cycles: int
+    every_cycle: bool = False
+    keep_mass: bool = False
+    depth: Tensor | None = None
+    rule: ExitRule | None = None
+    policy: ExitPolicy = "propagate"
+    real: Tensor | None = None
+    readout: Callable[[Tensor], Tensor] | None = None
+
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    masses: list[Tensor | None] = field(default_factory=list)
+    exit_depth: Tensor | None = None
+
+    def record(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.update(zip(self.parts.arguments, args, strict=False))
+        kwargs.pop(self.parts.cache_argument, None)
+        self.inputs.append(kwargs)
+        return self.execute(hidden) if len(self.inputs) == self.config.stored_layers else hidden
+
+    # -- schedules ------------------------------------------------------------------------------------------------
+
+    def execute(self, hidden: Tensor) -> Tensor:
+        """Head, cycles and tail over the hidden states `(b, t, d)` that the family's embedding made."""
+        steps = [step for step in self.config.steps() if step.cycle < self.cycles]
+        shared = [step for step in steps if self.config.is_shared(step.layer)]
+        edges = [step for step in steps if not self.config.is_shared(step.layer)]
+        head, tail = edges[: self.config.head_layers], edges[self.config.head_layers :]
+        for step in head:
+            hidden = self.run_layer(step, hidden)
+        if self.rule is not None:
+            hidden = self.run_exits(shared, hidden)
+        else:
+            hidden = self.run_all(shared, tail, hidden)
+            if self.every_cycle:
+                return hidden
+        for step in tail:
+            hidden = self.run_layer(step, hidden)
+        return hidden
+
+    def run_all(self, shared: list[Step], tail: list[Step], hidden: Tensor) -> Tensor:
+        """Every token through every cycle, or selected by `depth`; the states after the tail if `every_cycle`."""
+        memory = KvMemory() if self.depth is not None and self.policy == "latest" else None
+        results = []
+        for index, step in enumerate(shared):
+            running = None if self.depth is None or step.cycle == 0 else step.cycle < self.depth
+            view = SlotView(self.cache, step.slot, memory, running=running)
+            out = self.run_layer(step, hidden, view if memory or self.cache is not None else None)
+            hidden = out if running is None else torch.where(running[..., None], out, hidden)
+            last_of_cycle = index + 1 == len(shared) or shared[index + 1].cycle != step.cycle
+            if self.every_cycle and last_of_cycle:
+                result = hidden
+                for tail_step in tail:
+                    result = self.run_layer(tail_step, result)
+                results.append(result)
+        return torch.cat(results) if self.every_cycle else hidden
+
+    def run_exits(self, shared: list[Step], hidden: Tensor) -> Tensor:
+        """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
+        assert self.rule is not None and self.readout is not None
+        b, t, _ = hidden.shape
+        real = torch.ones(b, t, dtype=torch.bool, device=hidden.device) if self.real is None else self.real
+        depth = real.long().flatten()
+        memory, grid, states = KvMemory(), None, hidden
+        exited = real.new_zeros(b * t)
+        for cycle in range(self.cycles):
+            steps = [step for step in shared if step.cycle == cycle]
+            before, masses = states, []
+            for step in steps:
+                if grid is not None and not grid.index.numel():
+                    # Nobody runs any more, but later tokens will attend to this slot.
+                    if self.cache is not None:
+                        self.cache.update(*memory[step.layer], step.slot)
+                    continue
+                view = SlotView(self.cache, step.slot, memory, grid)
+                states = self.run_layer(step, states, view, grid, masses)
+            if cycle + 1 == self.cycles or (grid is not None and not grid.index.numel()):
+                continue
+            index = torch.arange(b * t, device=hidden.device) if grid is None else grid.index
+            flat, flat_before = states.flatten(0, 1), before.flatten(0, 1)
+            mass = torch.stack([m.flatten(0, 1) for m in masses], 1) if masses else None
+            if grid is None and not bool(real.all()):
+                kept = real.flatten().nonzero()[:, 0]
+                index, flat, flat_before = index[kept], flat[kept], flat_before[kept]
+                mass = None if mass is None else mass[kept]
+            stops = self.rule(CycleOutput(cycle + 1, flat, flat_before, mass, self.readout))
+            if grid is None and not bool(stops.any()) and len(index) == b * t:
+                depth[index] += 1
+                continue
+            hidden = states if grid is None else grid.unpack(states, into=hidden)
+            exited[index[stops]] = True
+            depth[index[~stops]] += 1
+            if self.policy == "propagate":
+                # With per-cycle LoRA the states differ by cycle, else those of the newly exited hold for all of them.
+                frozen = exited.nonzero()[:, 0] if self.config.cycle_lora_rank else index[stops]
+                self.freeze(memory, [s for s in shared if s.cycle == cycle + 1], hidden, TokenGrid(frozen, b, t))
+            grid = TokenGrid(index[~stops], b, t)
+            states = grid.pack(hidden)
+        self.exit_depth = depth.view(b, t)
+        return states if grid is None else grid.unpack(states, into=hidden)
+
+    def freeze(self, memory: KvMemory, steps: list[Step], hidden: Tensor, grid: TokenGrid) -> None:
+        """Put the keys and values that the frozen states of the exited tokens give in each shared layer in place."""
+        if not grid.index.numel():
+            return
+        states = grid.pack(hidden)
+        for step in steps:
+            try:
+                call = LayerCall(cycle=step.cycle, need_mass=False)
+                kwargs = self.layer_inputs(step, grid) | {self.parts.cache_argument: KvProbe()}
+                self.layers[step.layer](states, layer_call=call, **kwargs)
+            except KvReady as ready:
+                memory.merge(step.layer, *ready.states, grid)
+
+    # -- one layer ------------------------------------------------------------------------------------------------
+
+    def run_layer(
+        self,
+        step: Step,
+        hidden: Tensor,
+        view: SlotView | None = None,
+        grid: TokenGrid | None = None,
+        masses: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One execution of a stored layer, with its slot, zero token and gate."""
+        config, layer = self.config, self.layers[step.layer]
+        if view is None and self.cache is not None:
+            view = SlotView(self.cache, step.slot)
+        is_shared = config.is_shared(step.layer)
+        wants_mass = is_shared and (self.keep_mass or masses is not None)
+        call = LayerCall(
+            cycle=step.cycle,
+            key=self.zero_key(step, hidden),
+            grid=grid,
+            need_mass=wants_mass or config.ffn_gate,
+        )
+        kwargs = self.layer_inputs(step, grid) | {self.parts.cache_argument: view}
+        out = layer(hidden, layer_call=call, **kwargs)
+        if not isinstance(out, Tensor) or not call.attended:
+            raise ZerodraftError(
+                f"{type(layer).__name__} did not hand its keyword arguments to the attention function or returned no "
+                "tensor; this family cannot be cycled."
+            )
+        if is_shared and self.keep_mass:
+            self.masses.append(call.mass)
+        if masses is not None and call.mass is not None:
+            masses.append(call.mass)
+        if self.gates is not None and is_shared and step.cycle > 0:
+            gate = self.gates[step.cycle - 1, step.layer - config.head_layers]
+            out = hidden + gate.to(hidden.dtype) * (out - hidden)
+        return out
+
+    def layer_inputs(self, step: Step, grid: TokenGrid | None) -> dict[str, Any]:
+        """The recorded arguments of a stored layer, those of each token cut down to the tokens of `grid`."""
+        kwargs = self.inputs[step.layer]
+        if grid is None:
+            return kwargs
+        packed = {name: kwargs[name] for name in _PER_TOKEN if kwargs.get(name) is not None}
+        for name, value in packed.items():
+            packed[name] = grid.pack(value) if isinstance(value, Tensor) else tuple(grid.pack(x) for x in value)
+        return kwargs | packed
+
+    def zero_key(self, step: Step, hidden: Tensor) -> Tensor | None:
+        """The zero key of a step: `(kv, d)`, or `(b, kv, t, d)` where it is rotated along with the queries."""
+        key = None if self.pool is None else self.pool(step)
+        rotate = rotary_of(self.layers[step.layer])
+        embeddings = self.inputs[step.layer].get("position_embeddings")
+        if key is None or self.config.zero_rope == "origin" or rotate is None or embeddings is None:
+            return key
+        if self.config.zero_rope == "relative":
+            embeddings = self.rotary_at(step.layer, hidden, self.inputs[step.layer]["position_ids"] - 1)
+        cos, sin = embeddings
+        per_query = key.to(cos.dtype)[None, :, None].expand(cos.shape[0], -1, cos.shape[1], -1)
+        return rotate(per_query, per_query, cos, sin)[1]
+
+    def rotary_at(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the family's rotary module at other positions."""
+        if self.rotary is None:
+            raise ZerodraftError('zero_rope="relative" needs a family with a rotary_emb module; use "origin" or "none".')
+        layer_types = getattr(self.config.base_config, "layer_types", None)
+        by_type = (layer_types[layer],) if self.parts.rotary_by_type and layer_types else ()
+        return self.rotary(hidden, positions, *by_type)

@@ -1,0 +1,176 @@
+"""Rules that decide after each cycle which tokens have been thought about enough.
+
+A rule sees what one cycle produced for the tokens that still run, and returns which of them stop. Nothing in it depends on
+other tokens, so results do not depend on the batch. The zero-token rule is the papers' (Li et al., 2025/2026); softmax
+confidence and entropy are the usual readouts (e.g. CALM), KL and latent difference those of recurrent-depth models.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from zerodraft.errors import ZerodraftError
+
+ExitPolicy = Literal["propagate", "latest"]
+HeadPool = Literal["mean", "max", "min"]
+LayerChoice = Literal["all", "first", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class CycleOutput:
+    """What one cycle produced for its n tokens.
+
+    Attributes:
+        cycle: Number of the cycle, from 1.
+        hidden: State after the cycle.
+        previous: State before the cycle.
+        zero_mass: Attention mass on the zero token by shared layer and head, or None in a cycle without zero tokens.
+        readout: Logits of a state, through the final norm and the LM head (without the tail layers).
+    """
+
+    cycle: int
+    hidden: Float[Tensor, "n d"]
+    previous: Float[Tensor, "n d"]
+    zero_mass: Float[Tensor, "n layers heads"] | None
+    readout: Callable[[Float[Tensor, "n d"]], Float[Tensor, "n v"]]
+
+
+@runtime_checkable
+class ExitRule(Protocol):
+    """Decides which tokens stop after a cycle."""
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        """True for the tokens that stop."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroMassExit:
+    """Stop where the mass on the zero token reaches `threshold`: what remains of the attention is below one minus it."""
+
+    threshold: float
+    pool: HeadPool = "mean"
+    layers: LayerChoice = "all"
+
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        """The pooled mass, or minus infinity in a cycle without zero tokens."""
+        if out.zero_mass is None:
+            return out.hidden.new_full(out.hidden.shape[:1], -torch.inf)
+        mass = out.zero_mass
+        if self.layers != "all":
+            mass = mass[:, :1] if self.layers == "first" else mass[:, -1:]
+        mass = mass.flatten(1)
+        return {"mean": mass.mean, "max": mass.amax, "min": mass.amin}[self.pool](-1)
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return self.score(out) >= self.threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfidenceExit:
+    """Stop where the most probable next token has at least probability `threshold`."""
+
+    threshold: float
+
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        return out.readout(out.hidden).float().softmax(-1).amax(-1)
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return self.score(out) >= self.threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyExit:
+    """Stop where the entropy of the next token (in nats) is at most `threshold`."""
+
+    threshold: float
+
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        log_p = out.readout(out.hidden).float().log_softmax(-1)
+        return (log_p.exp() * log_p).sum(-1)
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return self.score(out) >= -self.threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KlExit:
+    """Stop where the prediction has settled: KL(after the cycle || before it), in nats, is at most `threshold`."""
+
+    threshold: float
+
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        log_p = out.readout(out.hidden).float().log_softmax(-1)
+        log_q = out.readout(out.previous).float().log_softmax(-1)
+        return -(log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return self.score(out) >= -self.threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentExit:
+    """Stop where the state has settled: |after - before| / |after| is at most `threshold`."""
+
+    threshold: float
+
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        change = (out.hidden - out.previous).float().norm(dim=-1)
+        return -change / out.hidden.float().norm(dim=-1).clamp_min(1e-12)
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return self.score(out) >= -self.threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FixedExit:
+    """Stop every token after a fixed number of cycles."""
+
+    cycles: int
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return torch.full(out.hidden.shape[:1], out.cycle >= self.cycles, device=out.hidden.device)
+
+
+RULES: dict[str, type] = {
+    "zero-mass": ZeroMassExit,
+    "confidence": ConfidenceExit,
+    "entropy": EntropyExit,
+    "kl": KlExit,
+    "latent": LatentExit,
+    "cycles": FixedExit,
+}
+_NAMES = {rule: name for name, rule in RULES.items()}
+
+
+def exit_rule_to_dict(rule: ExitRule) -> dict[str, Any]:
+    """A rule as a JSON object: its name and its parameters."""
+    if type(rule) not in _NAMES:
+        raise ZerodraftError(f"{type(rule).__name__} is not one of the rules that can be stored: {', '.join(RULES)}.")
+    return {"rule": _NAMES[type(rule)], **asdict(rule)}  # pyright: ignore[reportArgumentType]  # all RULES are dataclasses
+
+
+def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
+    """The rule that `exit_rule_to_dict` wrote.
+
+    Raises:
+        ZerodraftError: unknown name or parameters.
+    """
+    parameters = dict(data)
+    name = parameters.pop("rule", None)
+    if name not in RULES:
+        raise ZerodraftError(f"Exit rule {name!r} is unknown; choose one of {', '.join(RULES)}.")
+    try:
+        return RULES[name](**parameters)
+    except TypeError as error:
+        raise ZerodraftError(f"Exit rule {name!r} does not fit its parameters {parameters}: {error}.") from None
+
+
+def check_policy(policy: str) -> None:
+    """Raise `ZerodraftError` unless `policy` names one of the two ways in which exited tokens stay attendable."""
+    if policy not in get_args(ExitPolicy):
+        raise ZerodraftError(f"exit_policy={policy!r} is unknown; choose one of {', '.join(get_args(ExitPolicy))}.")

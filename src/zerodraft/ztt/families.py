@@ -1,0 +1,131 @@
+"""What the cycling needs to know about a decoder family of transformers, found by looking at the model itself.
+
+Embeddings, masks, rotary modules, final norm and LM head are driven by the family's own forward pass. Only the list of
+decoder layers and, inside a layer, the attention and the module whose output is the FFN's residual are located here.
+A family that lacks one of them is refused with a sentence that says what is missing.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from zerodraft.errors import ZerodraftError
+
+# Where the residual branch of the FFN ends, first match wins: post-norm families, most families, OPT.
+_FFN_OUTPUTS = ("post_feedforward_layernorm", "mlp", "feed_forward", "fc2")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderParts:
+    """The places in a family's model that cycling touches.
+
+    Attributes:
+        path: Dotted name of the list of decoder layers.
+        cache_argument: Name of the layers' cache argument.
+        arguments: Names of the layers' arguments after the hidden states, in order.
+        rotary_by_type: Whether the rotary module takes the layer type (Gemma 3).
+    """
+
+    path: str
+    cache_argument: str
+    arguments: tuple[str, ...]
+    rotary_by_type: bool
+
+
+def find_parts(model: PreTrainedModel) -> DecoderParts:
+    """Locate the decoder layers of a model and check that they can be cycled.
+
+    Raises:
+        ZerodraftError: something that cycling needs is missing; the sentence says what.
+    """
+    family = type(model).__name__
+    depth = model.config.num_hidden_layers
+    found = [
+        path
+        for path, child in model.named_modules()
+        if isinstance(child, nn.ModuleList)
+        and len(child) == depth > 0
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in child)
+    ]
+    if len(found) != 1:
+        raise ZerodraftError(
+            f"{family} cannot be cycled: expected one list of {depth} decoder layers (GradientCheckpointingLayer), "
+            f"found {len(found)}."
+        )
+    path = found[0]
+    layer = model.get_submodule(f"{path}.0")
+    parameters = inspect.signature(layer.forward).parameters
+    cache_argument = next((n for n in ("past_key_values", "layer_past") if n in parameters), None)
+    takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    attention = [child for child in layer.children() if _is_attention(child)]
+    problems = {
+        "its layers take no past_key_values": cache_argument is None,
+        "its layers hand no **kwargs to the attention": not takes_kwargs,
+        f"its layers have {len(attention)} self-attention modules instead of one": len(attention) != 1,
+        "its attention does not go through transformers' AttentionInterface": not _uses_interface(layer),
+        "it drops layers at random in training (layerdrop)": getattr(model.config, "layerdrop", 0.0) > 0,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise ZerodraftError(f"{family} cannot be cycled: {problem}.")
+    assert cache_argument is not None
+    positional = tuple(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
+    rotary = rotary_module(model, path)
+    return DecoderParts(
+        path=path,
+        cache_argument=cache_argument,
+        arguments=positional[1:],
+        rotary_by_type=rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters,
+    )
+
+
+def rotary_module(model: nn.Module, path: str) -> nn.Module | None:
+    """The rotary module that stands beside the list of decoder layers, or None."""
+    return getattr(model.get_submodule(path.rpartition(".")[0]), "rotary_emb", None)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
+
+
+def _uses_interface(layer: nn.Module) -> bool:
+    return hasattr(sys.modules[type(layer).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The self-attention module of a decoder layer."""
+    return next(child for child in layer.children() if _is_attention(child))
+
+
+def ffn_output_of(layer: nn.Module) -> nn.Module:
+    """The module whose output a decoder layer adds to the residual stream as its FFN's.
+
+    Raises:
+        ZerodraftError: none of the known places exists.
+    """
+    for name in _FFN_OUTPUTS:
+        if isinstance(module := getattr(layer, name, None), nn.Module):
+            return module
+    raise ZerodraftError(
+        f"{type(layer).__name__} has none of {', '.join(_FFN_OUTPUTS)}, so its FFN cannot be gated; set ffn_gate=False."
+    )
+
+
+def rotary_of(layer: nn.Module) -> Callable | None:
+    """The function `(q, k, cos, sin) -> (q, k)` with which a layer rotates, or None if it has no rotary positions."""
+    attention = attention_of(layer)
+    if not getattr(attention, "use_rope", True):
+        return None
+    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+
+
+def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads and head size of a family's attention."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, head_dim

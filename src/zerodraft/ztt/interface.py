@@ -1,0 +1,176 @@
+"""How zero tokens reach the attention of a transformers layer: through its AttentionInterface, nothing patched.
+
+A layer hands its `**kwargs` down to the attention function that its configuration names. Ours are registered as
+`zero_token_<backend>`, find a `LayerCall` among the kwargs, fold its key into the attention, and leave the mass there.
+The call also carries the `TokenGrid` of a compacted step: the layer then sees only the tokens that still run, in one
+row, and the attention puts their queries back in their places in the batch.
+"""
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.ztt import attention as zero
+
+PREFIX = "zero_token_"
+BACKENDS = ("sdpa", "eager", "flex_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGrid:
+    """Places of the running tokens in the `(batch, time)` grid of a forward pass.
+
+    Attributes:
+        index: `(n,)`, `row * time + column` of each running token.
+    """
+
+    index: Int[Tensor, " n"]
+    batch: int
+    time: int
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`(batch or 1, time, ...)` -> `(1, n, ...)`: the running tokens in one row."""
+        x = x.expand(self.batch, self.time, *x.shape[2:])
+        return x.reshape(self.batch * self.time, *x.shape[2:])[self.index][None]
+
+    def unpack(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        """`(1, n, ...)` -> `(batch, time, ...)`; the other places keep `into`, or are zero."""
+        shape = (self.batch * self.time, *x.shape[2:])
+        base = x.new_zeros(shape) if into is None else into.reshape(shape)
+        return base.index_copy(0, self.index, x[0]).view(self.batch, self.time, *x.shape[2:])
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One execution of a stored layer: what its attention needs to know, and what it found.
+
+    Attributes:
+        cycle: Cycle of the execution, 0-based.
+        key: `(kv, d)`, or `(b, kv, t, d)` with one key per query, or None for plain attention.
+        grid: Where the tokens of a compacted step belong, or None if the step has the whole batch.
+        need_mass: Whether somebody will read `mass`.
+        mass: Filled in: `(b, t, h)`, or `(1, n, h)` of a compacted step.
+        attended: Filled in: whether the call reached our attention function.
+    """
+
+    cycle: int = 0
+    key: Tensor | None = None
+    grid: TokenGrid | None = None
+    need_mass: bool = True
+    mass: Float[Tensor, "b t h"] | None = None
+    attended: bool = False
+
+
+# The call whose attention module ran last: the parts of a layer that get no kwargs (FFN gate, per-cycle LoRA) read it.
+current_call: ContextVar["LayerCall | None"] = ContextVar("current_call", default=None)
+
+
+def announce_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of an attention module. It also runs when gradient checkpointing recomputes a layer."""
+    current_call.set(kwargs.get("layer_call"))
+
+
+def _attend(
+    backend: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layer_call: LayerCall | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that layers call: `(b, h, t, d)` in, `(b, t, h, d)` out."""
+    call = layer_call or LayerCall()
+    call.attended = True
+    if call.grid is not None:
+        query = call.grid.unpack(query.transpose(1, 2)).transpose(1, 2)
+    if call.key is None:
+        plain = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _family_eager(module) if backend == "eager" else None)
+        out, _ = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    else:
+        if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+            raise ZerodraftError(
+                f"{type(module).__name__} caps its attention scores or has attention sinks, which zero tokens do not "
+                "support; set zero_tokens=False for this family."
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = getattr(module, "is_causal", True) and attention_mask is None and query.shape[2] > 1
+        if causal and key.shape[2] > query.shape[2]:
+            # An empty static cache: only the first keys are written, and the square mask is the whole mask.
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        out, mass = _zero_attention(backend, call, query, key, value, attention_mask, causal, scale, dropout)
+        out, call.mass = out.transpose(1, 2), None if mass is None else mass.transpose(1, 2)
+    if call.grid is not None:
+        out = call.grid.pack(out)
+        call.mass = None if call.mass is None else call.grid.pack(call.mass)
+    return out.contiguous(), None
+
+
+def _zero_attention(
+    backend: str,
+    call: LayerCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose the fastest form that the backend, the device and the inputs allow; all of them are equal."""
+    assert call.key is not None
+    if backend == "flex_attention":
+        return zero.zero_attention_flex(q, k, v, zero.zero_scores(q, call.key, scale), block_mask=mask, scale=scale)
+    forms = {"mask": mask, "is_causal": causal, "scale": scale}
+    if backend == "eager":
+        s0 = zero.zero_scores(q, call.key, scale)
+        return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, call.key))
+    if zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
+        return zero.zero_attention_lse(q, k, v, zero.zero_scores(q, call.key, scale), **forms)
+    if call.key.ndim == 2:
+        need_mass = call.need_mass
+        return zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=need_mass, **forms)
+    s0 = zero.zero_scores(q, call.key, scale)
+    return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
+
+
+def _family_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention function of the family that an attention module belongs to."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _register(backend: str) -> None:
+    def attend(*args, **kwargs):
+        return _attend(backend, *args, **kwargs)
+
+    AttentionInterface.register(PREFIX + backend, attend)
+    AttentionMaskInterface.register(PREFIX + backend, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+
+
+for _backend in BACKENDS:
+    _register(_backend)
+
+
+def attention_name(backend: str | None) -> str:
+    """The registered name of our attention for one of transformers' implementations.
+
+    Raises:
+        ZerodraftError: zero tokens have no form for it.
+    """
+    backend = backend or "sdpa"
+    if backend not in BACKENDS:
+        raise ZerodraftError(f"attn_implementation={backend!r} is not supported; choose one of {', '.join(BACKENDS)}.")
+    return PREFIX + backend

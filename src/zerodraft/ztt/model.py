@@ -1,0 +1,466 @@
+"""`ZttForCausalLM` and `ZttModel`: any decoder family of transformers, its middle layers run several times.
+
+The model contains the family's own model (`.base`), built from its own configuration, with its list of layers turned into
+a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and nothing else. State-dict keys are the
+family's behind `base.`, plus `zero_tokens.*` and `cycle_gates`. A shared layer exists once: there is nothing to tie.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.config import ZttConfig
+from zerodraft.ztt.cycling import CycledLayers, CycleRun, Readout
+from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy, exit_rule_from_dict
+from zerodraft.ztt.families import attention_of, ffn_output_of, find_parts, kv_shape, rotary_module
+from zerodraft.ztt.interface import announce_call, attention_name, current_call
+from zerodraft.ztt.lora import CycleLora
+from zerodraft.ztt.pool import ZeroTokenPool
+
+
+@dataclass
+class ZttCausalLMOutput(CausalLMOutputWithPast):
+    """Output of `ZttForCausalLM`.
+
+    Attributes:
+        cycle_losses: `(cycles,)`, loss of each cycle's readout, with `cycle_weights`.
+        zero_mass: `(b, t, cycles with zero tokens, shared layers, heads)`, with `output_zero_mass`.
+        exit_depth: `(b, t)`, cycles that each token ran (0: padding), with an exit rule.
+    """
+
+    cycle_losses: Float[Tensor, " cycles"] | None = None
+    zero_mass: Float[Tensor, "b t cycles layers heads"] | None = None
+    exit_depth: Int[Tensor, "b t"] | None = None
+
+
+@dataclass
+class _Generation:
+    """Early exit of one `generate` call: what to do, and the depth of every position so far."""
+
+    model: "ZttPreTrainedModel"
+    rule: ExitRule
+    policy: ExitPolicy
+    depth: Int[Tensor, "b t"] | None = None
+
+    def note(self, start: int, depth: Int[Tensor, "b t"]) -> None:
+        """Take over the depths of the positions from `start` on; rolled-back ones (assisted decoding) are replaced."""
+        kept = None if self.depth is None or len(self.depth) != len(depth) else self.depth[:, :start]
+        self.depth = depth if kept is None else torch.cat([kept, depth], 1)
+
+
+_generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
+
+
+def _gate_ffn(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    """Forward hook on an FFN: scale its output by one minus the layer's zero-token mass (mean over heads)."""
+    call = current_call.get()
+    if call is None or call.mass is None:
+        return None
+    return output * (1 - call.mass.mean(-1)).reshape(*output.shape[:-1], 1).to(output.dtype)
+
+
+class ZttPreTrainedModel(PreTrainedModel):
+    """What `ZttModel` and `ZttForCausalLM` share: construction over a family and the cycling of its layers."""
+
+    config_class = ZttConfig
+    config: ZttConfig
+    base_model_prefix = "base"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    base: nn.Module
+    last_exit: Int[Tensor, "b t"] | None = None
+
+    def _attach(self, base: nn.Module, family: PreTrainedModel) -> None:
+        """Take over a family's model: cycle its layers, add zero tokens, gates and LoRA."""
+        config = self.config
+        parts = find_parts(family)
+        parent, name = family.get_submodule(parts.path.rpartition(".")[0]), parts.path.rpartition(".")[2]
+        setattr(parent, name, CycledLayers(getattr(parent, name)))
+        self.base = base
+        self._parts = parts
+        self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
+        self.zero_tokens = ZeroTokenPool(config, *kv_shape(config.base_config)) if config.zero_tokens else None
+        gates = torch.zeros(config.cycles - 1, config.shared_layers)
+        self.cycle_gates = nn.Parameter(gates) if config.cycle_gates and config.cycles > 1 else None
+        shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
+        self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
+        for layer in self.layers:
+            attention_of(layer).register_forward_pre_hook(announce_call, with_kwargs=True)
+        if config.ffn_gate and config.zero_tokens:
+            for layer in self.layers if config.edge_zero_tokens else shared:
+                ffn_output_of(layer).register_forward_hook(_gate_ffn)
+        self.post_init()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The stored decoder layers, head first; each exists once, however often it is run."""
+        cycled = self.get_submodule(self._cycled_path)
+        assert isinstance(cycled, CycledLayers)
+        return cycled.stored
+
+    def _base_config(self) -> Any:
+        """The family's configuration as its modules get it: ours, but with our attention function."""
+        base_config = copy.deepcopy(self.config.base_config)
+        base_config._attn_implementation = attention_name(self.config._attn_implementation)
+        return base_config
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """Switch between `sdpa`, `eager` and `flex_attention`, with zero tokens in all of them."""
+        if not isinstance(attn_implementation, str):
+            raise ZerodraftError("attn_implementation must be one name: sdpa, eager or flex_attention.")
+        name = attention_name(attn_implementation)
+        self.config._attn_implementation = attn_implementation
+        for module in self.base.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = name
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = getattr(self.config, "initializer_range", 0.02)
+        if isinstance(module, ZeroTokenPool):
+            for keys in module.parameters(recurse=False):
+                nn.init.normal_(keys, std=std)
+        elif isinstance(module, ZttPreTrainedModel) and module.cycle_gates is not None:
+            nn.init.zeros_(module.cycle_gates)
+        elif isinstance(module, CycleLora):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._family.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._family.set_input_embeddings(value)
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        raise NotImplementedError
+
+    def calibrated_exit_rule(self) -> ExitRule:
+        """The early-exit rule that calibration wrote into the configuration.
+
+        Raises:
+            ZerodraftError: the model has not been calibrated.
+        """
+        if self.config.exit_rule is None:
+            raise ZerodraftError("This model has no calibrated exit rule; run `zerodraft calibrate` on it first.")
+        return exit_rule_from_dict(self.config.exit_rule)
+
+    def readout(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Logits of hidden states through the final norm and the LM head alone (states for a model without a head)."""
+        embedding = self.get_input_embeddings().weight
+        blank = embedding.new_zeros(len(hidden), 1, embedding.shape[1])
+        with Readout(hidden[:, None].to(embedding.dtype)).drives():
+            out = self._family(inputs_embeds=blank, use_cache=False)
+        return (out.logits if "logits" in out else out.last_hidden_state)[:, 0]
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None) -> int:
+        """The number of positions that the cache already holds."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ZerodraftError("Give exactly one of input_ids and inputs_embeds.")
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        if tokens.shape[1] == 0:
+            raise ZerodraftError("The prompt is empty; give at least one token.")
+        return 0 if cache is None else int(cache.get_seq_length())
+
+    def _check_options(
+        self, cycles: int, cache: Cache | None, depth: Tensor | None, rule: ExitRule | None, every_cycle: bool
+    ) -> None:
+        config = self.config
+        if not 1 <= cycles <= config.cycles:
+            raise ZerodraftError(f"cycles={cycles} must lie between 1 and the model's {config.cycles}.")
+        if (rule is not None or depth is not None) and config.schedule != "block":
+            raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
+        if sum((rule is not None, depth is not None, every_cycle)) > 1:
+            raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")
+        if every_cycle and cache is not None:
+            raise ZerodraftError("cycle_weights is for training; it cannot be used with a cache.")
+        if cache is not None and cache.get_seq_length():
+            deepest = max(step.slot for step in config.steps() if step.cycle < cycles and config.is_shared(step.layer))
+            if cache.get_seq_length(deepest) != cache.get_seq_length():
+                raise ZerodraftError(
+                    f"The cache was filled with fewer than {cycles} cycles; use exit_rule=FixedExit(cycles=...) for "
+                    "depths that change within a sequence."
+                )
+
+    def _cycle(
+        self,
+        *,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        cycles: int | None,
+        exit_depth: Tensor | None,
+        exit_rule: ExitRule | None,
+        exit_policy: ExitPolicy,
+        output_zero_mass: bool = False,
+        every_cycle: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, CycleRun]:
+        """Run the family's forward pass over the cycled layers; its output, and the run with what it collected."""
+        start = self._check_inputs(input_ids, inputs_embeds, past_key_values)
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
+        if not use_cache:
+            past_key_values = None
+        elif past_key_values is None and not every_cycle:
+            past_key_values = DynamicCache(config=self.config)
+        generation = _generation.get()
+        if generation is not None and generation.model is self:
+            exit_rule, exit_policy = generation.rule, generation.policy
+        check_policy(exit_policy)
+        cycles = self.config.cycles if cycles is None else cycles
+        self._check_options(cycles, past_key_values, exit_depth, exit_rule, every_cycle)
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # pyright: ignore  # one of them is given
+        run = CycleRun(
+            config=self.config,
+            layers=self.layers,
+            parts=self._parts,
+            pool=self.zero_tokens,
+            gates=self.cycle_gates,
+            rotary=rotary_module(self._family, self._parts.path),
+            cache=past_key_values,
+            cycles=cycles,
+            every_cycle=every_cycle,
+            keep_mass=output_zero_mass,
+            depth=exit_depth,
+            rule=exit_rule,
+            policy=exit_policy,
+            real=_real_tokens(attention_mask, length),
+            readout=self.readout,
+        )
+        with run.drives():
+            out = self._family(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                **kwargs,
+            )
+        if generation is not None and run.exit_depth is not None:
+            generation.note(start, run.exit_depth)
+        return out, run
+
+    def _stack_mass(self, run: CycleRun) -> Tensor | None:
+        masses = [mass for mass in run.masses if mass is not None]
+        if not masses:
+            return None
+        stacked = torch.stack(masses, 2)
+        if self.config.schedule == "layer":
+            by_layer = stacked.unflatten(2, (self.config.shared_layers, -1))
+            return by_layer.transpose(2, 3)
+        return stacked.unflatten(2, (-1, self.config.shared_layers))
+
+
+def _real_tokens(attention_mask: Tensor | None, length: int) -> Bool[Tensor, "b t"] | None:
+    """Which of this pass's tokens are no padding; None if the mask does not say or there is none."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].bool()
+
+
+class ZttModel(ZttPreTrainedModel):
+    """The decoder without a language modelling head; loads the checkpoints of `ZttForCausalLM`."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^base\.(lm_head|embed_out)\."]
+
+    def __init__(self, config: ZttConfig) -> None:
+        super().__init__(config)
+        family = AutoModel.from_config(self._base_config())
+        # The name under which the family's model with a head holds this one, so that the state-dict keys agree.
+        self._base_name = family.base_model_prefix
+        self._attach(nn.ModuleDict({self._base_name: family}), family)
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        return self.base.get_submodule(self._base_name)  # pyright: ignore[reportReturnType]  # put there by __init__
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Int[Tensor, "#b t"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "b t e"] | None = None,
+        use_cache: bool | None = None,
+        cycles: int | None = None,
+        exit_depth: Int[Tensor, "b t"] | None = None,
+        exit_rule: ExitRule | None = None,
+        exit_policy: ExitPolicy = "propagate",
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm, `(b, t, d)`; the arguments are those of `ZttForCausalLM.forward`."""
+        out, run = self._cycle(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cycles=cycles,
+            exit_depth=exit_depth,
+            exit_rule=exit_rule,
+            exit_policy=exit_policy,
+            **kwargs,
+        )
+        out.past_key_values = run.cache
+        return out
+
+
+class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
+    """A causal language model with head, cycled middle layers and tail."""
+
+    def __init__(self, config: ZttConfig) -> None:
+        super().__init__(config)
+        family = AutoModelForCausalLM.from_config(self._base_config())
+        self._attach(family, family)
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        return self.base  # pyright: ignore[reportReturnType]  # put there by __init__
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self._family.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self._family.set_output_embeddings(new_embeddings)
+
+    @classmethod
+    def from_base(cls, model_or_name: Any, **options: Any) -> "ZttForCausalLM":
+        """Turn a pretrained model of a decoder family into a Zero Token Transformer: see `zerodraft.ztt.convert`."""
+        from zerodraft.ztt.convert import from_base
+
+        return from_base(model_or_name, **options)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Int[Tensor, "#b t"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "b t e"] | None = None,
+        labels: Int[Tensor, "b t"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cycles: int | None = None,
+        cycle_weights: Sequence[float] | None = None,
+        exit_depth: Int[Tensor, "b t"] | None = None,
+        exit_rule: ExitRule | None = None,
+        exit_policy: ExitPolicy = "propagate",
+        output_zero_mass: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ZttCausalLMOutput | tuple:
+        """Logits of the next token.
+
+        Args:
+            input_ids: Tokens; or `inputs_embeds`.
+            attention_mask: `(b, s)` with 0 for padding, or what the family takes beyond that.
+            position_ids: Positions, counted from the cache's length unless given.
+            past_key_values: Any transformers cache with `config.num_hidden_layers` slots.
+            inputs_embeds: Embeddings instead of tokens.
+            labels: Targets, shifted here; -100 is ignored.
+            use_cache: Fill a cache (default: `config.use_cache`, and not in training).
+            logits_to_keep: Last positions, or indices, whose logits are wanted; 0 for all.
+            cycles: Run only so many cycles, for every token.
+            cycle_weights: One weight per cycle; the loss is the weighted mean over the readouts after each cycle (each
+                through the tail), the logits are those of the last.
+            exit_depth: Cycles of each token (from 1); every layer is run and the result selected. Differentiable.
+            exit_rule: Early exit, decided after each cycle; see `zerodraft.ztt.exits`.
+            exit_policy: Keys and values of exited tokens in deeper cycles: from the frozen state (`propagate`), or
+                their latest cycle's (`latest`).
+            output_zero_mass: Return the attention mass on the zero tokens.
+            return_dict: False for a tuple.
+
+        Raises:
+            ZerodraftError: options that exclude each other, an empty prompt, a cache that does not fit.
+        """
+        if cycle_weights is not None and (labels is None or len(cycle_weights) != (cycles or self.config.cycles)):
+            raise ZerodraftError(f"cycle_weights={list(cycle_weights)} needs labels and one weight for each cycle run.")
+        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        out, run = self._cycle(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if cycle_weights is not None else use_cache,
+            cycles=cycles,
+            exit_depth=exit_depth,
+            exit_rule=exit_rule,
+            exit_policy=exit_policy,
+            output_zero_mass=output_zero_mass,
+            every_cycle=cycle_weights is not None,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        logits, loss, cycle_losses = out.logits, None, None
+        if labels is not None:
+            vocabulary = self.config.vocab_size
+            readouts = logits.chunk(len(cycle_weights)) if cycle_weights is not None else [logits]
+            losses = [self.loss_function(x, labels, vocabulary, **loss_kwargs) for x in readouts]
+            logits, loss = readouts[-1], losses[-1]
+            if cycle_weights is not None:
+                loss = sum(w * x for w, x in zip(cycle_weights, losses, strict=True)) / sum(cycle_weights)
+                cycle_losses = torch.stack(losses).detach()
+        result = ZttCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=run.cache,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            cycle_losses=cycle_losses,
+            zero_mass=self._stack_mass(run),
+            exit_depth=run.exit_depth,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    @contextmanager
+    def _exits(self, rule: ExitRule | None, policy: ExitPolicy):
+        """Early exit in every forward pass of this model within the context; `last_exit` is set at its end."""
+        self.last_exit = None
+        if rule is None:
+            yield
+            return
+        check_policy(policy)
+        generation = _Generation(self, rule, policy)
+        token = _generation.set(generation)
+        try:
+            yield
+        finally:
+            _generation.reset(token)
+            self.last_exit = generation.depth
+
+    def generate(
+        self, *args: Any, exit_rule: ExitRule | None = None, exit_policy: ExitPolicy = "propagate", **kwargs: Any
+    ) -> Any:
+        """transformers' `generate` with early exit.
+
+        Args:
+            exit_rule: Decides after each cycle which tokens stop; None runs all cycles.
+            exit_policy: See `forward`.
+
+        Afterwards `last_exit` holds the depth `(b, t)` of every position that was computed (0: padding), in the rows
+        that the model saw (with beam search: the beams). The last token of a text has not been computed and has none.
+        """
+        with self._exits(exit_rule, exit_policy):
+            return super().generate(*args, **kwargs)
