@@ -1,8 +1,9 @@
 """Makes `.venv` with the tested versions, once: the part of every `make` target that needs nothing but Python.
 
-The one thing to get right is torch. On Linux its default wheel is a CUDA build of gigabytes; the CPU build is a wheel with the
-local version `+cpu`. pip finds that wheel where the machine is configured to offer it; elsewhere `uv` knows where CPU builds are
-published. Nothing else is installed until one of the two worked, so nothing can pull the CUDA build behind our back.
+The one thing to get right is torch. On Linux its default wheel is a CUDA build of gigabytes; the CPU build is a wheel
+with the local version `+cpu`. pip finds that wheel where the machine is configured to offer it; elsewhere `uv` knows
+where CPU builds are published. Nothing else is installed until one of the two worked, so nothing can pull the CUDA
+build behind our back.
 """
 
 import argparse

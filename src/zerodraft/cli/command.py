@@ -1,0 +1,47 @@
+"""What a command is: a frozen dataclass whose fields are its flags, and whose `run` calls the library and reports.
+
+The same dataclass gives the parser (`flags`) and the help (`help`): field types say which values fit, the docstring
+under a field is its help text, the class docstring says what the command does.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+Result = dict[str, Any]
+"""What a command measured or made, in JSON types; `--json` prints it."""
+
+
+def positional(metavar: str, **kwargs: Any) -> Any:
+    """A field that is given by its place instead of by a flag; `kwargs` are those of `dataclasses.field`."""
+    return dataclasses.field(metadata={"metavar": metavar}, **kwargs)
+
+
+def metavar(name: str, **kwargs: Any) -> Any:
+    """A flag whose value is called `name` in the help; `kwargs` are those of `dataclasses.field`."""
+    return dataclasses.field(metadata={"value": name}, **kwargs)
+
+
+def overrides_of(source: type) -> Any:
+    """A field that collects the flags of another dataclass (a recipe) that were given, as `{"section.key": value}`."""
+    return dataclasses.field(default_factory=dict, metadata={"source": source})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Command(ABC):
+    """Base of all commands."""
+
+    example: ClassVar[str]
+    """A command line that works, for the help."""
+
+    json: bool = False
+    """Print the result as one JSON object on stdout; all else goes to stderr."""
+
+    def check(self) -> None:  # noqa: B027  # most commands have nothing to check ahead
+        """Raises ZerodraftError for bad input that can be told without torch, so that it is told at once."""
+
+    @abstractmethod
+    def run(self, console: Console) -> Result:
+        """Does the work and writes for people on `console`; raises ZerodraftError for bad input."""

@@ -1,0 +1,42 @@
+"""Exit rules as people write them: `zero-mass:0.5`, `confidence:0.9`, `cycles:2`, `calibrated`, `off`."""
+
+from typing import TYPE_CHECKING, Any
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.strict import did_you_mean
+
+if TYPE_CHECKING:
+    from zerodraft.ztt.exits import ExitRule
+
+FORMS = "off, calibrated, zero-mass:0.5, confidence:0.9, entropy:1.0, kl:0.01, latent:0.1 or cycles:2"
+
+
+def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule | None":
+    """The rule that `text` describes, None for `off`.
+
+    Args:
+        text: `NAME:VALUE`, `calibrated` or `off`.
+        calibrated: what `zerodraft calibrate` wrote into the model's config.
+
+    Raises:
+        ZerodraftError: unknown name, no value, a value that is not a number, or nothing calibrated yet.
+    """
+    from zerodraft.ztt.exits import RULES, exit_rule_from_dict
+
+    name, colon, value = text.strip().partition(":")
+    if name in ("off", "calibrated") and not colon:
+        if name == "off":
+            return None
+        if calibrated is None:
+            raise ZerodraftError(
+                "this model has no calibrated exit rule: run 'zerodraft calibrate' on it, or give a rule and its "
+                "threshold, such as zero-mass:0.5"
+            )
+        return exit_rule_from_dict(calibrated)
+    if name not in RULES:
+        raise ZerodraftError(f"unknown exit rule '{name}'{did_you_mean(name, ['off', 'calibrated', *RULES])}")
+    try:
+        return RULES[name](cycles=int(value)) if name == "cycles" else RULES[name](threshold=float(value))
+    except ValueError:
+        kind = "a whole number" if name == "cycles" else "a number"
+        raise ZerodraftError(f"exit rule '{text}' needs {kind} after the colon; expected one of {FORMS}") from None

@@ -1,0 +1,119 @@
+"""The `zerodraft` program: finds the command, parses its flags, runs it and turns the outcome into an exit code.
+
+0 done, 1 failed (a check that was measured and missed, or the machine), 2 bad input (one sentence on stderr), 130 interrupted.
+Text for people goes to stdout; with `--json` it goes to stderr and the last line of stdout is one JSON object.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from zerodraft.cli.command import Command
+from zerodraft.cli.flags import parse
+from zerodraft.cli.help import command_help, overview
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.strict import did_you_mean
+
+COMMANDS = {
+    "pretrain": "Pretrain",
+    "finetune": "Finetune",
+    "generate": "Generate",
+}
+"""Each command lives in the module of its name."""
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class CheckFailed(Exception):
+    """A command ran and what it measured is not what was asked for: exit code 1."""
+
+
+def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
+    """Runs one command.
+
+    Args:
+        words: the command line without the program's name; `sys.argv` by default.
+        prepare: called once before a command runs (not for help): the slow imports.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    as_json = "--json" in words
+    try:
+        return _dispatch(words, prepare)
+    except ZerodraftError as error:
+        return _complain(str(error), BAD_INPUT, as_json)
+    except (CheckFailed, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # the reader has gone (`zerodraft ... | head`); keep the interpreter from complaining about it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        return _complain(str(error), FAILED, as_json)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED, as_json)
+
+
+def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview({name: _load(name) for name in COMMANDS}) + "\n")
+        return OK
+    if words[0] in ("-V", "--version"):
+        sys.stdout.write(f"zerodraft {version('zerodraft')}\n")
+        return OK
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        what = "flag" if name.startswith("-") else "command"
+        raise ZerodraftError(f"unknown {what} '{name}'{did_you_mean(name, COMMANDS)}")
+    cls = _load(name)
+    flags = rest[: rest.index("--")] if "--" in rest else rest
+    if {"-h", "--help", "--help-all"} & set(flags):
+        sys.stdout.write(command_help(name, cls, complete="--help-all" in flags) + "\n")
+        return OK
+    command = parse(cls, rest, name)
+    command.check()
+    console = Console(stderr=command.json, highlight=False)
+    _log_to_stderr()
+    prepare()
+    result = command.run(console)
+    if command.json:
+        sys.stdout.write(json.dumps(_json_ready(result), allow_nan=False) + "\n")
+    return OK
+
+
+def _load(name: str) -> type[Command]:
+    return getattr(import_module(f"zerodraft.cli.{name}"), COMMANDS[name])
+
+
+def _log_to_stderr() -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("zerodraft").setLevel(logging.INFO)
+
+
+def _complain(message: str, code: int, as_json: bool) -> int:
+    sentence = " ".join(message.split())
+    sys.stderr.write(f"zerodraft: {sentence}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": sentence, "exit_code": code}) + "\n")
+    return code
+
+
+def _json_ready(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    return value

@@ -1,0 +1,130 @@
+"""The contract of the program: exit codes, what goes to which stream, help that fits a screen, and no torch before it is needed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from rich.console import Console
+
+from zerodraft.cli import main as program
+from zerodraft.cli.command import Command, Result
+from zerodraft.cli.flags import flags_of
+from zerodraft.cli.main import COMMANDS, CheckFailed, main
+from zerodraft.errors import ZerodraftError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Echo(Command):
+    """Fails in the way that is asked for."""
+
+    example: ClassVar[str] = "zerodraft echo"
+
+    fail: str = ""
+
+    def check(self) -> None:
+        if self.fail == "check":
+            raise ZerodraftError("told before anything slow")
+
+    def run(self, console: Console) -> Result:
+        if self.fail == "input":
+            raise ZerodraftError("a sentence\nover two lines")
+        if self.fail == "measured":
+            raise CheckFailed("measured 1, wanted 2")
+        if self.fail == "disk":
+            raise OSError(28, "No space left on device")
+        if self.fail == "interrupt":
+            raise KeyboardInterrupt
+        console.print("for people")
+        return {"value": 1.5, "nothing": float("nan"), "list": (1, float("inf"))}
+
+
+@pytest.fixture(autouse=True)
+def _with_echo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    load = program._load
+    monkeypatch.setattr(program, "_load", lambda name: Echo if name == "echo" else load(name))
+    monkeypatch.setitem(program.COMMANDS, "echo", "Echo")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["echo"], 0, ""),
+        (["echo", "--fail", "input"], 2, "zerodraft: a sentence over two lines\n"),
+        (["echo", "--fail", "check"], 2, "zerodraft: told before anything slow\n"),
+        (["echo", "--fail", "measured"], 1, "zerodraft: measured 1, wanted 2\n"),
+        (["echo", "--fail", "disk"], 1, "zerodraft: [Errno 28] No space left on device\n"),
+        (["echo", "--fail", "interrupt"], 130, "zerodraft: interrupted\n"),
+        (["echo", "--fial", "x"], 2, "zerodraft: unknown flag '--fial' (did you mean '--fail'?)\n"),
+        (["ehco"], 2, "zerodraft: unknown command 'ehco' (did you mean 'echo'?)\n"),
+    ],
+)
+def test_exit_codes_and_one_line_of_error(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == code
+    assert capsys.readouterr().err == message
+
+
+def test_json_is_the_last_line_of_stdout_and_the_rest_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["echo", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"value": 1.5, "nothing": None, "list": [1, None]}
+    assert captured.err == "for people\n"
+
+
+def test_with_json_an_error_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["echo", "--fail", "input", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {"error": "a sentence over two lines", "exit_code": 2}
+
+
+def test_without_json_people_read_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["echo"]) == 0
+    assert capsys.readouterr() == ("for people\n", "")
+
+
+def test_the_slow_import_happens_only_to_run_a_command() -> None:
+    calls: list[int] = []
+    for words in ([], ["--help"], ["--version"], ["echo", "--help"], ["echo", "--zzz"], ["echo", "--fail", "check"]):
+        main(words, lambda: calls.append(1))
+    assert calls == []
+    main(["echo"], lambda: calls.append(1))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_fits_a_screen_and_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    assert any(line.startswith(f"example: zerodraft {name} ") for line in lines)
+    assert not [flag.name for flag in flags_of(program._load(name)) if not flag.doc]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_help_all_explains_every_key_of_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help-all"]) == 0
+    text = capsys.readouterr().out
+    for flag in flags_of(program._load(name)):
+        assert flag.positional or flag.name in text or flag.negation in text
+
+
+def test_no_words_means_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+def test_help_of_the_installed_program_does_not_import_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['zerodraft', 'pretrain', '--help']; from zerodraft_command import main; main(); "
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'slow imports'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: zerodraft pretrain RECIPE.yaml")
