@@ -1,8 +1,8 @@
-"""Where the `zerodraft` command starts: outside the package, so that help and bad flags answer before torch is imported.
+"""Where the `zerodraft` command starts: outside the package, so that help and bad flags need not wait for torch.
 
-`import zerodraft` registers its classes with transformers, which takes seconds because it imports torch. The command line needs
-none of that until it runs something. So this module puts the package in place without executing its `__init__`, lets
-`zerodraft.cli` parse, and hands it a function that completes the import before a command runs.
+`import zerodraft` registers its classes with transformers, which takes seconds because it imports torch. The command
+line needs none of that until it runs something. So this module puts the package in place without executing its
+`__init__`, lets `zerodraft.cli` parse, and hands it a function that completes the import before a command runs.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Help texts, made from the dataclasses that the commands are: one line a flag, one screen a command.
 
-A recipe has more keys than a screen has lines; its command shows them by section with their values, and `--help-all` explains
-each of them.
+A recipe has more keys than a screen has lines; its command shows them by section with their values, and `--help-all`
+explains each of them.
 """
 
 import dataclasses
@@ -60,7 +60,10 @@ def command_help(name: str, cls: type[Command], *, complete: bool = False) -> st
         lines += _row("--help-all", "Explain every key.")
         lines += ["", "recipe keys and their defaults (YAML: KEY under SECTION; here: --SECTION.KEY VALUE)"]
         for section, members in _sections(collected).items():
-            lines += ["", f"[{section}]", *sum(map(_explain, members), [])] if complete else _compact(section, members)
+            if complete:
+                lines += ["", f"[{section}]", *(line for flag in members for line in _explain(flag))]
+            else:
+                lines += _compact(section, members)
     return "\n".join(lines)
 
 
@@ -119,10 +122,10 @@ def _default(value: Any) -> str:
 
 def _prose(doc: str) -> list[str]:
     """A docstring, rewrapped to the width of the help."""
-    paragraphs = inspect.cleandoc(doc).split("\n\n")
-    return [
-        line for i, text in enumerate(paragraphs) for line in ([""] if i else []) + _wrap(" ".join(text.split()), 0)
-    ]
+    lines: list[str] = []
+    for paragraph in inspect.cleandoc(doc).split("\n\n"):
+        lines += ["", *_wrap(" ".join(paragraph.split()), 0)]
+    return lines[1:]
 
 
 def _wrap(text: str, indent: int) -> list[str]:

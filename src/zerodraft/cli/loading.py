@@ -1,4 +1,4 @@
-"""Getting a model and its tokenizer for a command, with one clear sentence for everything that can be wrong with them."""
+"""Getting a model and its tokenizer for a command, with one clear sentence for whatever is wrong with them."""
 
 import json
 from pathlib import Path

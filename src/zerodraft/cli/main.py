@@ -1,7 +1,7 @@
 """The `zerodraft` program: finds the command, parses its flags, runs it and turns the outcome into an exit code.
 
-0 done, 1 failed (a check that was measured and missed, or the machine), 2 bad input (one sentence on stderr), 130 interrupted.
-Text for people goes to stdout; with `--json` it goes to stderr and the last line of stdout is one JSON object.
+0 done, 1 failed, 2 bad input (one sentence on stderr), 130 interrupted. Text for people goes to stdout; with `--json`
+it goes to stderr and the last line of stdout is one JSON object.
 """
 
 import json
@@ -33,10 +33,6 @@ COMMANDS = {
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
-class CheckFailed(Exception):
-    """A command ran and what it measured is not what was asked for: exit code 1."""
-
-
 def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
     """Runs one command.
 
@@ -53,7 +49,7 @@ def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambd
         return _dispatch(words, prepare)
     except ZerodraftError as error:
         return _complain(str(error), BAD_INPUT, as_json)
-    except (CheckFailed, OSError) as error:
+    except OSError as error:
         if isinstance(error, BrokenPipeError):
             # the reader has gone (`zerodraft ... | head`); keep the interpreter from complaining about it at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
