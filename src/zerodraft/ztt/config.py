@@ -8,6 +8,7 @@ caches are sized, are `num_hidden_layers` and `layer_types`.
 Idea: Li et al., "Efficient Transformer Parameter Reuse via Zero-Token Mechanism", Findings of ACL 2026.
 """
 
+import copy
 from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -73,6 +74,8 @@ class ZttConfig(PreTrainedConfig):
         # What older or foreign files repeat at the top level and the base configuration already says.
         for name in ("num_hidden_layers", "layer_types"):
             kwargs.pop(name, None)
+        # The attention settings below are written into the base configuration: never into the caller's object.
+        self.base_config = copy.deepcopy(self.base_config)
         super().__post_init__(**kwargs)
         check_cycling(self)
 
