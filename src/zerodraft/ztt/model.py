@@ -54,8 +54,12 @@ class _Generation:
 
     def note(self, start: int, depth: Int[Tensor, "b t"]) -> None:
         """Take over the depths of the positions from `start` on; rolled-back ones (assisted decoding) are replaced."""
-        kept = None if self.depth is None or len(self.depth) != len(depth) else self.depth[:, :start]
-        self.depth = depth if kept is None else torch.cat([kept, depth], 1)
+        if self.depth is None or len(self.depth) != len(depth):
+            # Positions that a cache from an earlier call brought along were not computed here.
+            self.depth = depth.new_zeros(len(depth), start)
+        self.depth = torch.cat([self.depth[:, :start], depth], 1)
+        # Streamers read it while the text grows.
+        self.model.last_exit = self.depth
 
 
 _generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
@@ -436,7 +440,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def _exits(self, rule: ExitRule | None, policy: ExitPolicy):
-        """Early exit in every forward pass of this model within the context; `last_exit` is set at its end."""
+        """Early exit in every forward pass of this model within the context; `last_exit` is kept up to date."""
         self.last_exit = None
         if rule is None:
             yield
@@ -448,7 +452,6 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             yield
         finally:
             _generation.reset(token)
-            self.last_exit = generation.depth
 
     def generate(
         self, *args: Any, exit_rule: ExitRule | None = None, exit_policy: ExitPolicy = "propagate", **kwargs: Any
@@ -459,8 +462,9 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             exit_rule: Decides after each cycle which tokens stop; None runs all cycles.
             exit_policy: See `forward`.
 
-        Afterwards `last_exit` holds the depth `(b, t)` of every position that was computed (0: padding), in the rows
-        that the model saw (with beam search: the beams). The last token of a text has not been computed and has none.
+        Meanwhile and afterwards `last_exit` holds the depth `(b, t)` of every position (0: padding, or computed by an
+        earlier call), in the rows that the model saw (with beam search: the beams). The last token of a text has not
+        been computed and has none. `zerodraft.ztt.streamer` pairs tokens with depths as they come.
         """
         with self._exits(exit_rule, exit_policy):
             return super().generate(*args, **kwargs)

@@ -32,6 +32,11 @@ class ZeroTokenPool(nn.Module):
 
     def forward(self, step: Step) -> Float[Tensor, "kv d"] | None:
         """The zero key of one execution of a layer, or None where it has no zero token."""
+        key = self._key(step)
+        # A view of a parameter requires gradients even under no_grad, and torch's FLOP counter trips over that.
+        return key if key is None or torch.is_grad_enabled() else key.detach()
+
+    def _key(self, step: Step) -> Tensor | None:
         config = self.config
         if config.is_shared(step.layer):
             cycle = step.cycle - (config.zero_token_start - 1)
