@@ -37,18 +37,16 @@ def build_from_scratch(recipe: ModelRecipe, tokenizer: Any) -> PreTrainedModel:
         )
     known = AutoConfig.for_model(recipe.family)
     _check_keys("model.base", recipe.base, {*known.to_dict(), *known.attribute_map})
-    base = AutoConfig.for_model(
-        recipe.family,
-        **{name: getattr(recipe, name) for name in SIZES},
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **recipe.base,
-    )
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {name: getattr(recipe, name) for name in SIZES}
+    base = AutoConfig.for_model(recipe.family, **sizes, **special, vocab_size=len(tokenizer), **recipe.base)
     if recipe.kind == "plain":
-        return AutoModelForCausalLM.from_config(base)
-    return ZttForCausalLM(ZttConfig(base_config=base, **_cycling(recipe)))
+        model = AutoModelForCausalLM.from_config(base)
+    else:
+        model = ZttForCausalLM(ZttConfig(base_config=base, **_cycling(recipe)))
+    # transformers does not look into a nested configuration for these
+    model.generation_config.update(**special)
+    return model
 
 
 def build_from_start(recipe: ModelRecipe) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens and gates have none: a decayed zero token drifts to
 the key 0, whose score is the same for every query, and a decayed gate pulls a deepened model back to its base.
-Muon (Jordan et al. 2024; `torch.optim.Muon`) orthogonalises the momentum of matrices; everything else stays with AdamW.
+With `muon`, the decayed matrices go to Muon and everything else stays with AdamW.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zerodraft.training.muon import Muon
 from zerodraft.training.recipe import TrainingRecipe
 
 NEVER_DECAYED = ("zero_tokens", "cycle_gates")
@@ -57,13 +58,7 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Opt
     groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
     if recipe.optimizer == "adamw" or not decayed:
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
-    muon = torch.optim.Muon(
-        decayed,
-        lr=recipe.muon_learning_rate or recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        # updates as large as AdamW's, so that one learning rate suits both (Liu et al. 2025)
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(decayed, lr=recipe.muon_learning_rate or recipe.learning_rate, weight_decay=recipe.weight_decay)
     adamw = torch.optim.AdamW(groups[1:], lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
     return JoinedOptimizer([muon, adamw] if rest else [muon])
 

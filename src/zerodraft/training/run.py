@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, default_data_collator, set_seed
 
 import zerodraft
 from zerodraft.errors import ZerodraftError
@@ -98,6 +98,8 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
         train_dataset=data.train,
         # the Trainer wants one to evaluate during training; `evaluate` is ours and takes `evaluations`
         eval_dataset=data.validation,
+        # blocks have no padding, and a mask of ones would only cost the fused causal attention
+        data_collator=default_data_collator,
         processing_class=tokenizer,
         callbacks=[ProgressBar(tokens)] if callbacks is None else list(callbacks),
     )

@@ -24,12 +24,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(known)})"
 
 
-def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:
     """Builds the dataclass `cls` from `mapping`.
 
     Args:
         cls: a dataclass type; nested dataclasses are built from nested mappings.
-        mapping: names to values, as YAML gives them.
+        mapping: names to values, as YAML gives them; anything else is refused.
         where: dotted path of `mapping` inside the file, for error messages.
 
     Raises:

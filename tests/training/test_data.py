@@ -1,0 +1,137 @@
+"""Data: formats, splitting, caching and packing are functions of the content alone."""
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.data import PackedBlocks, build_data, cut_document, read_documents, split_documents
+from zerodraft.training.recipe import DataRecipe
+from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box".split()
+
+
+def make_text(seed, words=300):
+    return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([make_text(seed) for seed in range(5)], 300)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return DataRecipe(cache=str(tmp_path / "cache"), context_length=16, validation_fraction=0.2)
+
+
+def test_tokenizer_round_trip(tokenizer, tmp_path):
+    text = "the quick brown fox, naïve 🦊\n\n  and\ttabs"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert len(loaded) == len(tokenizer) <= 300
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
+    assert loaded("<|eos|>")["input_ids"] == [loaded.eos_token_id]
+
+
+def test_tokenizer_errors(tmp_path):
+    with pytest.raises(ZerodraftError, match="at least 259"):
+        train_tokenizer(["text"], 100)
+    with pytest.raises(ZerodraftError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path / "nothing")
+
+
+def test_formats(tmp_path, recipe):
+    (tmp_path / "a.txt").write_text("one\n\n\ntwo", encoding="utf-8")
+    rows = [{"text": "three\u2028still three", "label": "x"}, {"text": "four", "label": "y"}]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"text": ["five"], "label": ["z"]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    assert read_documents((str(tmp_path / "*.txt"),), recipe) == ["one\n\n\ntwo"]
+    assert read_documents((str(tmp_path / "a.txt"),), replace(recipe, separator="\n\n\n")) == ["one", "two"]
+    assert read_documents((str(tmp_path),), recipe)[1:] == ["three\u2028still three", "four", "five"]
+    shown = replace(recipe, template="{label}: {text}")
+    assert read_documents((str(tmp_path / "c.parquet"),), shown) == ["z: five"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("books", r"no data at 'books'"),
+        ("$NOT_SET_ANYWHERE/a.txt", "environment variable NOT_SET_ANYWHERE is not set"),
+        ("bok.txt", r"did you mean 'book\.txt'"),
+        ("book.doc", "unknown format"),
+        ("bad.jsonl", r"line 1 is not JSON"),
+        ("list.jsonl", "must be an object"),
+        ("fields.jsonl", r"has no field 'text' \(did you mean 'texts'\?\)"),
+        ("empty.txt", "no text found"),
+    ],
+)
+def test_errors(tmp_path, monkeypatch, recipe, source, message):
+    monkeypatch.chdir(tmp_path)
+    contents = {"book.txt": "x", "book.doc": "x", "bad.jsonl": "{", "list.jsonl": "[1]", "empty.txt": " \n"}
+    for name, content in {**contents, "fields.jsonl": '{"texts": 1}'}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ZerodraftError, match=message):
+        read_documents((source,), recipe)
+
+
+def test_no_sources(recipe):
+    with pytest.raises(ZerodraftError, match=r"data\.train is empty"):
+        read_documents((), recipe)
+
+
+@given(st.lists(st.text("ab \n", max_size=60), max_size=20), st.integers(1, 50))
+def test_cutting_loses_nothing_but_blanks(paragraphs, chars):
+    document = "\n\n".join(paragraphs)
+    pieces = list(cut_document(document, chars))
+    assert "".join("".join(pieces).split()) == "".join(document.split())
+    assert all(piece == piece.strip() and piece for piece in pieces)
+
+
+def test_split_depends_on_content_only():
+    documents = [make_text(seed, 5) for seed in range(400)]
+    train, validation = split_documents(documents, 0.25)
+    assert sorted(train + validation) == sorted(documents)
+    assert 60 < len(validation) < 140
+    assert split_documents(documents[::-1], 0.25) == (train, validation)
+    # more files change neither the side nor the relative order of those that were there
+    more_train, _ = split_documents(documents + ["something else"], 0.25)
+    assert [text for text in more_train if text != "something else"] == train
+    with pytest.raises(ZerodraftError, match="validation_fraction"):
+        split_documents(documents, 1.0)
+
+
+def test_packing_and_cache(tokenizer, recipe, tmp_path):
+    documents = [make_text(seed, 40) for seed in range(20)]
+    data = build_data(recipe, tokenizer, documents)
+    train, _ = split_documents(documents, recipe.validation_fraction)
+    stream = [i for text in train for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    blocks = [data.train[i]["input_ids"] for i in range(len(data.train))]
+    assert torch.cat(blocks).tolist() == stream[: len(blocks) * 16]
+    assert len(stream) - len(blocks) * 16 < 16
+    assert torch.equal(data.train[0]["labels"], data.train[0]["input_ids"])
+    folders = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    again = build_data(recipe, tokenizer, documents)
+    assert isinstance(again.train.tokens, np.memmap)
+    assert np.array_equal(again.train.tokens, data.train.tokens)
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == folders
+
+
+def test_limited_evaluation_spans_the_text():
+    blocks = PackedBlocks(np.arange(1000, dtype=np.uint16), 10, limit=5)
+    assert [int(blocks[i]["input_ids"][0]) for i in range(len(blocks))] == [0, 200, 400, 600, 800]
+
+
+def test_too_little_text(tokenizer, recipe):
+    with pytest.raises(ZerodraftError, match="fewer than one block"):
+        build_data(replace(recipe, validation_fraction=0.0, context_length=4096), tokenizer, ["short"])

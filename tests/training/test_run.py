@@ -1,0 +1,178 @@
+"""Runs from recipe to model: results, exact resume after a kill, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.callbacks import read_log
+from zerodraft.training.run import finetune, pretrain
+from zerodraft.training.tokenizer import load_tokenizer
+from zerodraft.training.trainer import last_checkpoint
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in read_log(Path(folder) / "log.jsonl") if "loss" in row}
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(Path(folder) / "model").state_dict()
+
+
+def test_pretrain(make_recipe):
+    recipe = make_recipe("training.steps=30", "training.eval_every=10", "training.accumulation=2")
+    results = pretrain(recipe, callbacks=[])
+    folder = Path(recipe.output)
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
+    assert list(losses(folder)) == list(range(1, 31))
+    assert losses(folder)[30] < losses(folder)[1] - 0.5
+    evaluations = [row for row in read_log(folder / "log.jsonl") if "eval_validation_loss_2" in row]
+    assert [row["step"] for row in evaluations] == [10, 20, 30, 30]
+    assert results["evaluation"]["eval_validation_loss_1"] < evaluations[0]["eval_validation_loss_1"]
+    assert not list(folder.glob("**/.*"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.use_cache
+    tokenizer = load_tokenizer(folder / "model")
+    out = model.generate(**tokenizer("the quick", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > 2
+
+
+@pytest.mark.parametrize("overrides", [["model.kind=plain"], ["model.cycles=1", "model.zero_tokens=false"]])
+def test_baselines_train_through_the_same_code(make_recipe, overrides):
+    recipe = make_recipe("training.optimizer=muon", *overrides)
+    results = pretrain(recipe, callbacks=[])
+    assert set(results["evaluation"]) == {
+        "eval_validation_loss_1",
+        "eval_validation_perplexity_1",
+        "eval_validation_bits_per_byte",
+    }
+
+
+def test_plain_and_vanilla_are_the_same_model(make_recipe, tmp_path):
+    for name, kind in (("a", "plain"), ("b", "ztt")):
+        pretrain(
+            make_recipe(f"model.kind={kind}", "model.cycles=1", "model.zero_tokens=false", f"output={tmp_path / name}"),
+            callbacks=[],
+        )
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+
+
+def test_accumulation_equals_a_larger_batch(make_recipe, tmp_path):
+    common = ("loss.kind=weighted", "loss.token_depths=0", "training.steps=3")
+    pretrain(make_recipe(*common, "training.batch_size=4", f"output={tmp_path / 'a'}"), callbacks=[])
+    pretrain(make_recipe(*common, "training.accumulation=2", f"output={tmp_path / 'b'}"), callbacks=[])
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
+
+
+def test_resume_after_kill_gives_the_same_losses(make_recipe, tmp_path):
+    options = ("training.steps=16", "training.save_every=3", "training.optimizer=muon")
+    whole = make_recipe(*options, f"output={tmp_path / 'whole'}")
+    pretrain(whole, callbacks=[])
+    killed = tmp_path / "killed"
+    script = (
+        "import sys; from zerodraft.training.recipe import load_recipe; from zerodraft.training.run import pretrain\n"
+        "pretrain(load_recipe(sys.argv[1], sys.argv[2:]))"
+    )
+    # slow enough to be hit in the middle: each step sleeps
+    script = (
+        "import time, torch\n"
+        "step = torch.optim.AdamW.step\n"
+        "def slow(self, *args, **kwargs):\n"
+        "    time.sleep(0.15)\n"
+        "    return step(self, *args, **kwargs)\n"
+        "torch.optim.AdamW.step = slow\n"
+    ) + script
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), *options, f"output={killed}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()[-2000:]
+    # what a kill in the middle of saving leaves behind must not matter either
+    (killed / ".partial" / "checkpoint-15").mkdir(parents=True)
+    (killed / ".partial" / "checkpoint-15" / "trainer_state.json").write_text("{", encoding="utf-8")
+    results = pretrain(make_recipe(*options, f"output={killed}"), resume=True, callbacks=[])
+    assert results["resumed_from"] is not None
+    assert losses(killed) == losses(whole.output)
+    expected, got = weights(whole.output), weights(killed)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_checkpoint_that_fails_midway_is_not_there(make_recipe, monkeypatch):
+    recipe = make_recipe("training.save_every=2", "training.steps=6")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.Trainer._save_rng_state", fail)
+    with pytest.raises(OSError, match="disk full"):
+        pretrain(recipe, callbacks=[])
+    assert last_checkpoint(recipe.output) is None
+
+
+def test_folder_checks(make_recipe):
+    recipe = make_recipe("training.save_every=2", "training.steps=2")
+    with pytest.raises(ZerodraftError, match="nothing to resume"):
+        pretrain(recipe, resume=True)
+    pretrain(recipe, callbacks=[])
+    with pytest.raises(ZerodraftError, match="already holds a run"):
+        pretrain(recipe)
+    other = make_recipe("training.save_every=2", "training.steps=4", "model.cycles=3", "training.learning_rate=0.1")
+    with pytest.raises(ZerodraftError, match=r"another model\.cycles, training\.learning_rate"):
+        pretrain(other, resume=True)
+    results = pretrain(make_recipe("training.save_every=2", "training.steps=4"), resume=True, callbacks=[])
+    assert results["resumed_from"] == "checkpoint-2"
+    assert list(losses(recipe.output)) == [1, 2, 3, 4]
+
+
+def test_loss_that_is_not_finite_stops_the_run(make_recipe):
+    recipe = make_recipe("training.learning_rate=1e20", "training.max_grad_norm=0", "training.steps=50")
+    with pytest.raises(ZerodraftError, match=r"the loss became (nan|inf) at step \d+: lower training\.learning_rate"):
+        pretrain(recipe, callbacks=[])
+    assert not (Path(recipe.output) / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.family=lama"], "did you mean 'llama'"),
+        (["model.base.rope_tetha=1.0"], r"unknown key 'model\.base\.rope_tetha'"),
+        (["model.ztt.zero_rop=none"], r"'model\.ztt\.zero_rop' \(did you mean 'zero_rope'\?\)"),
+        (["model.cycles=0"], "cycles"),
+        (["data.train=[nowhere.txt]"], r"no data at 'nowhere\.txt'"),
+        (["model.start=somewhere"], "use finetune"),
+        (["training.fsdp=true"], "needs several processes"),
+        (["loss.weights=[1.0]"], "the model has 2 cycles"),
+    ],
+)
+def test_refusals(make_recipe, monkeypatch, overrides, message):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = make_recipe(*overrides)
+    with pytest.raises(ZerodraftError, match=message):
+        pretrain(recipe, callbacks=[])
+    assert not Path(recipe.output).exists()
+
+
+def test_finetune_goes_on_where_pretrain_ended(make_recipe, tmp_path):
+    first = make_recipe("training.steps=20")
+    before = pretrain(first, callbacks=[])["evaluation"]
+    second = make_recipe(f"model.start={first.output}/model", f"output={tmp_path / 'tuned'}", "training.steps=20")
+    after = finetune(second, callbacks=[])["evaluation"]
+    assert after["eval_validation_loss_2"] < before["eval_validation_loss_2"]
+
+
+def test_finetune_needs_a_start(make_recipe):
+    with pytest.raises(ZerodraftError, match=r"needs model\.start"):
+        finetune(make_recipe())
