@@ -1,0 +1,105 @@
+"""The oracle: a plain model of the family with one layer for every execution, and the zero token as a real token.
+
+Nothing of the package's forward pass is used. The order of the layers is written down here a second time, and attention
+is written out with the zero key and a zero value put in front of the keys and values.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
+
+from zerodraft import ZttConfig, ZttForCausalLM
+
+NAME = "written_out_zero_token"
+
+
+def written_out(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which the zero token of `module` is a key like any other, seen by every query."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    zero_key: Tensor | None = getattr(module, "zero_key", None)
+    mask = attention_mask
+    if zero_key is not None:
+        heads = zero_key.repeat_interleave(query.shape[1] // zero_key.shape[0], 0)
+        front = heads[None, :, None].expand(key.shape[0], -1, 1, -1)
+        key, value = torch.cat([front, key], 2), torch.cat([torch.zeros_like(front), value], 2)
+        mask = None if mask is None else F.pad(mask, (1, 0))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    module.zero_mass = weights[..., 0].transpose(1, 2) if zero_key is not None else None
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(NAME, written_out)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def executions(config: ZttConfig) -> list[tuple[int, int]]:
+    """(stored layer, cycle) of every execution, in order."""
+    stored = list(range(config.base_config.num_hidden_layers))
+    head, tail = stored[: config.head_layers], stored[len(stored) - config.tail_layers :]
+    middle = stored[len(head) : len(stored) - len(tail)]
+    if config.schedule == "block":
+        cycled = [(layer, cycle) for cycle in range(config.cycles) for layer in middle]
+    else:
+        cycled = [(layer, cycle) for layer in middle for cycle in range(config.cycles)]
+    return [(layer, 0) for layer in head] + cycled + [(layer, 0) for layer in tail]
+
+
+def layers_of(plain: Any) -> Any:
+    """The decoder layers of a plain model of any of the families."""
+    inner = plain.base_model
+    inner = getattr(inner, "decoder", inner)
+    return inner.h if hasattr(inner, "h") else inner.layers
+
+
+def attention_of(layer: Any) -> Any:
+    return next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
+
+
+def unroll(model: ZttForCausalLM) -> Any:
+    """The physically unrolled model with copies of all weights; zero keys must not be rotated (`origin`)."""
+    config, order = model.config, executions(model.config)
+    plain_config = copy.deepcopy(config.base_config)
+    for name in ("layer_types", "no_rope_layers"):  # one entry a layer
+        if getattr(plain_config, name, None) is not None:
+            setattr(plain_config, name, [getattr(plain_config, name)[layer] for layer, _ in order])
+    plain_config.num_hidden_layers = len(order)
+    plain_config._attn_implementation = NAME
+    plain = AutoModelForCausalLM.from_config(plain_config).eval()
+
+    stored = {name.removeprefix("base."): w for name, w in model.state_dict().items() if name.startswith("base.")}
+    prefix = next(name for name, child in plain.named_modules() if child is layers_of(plain)) + "."
+    rest = {name: w for name, w in stored.items() if not name.startswith(prefix)}
+    missing = plain.load_state_dict(rest, strict=False)
+    assert not missing.unexpected_keys
+    assert all(name.startswith(prefix) for name in missing.missing_keys)
+    zero = model.state_dict().get("zero_tokens.keys")
+    edge = model.state_dict().get("zero_tokens.edge_keys")
+    head, stored_layers = config.head_layers, config.base_config.num_hidden_layers
+    for (index, cycle), layer in zip(order, layers_of(plain), strict=True):
+        own = {k.removeprefix(f"{prefix}{index}."): w for k, w in stored.items() if k.startswith(f"{prefix}{index}.")}
+        layer.load_state_dict(own)
+        attention = attention_of(layer)
+        if getattr(plain_config, "scale_attn_by_inverse_layer_idx", False):  # by the stored layer, not by the execution
+            attention.scaling = attention.scaling * (attention.layer_idx + 1) / (index + 1)
+        in_cycles = head <= index < stored_layers - config.tail_layers
+        row = cycle - (config.zero_token_start - 1)
+        if in_cycles and zero is not None and row >= 0:
+            attention.zero_key = zero[row, index - head]
+        elif not in_cycles and edge is not None:
+            attention.zero_key = edge[index if index < head else index - stored_layers + len(edge)]
+    return plain
