@@ -122,6 +122,8 @@ class TrainingRecipe:
 
     steps: int = 1000
     """Optimizer steps."""
+    max_minutes: float = 0.0
+    """End the schedule after about this time if the steps would take longer; 0 means no limit."""
     batch_size: int = 8
     """Blocks per forward pass and process."""
     accumulation: int = 1

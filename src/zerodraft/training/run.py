@@ -33,7 +33,7 @@ from zerodraft.training.strict import to_mapping
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
 from zerodraft.training.trainer import ZttTrainer, last_checkpoint, training_arguments
 
-MAY_CHANGE = ("steps", "decay_fraction", "log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard")
+MAY_CHANGE = ("steps", "max_minutes", "decay_fraction", "log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard")
 """Fields of `training` that a resumed run may have other values of."""
 
 
