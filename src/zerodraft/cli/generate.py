@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
+from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.depth import DepthStreamer, legend
+from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
-from zerodraft.cli.loading import load_tokenizer, load_ztt
+from zerodraft.cli.loading import load_tokenizer_for, load_ztt
 from zerodraft.errors import ZerodraftError
 
 
@@ -59,17 +60,21 @@ class Generate(Command):
         """Loads, generates and reports speed and depth."""
         import torch
 
+        from zerodraft.ztt.streamer import DepthStreamer
+
         model, path = load_ztt(self.model)
-        tokenizer = load_tokenizer(path, model.config.vocab_size)
+        tokenizer = load_tokenizer_for(model, path)
         rule = parse_exit_rule(self.exit_rule, model.config.exit_rule)
-        inputs = self._encode(tokenizer, self._prompt())
-        length = inputs["input_ids"].shape[1]
+        inputs = self._encode(tokenizer, self._prompt()).to(model.device)
+
+        def write(text: str, depth: int) -> None:
+            console.print(Text(text, style=colour(depth) if self.show_depth else ""), end="")
 
         torch.manual_seed(self.seed)
         sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
-        streamer = DepthStreamer(console, tokenizer, (lambda: _last_depth(model)) if self.show_depth else None)
+        streamer = DepthStreamer(model, tokenizer, write)
         started = time.perf_counter()
-        output = model.generate(
+        model.generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=self.temperature > 0,
@@ -78,10 +83,10 @@ class Generate(Command):
             **sampling,
         )
         seconds = time.perf_counter() - started
-        new = output[0, length:].tolist()
-        depths = self._depths(model, length, len(new))
-        speed, mean = len(new) / seconds, sum(depths) / max(len(depths), 1)
-        if self.show_depth and depths:
+        new, depths = streamer.tokens, streamer.depths
+        speed, mean = len(new) / seconds, sum(depths) / len(depths)
+        console.print()
+        if self.show_depth:
             console.print(legend(depths))
         console.print(f"{len(new)} tokens, {speed:.1f} tokens/s, {mean:.2f} of {model.config.cycles} cycles a token")
         return {
@@ -116,11 +121,3 @@ class Generate(Command):
         return tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-
-    def _depths(self, model: Any, prompt_length: int, new: int) -> list[int]:
-        """The depth at which each new token was predicted: that of the position before it."""
-        return model.last_exit[0, prompt_length - 1 : prompt_length - 1 + new].tolist()
-
-
-def _last_depth(model: Any) -> int:
-    return int(model.last_exit[0, -1])

@@ -1,4 +1,4 @@
-"""Getting a model and its tokenizer for a command, with one clear sentence for whatever is wrong with them."""
+"""Getting a model and its tokenizer for a command; whatever is wrong with them is one clear sentence."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ from zerodraft.errors import ZerodraftError
 
 
 def load_ztt(name: str) -> tuple[Any, Path]:
-    """The Zero Token Transformer at a path, hub id or short name, in evaluation mode, and its directory."""
+    """The Zero Token Transformer at a path, hub id or short name, ready to run, and its directory."""
     from zerodraft import ZttForCausalLM
     from zerodraft.targets import resolve
+    from zerodraft.ztt.loading import load_pretrained
 
     path = resolve(name)
     kind = model_type(path)
@@ -19,41 +20,33 @@ def load_ztt(name: str) -> tuple[Any, Path]:
             f"'{name}' is a plain {kind} model, not a Zero Token Transformer: convert it first with "
             f"'zerodraft convert {name} --output DIR'"
         )
-    try:
-        return ZttForCausalLM.from_pretrained(path).eval(), path
-    except ZerodraftError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ZerodraftError(f"the checkpoint in '{path}' cannot be loaded: {_first_sentence(error)}") from error
+    return load_pretrained(ZttForCausalLM, path).to(default_device()).eval(), path
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Any:
+def default_device() -> Any:
+    """The accelerator if there is one, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def load_tokenizer_for(model: Any, path: Path) -> Any:
     """The tokenizer beside a model, checked to fit the model's vocabulary."""
-    from transformers import AutoTokenizer
+    from zerodraft.training.tokenizer import load_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > model.config.vocab_size:
         raise ZerodraftError(
-            f"no tokenizer can be loaded from '{path}' ({_first_sentence(error)}): put its tokenizer.json there"
-        ) from error
-    if len(tokenizer) > vocab_size:
-        raise ZerodraftError(
-            f"the tokenizer in '{path}' has {len(tokenizer)} tokens and the model's vocabulary only {vocab_size}: "
-            "they do not belong together"
+            f"the tokenizer in '{path}' has {len(tokenizer)} tokens, the model's vocabulary only "
+            f"{model.config.vocab_size}: they do not belong together"
         )
     return tokenizer
 
 
 def model_type(path: Path) -> str:
     """What the `config.json` of a model directory says that it is."""
+    file = path / "config.json"
     try:
-        return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ZerodraftError(
-            f"'{path / 'config.json'}' is not a model configuration: {_first_sentence(error)}"
-        ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
+        return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ZerodraftError(f"'{file}' is not a model configuration: it has no model_type") from error

@@ -27,6 +27,7 @@ COMMANDS = {
     "pretrain": "Pretrain",
     "finetune": "Finetune",
     "generate": "Generate",
+    "convert": "Convert",
 }
 """Each command lives in the module of its name."""
 
@@ -77,9 +78,10 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
         return OK
     command = parse(cls, rest, name)
     command.check()
-    console = Console(stderr=command.json, highlight=False)
+    console = Console(stderr=command.json, highlight=False, soft_wrap=True)
     _log_to_stderr()
     prepare()
+    _quiet_transformers()
     result = command.run(console)
     if command.json:
         sys.stdout.write(json.dumps(_json_ready(result), allow_nan=False) + "\n")
@@ -94,6 +96,13 @@ def _log_to_stderr() -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("zerodraft").setLevel(logging.INFO)
+
+
+def _quiet_transformers() -> None:
+    """No progress bars for loading a file; a command that takes long has its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _complain(message: str, code: int, as_json: bool) -> int:
