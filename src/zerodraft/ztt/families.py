@@ -6,9 +6,11 @@ A family that lacks one of them is refused with a sentence that says what is mis
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,6 +37,19 @@ class DecoderParts:
     cache_argument: str
     arguments: tuple[str, ...]
     rotary_by_type: bool
+
+
+def build_family(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """The family's own model, as one of transformers' `AutoModel...` classes makes it from its configuration.
+
+    Raises:
+        ZerodraftError: transformers has no such model, or its attention does not go through the AttentionInterface.
+    """
+    try:
+        return auto_class.from_config(config)
+    except ValueError as error:
+        reason = re.split(r"\.?\s*\n|\. ", str(error), maxsplit=1)[0].rstrip(".")
+        raise ZerodraftError(f"{type(config).__name__} cannot be cycled: {reason}.") from error
 
 
 def find_parts(model: PreTrainedModel) -> DecoderParts:

@@ -22,7 +22,7 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.cycling import CycledLayers, CycleRun, Readout
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy, exit_rule_from_dict
-from zerodraft.ztt.families import attention_of, ffn_output_of, find_parts, kv_shape, rotary_module
+from zerodraft.ztt.families import attention_of, build_family, ffn_output_of, find_parts, kv_shape, rotary_module
 from zerodraft.ztt.interface import announce_call, attention_name, current_call
 from zerodraft.ztt.lora import CycleLora
 from zerodraft.ztt.pool import ZeroTokenPool
@@ -289,7 +289,7 @@ class ZttModel(ZttPreTrainedModel):
 
     def __init__(self, config: ZttConfig) -> None:
         super().__init__(config)
-        family = AutoModel.from_config(self._base_config())
+        family = build_family(AutoModel, self._base_config())
         # The name under which the family's model with a head holds this one, so that the state-dict keys agree.
         self._base_name = family.base_model_prefix
         self._attach(nn.ModuleDict({self._base_name: family}), family)
@@ -335,7 +335,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ZttConfig) -> None:
         super().__init__(config)
-        family = AutoModelForCausalLM.from_config(self._base_config())
+        family = build_family(AutoModelForCausalLM, self._base_config())
         self._attach(family, family)
 
     @property
