@@ -1,0 +1,246 @@
+"""Finds the threshold of an exit rule for a compute budget or for a bound on the loss, on a given text.
+
+Nothing is modelled: candidates are taken from the quantiles of the rule's own scores, each is measured with its exits
+applied, and the interval in which the target is met for the first time is halved a few times.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
+from zerodraft.ztt.model import ZttForCausalLM
+from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, rule_name, scored_rule, trade_off
+
+HALVINGS = 5
+"""How often the interval around the target is halved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeBudget:
+    """At most this much compute, and then the lowest loss.
+
+    Args:
+        flops: Share of the FLOPs without exits, above 0 and at most 1.
+        mean_cycles: Cycles per token; one of the two.
+    """
+
+    flops: float | None = None
+    mean_cycles: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.flops is None) == (self.mean_cycles is None):
+            raise ZerodraftError("A compute budget is given either as flops or as mean_cycles.")
+        if self.flops is not None and not 0 < self.flops <= 1:
+            raise ZerodraftError(f"A compute budget of {self.flops:g} of the FLOPs is not above 0 and at most 1.")
+        if self.mean_cycles is not None and not self.mean_cycles >= 1:
+            raise ZerodraftError(f"A compute budget of {self.mean_cycles:g} cycles per token is below 1.")
+
+    def met_by(self, point: Point) -> bool:
+        """Whether the measured compute is within the budget."""
+        return point.flops <= self.flops if self.flops is not None else point.mean_cycles <= (self.mean_cycles or 0)
+
+    def best(self, points: Sequence[Point]) -> Point:
+        """The point that wins among those that meet the budget."""
+        return min(points, key=lambda point: (point.loss, point.flops))
+
+    def unreachable(self, points: Sequence[Point]) -> str:
+        """Why none of the points will do, with what comes nearest."""
+        least = min(points, key=lambda point: point.flops if self.flops is not None else point.mean_cycles)
+        asked = f"{self.flops:g} of the FLOPs" if self.flops is not None else f"{self.mean_cycles:g} cycles per token"
+        return (
+            f"A budget of {asked} cannot be reached with this rule: the least is {least.flops:.3f} of the FLOPs at "
+            f"{least.mean_cycles:.2f} cycles per token, with a loss of {least.loss:.3f} instead of "
+            f"{least.loss - least.loss_increase:.3f}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossBound:
+    """At most this much more loss, and then the least compute.
+
+    Args:
+        relative: Increase as a share of the loss without exits.
+        absolute: Increase in nats; one of the two.
+    """
+
+    relative: float | None = None
+    absolute: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.relative is None) == (self.absolute is None):
+            raise ZerodraftError("A loss bound is given either as relative or as absolute.")
+
+    def met_by(self, point: Point) -> bool:
+        """Whether the measured increase is within the bound."""
+        if self.relative is not None:
+            return point.relative_increase <= self.relative
+        return point.loss_increase <= (self.absolute or 0)
+
+    def best(self, points: Sequence[Point]) -> Point:
+        """The point that wins among those that meet the bound."""
+        return min(points, key=lambda point: (point.flops, point.loss))
+
+    def unreachable(self, points: Sequence[Point]) -> str:
+        """Why none of the points will do, with what comes nearest."""
+        least = min(points, key=lambda point: point.loss_increase)
+        asked = f"{self.relative:.2%}" if self.relative is not None else f"{self.absolute:g} nats"
+        return (
+            f"A loss increase of at most {asked} cannot be reached with exits by this rule: the smallest measured is "
+            f"{least.relative_increase:.2%} ({least.loss_increase:.4f} nats) at {least.flops:.3f} of the FLOPs and "
+            f"{least.mean_cycles:.2f} cycles per token."
+        )
+
+
+Target = ComputeBudget | LossBound
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationResult:
+    """What was found.
+
+    Attributes:
+        rule: The rule with its threshold, ready for `generate(exit_rule=...)`.
+        target: What was asked for.
+        chosen: The rule's measurement.
+        full: The model without exits.
+        curve: Everything measured with the rule, from much compute to little.
+        policy: Under which it was measured.
+        tokens: How many tokens were read, in blocks of `block_length`.
+    """
+
+    rule: ExitRule
+    target: Target
+    chosen: Point
+    full: Point
+    curve: tuple[Point, ...]
+    policy: ExitPolicy
+    tokens: int
+    block_length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types."""
+        points = {"chosen": asdict(self.chosen), "full": asdict(self.full), "curve": [asdict(p) for p in self.curve]}
+        target = {key: value for key, value in asdict(self.target).items() if value is not None}
+        text = {"policy": self.policy, "tokens": self.tokens, "block_length": self.block_length}
+        return {"rule": self.chosen.rule, "target": target, **points, **text}
+
+
+def calibrate(
+    model: ZttForCausalLM,
+    blocks: Int[Tensor, "rows t"],
+    rule: str | ExitRule = "zero-mass",
+    *,
+    target: Target,
+    policy: ExitPolicy = "propagate",
+    batch_size: int = 8,
+    levels: Sequence[float] = LEVELS,
+    halvings: int = HALVINGS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CalibrationResult:
+    """Find the threshold of a rule that meets a target on a text.
+
+    Args:
+        model: With several cycles.
+        blocks: The text in token ids; each row is read on its own.
+        rule: Name, or a rule whose options (not its threshold) are kept: `ZeroMassExit(threshold=0, pool="max")`.
+        target: `ComputeBudget(...)` or `LossBound(...)`.
+        policy: What deeper cycles see of exited tokens.
+        batch_size: Rows per forward pass.
+        levels: Where the trade-off is measured, see `zerodraft.ztt.tradeoff.LEVELS`.
+        halvings: How often the interval around the target is halved.
+        progress: Called with the number of forward passes done and expected.
+
+    Raises:
+        ZerodraftError: the model, text or rule does not fit, or the target cannot be reached (with what can).
+    """
+    template = scored_rule(rule)
+    done = 0
+
+    def on_batch() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    ruler = Ruler(model, blocks, policy, batch_size, on_batch)
+    total = ruler.passes * (2 + len(levels) + halvings)
+    result = calibrate_with(ruler, template, target, levels=levels, halvings=halvings)
+    progress(total, total)
+    return result
+
+
+def calibrate_with(
+    ruler: Ruler, rule: ScoredRule, target: Target, *, levels: Sequence[float] = LEVELS, halvings: int = HALVINGS
+) -> CalibrationResult:
+    """`calibrate` on a ruler that may already have measured the model without exits (several rules on one text)."""
+    scores = ruler.scores(rule)
+    points = trade_off(ruler, rule, scores, levels)
+    for _ in range(halvings):
+        bracket = _bracket(points, target)
+        if bracket is None:
+            break
+        level = sum(bracket) / 2
+        points[level] = ruler.measure(at_level(rule, scores, level))
+    met = [point for point in points.values() if target.met_by(point)]
+    if not met:
+        raise ZerodraftError(target.unreachable(list(points.values())))
+    chosen = target.best(met)
+    assert chosen.rule is not None
+    return CalibrationResult(
+        rule=exit_rule_from_dict(chosen.rule),
+        target=target,
+        chosen=chosen,
+        full=ruler.full,
+        curve=tuple(points[level] for level in sorted(points)),
+        policy=ruler.policy,
+        tokens=ruler.blocks.numel(),
+        block_length=ruler.blocks.shape[1],
+    )
+
+
+def _bracket(points: dict[float, Point], target: Target) -> tuple[float, float] | None:
+    """Neighbouring levels of which one meets the target and the other does not; None if there are no such.
+
+    More exits come nearer to a budget and farther from a loss bound, so the first change from rare to frequent exits counts
+    for a budget, and the last for a bound. Level 0 (nobody stops) is not measured: it meets every bound and no budget.
+    """
+    is_bound = isinstance(target, LossBound)
+    met = [(0.0, is_bound)] + [(level, target.met_by(points[level])) for level in sorted(points)]
+    changes = [(a, b) for (a, x), (b, y) in zip(met, met[1:], strict=False) if x != y and x == is_bound]
+    return None if not changes else changes[-1] if is_bound else changes[0]
+
+
+def write_exit_rule(model: ZttForCausalLM, rule: ExitRule, directory: str | os.PathLike[str] | None = None) -> None:
+    """Put the rule into the model's configuration, and into the `config.json` of its directory if one is given.
+
+    Raises:
+        ZerodraftError: the directory has no configuration of such a model.
+    """
+    stored = exit_rule_to_dict(rule)
+    if directory is not None:
+        path = Path(directory) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ZerodraftError(f"{str(path)!r} cannot be read as a model configuration: {error}.") from error
+        if not isinstance(config, dict) or config.get("model_type") != model.config.model_type:
+            raise ZerodraftError(f"{str(path)!r} is not the configuration of a Zero Token Transformer.")
+        write_text(path, json.dumps(config | {"exit_rule": stored}, indent=2, sort_keys=True) + "\n")
+    model.config.exit_rule = stored
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""What early exit costs and saves on a text: compute and loss, measured with the exits really applied.
+
+One forward pass over a block of tokens gives every position the same depth and state that it has when the text is
+generated token by token (the exit of a token depends on earlier tokens only), so the loss and the FLOPs of whole blocks
+are those of generation, at the speed of prefill.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.exits import RULES, CycleOutput, ExitPolicy, ExitRule, exit_rule_to_dict
+from zerodraft.ztt.flops import count_flops
+from zerodraft.ztt.model import ZttForCausalLM
+
+SIGNS = {"zero-mass": 1.0, "confidence": 1.0, "entropy": -1.0, "kl": -1.0, "latent": -1.0}
+"""Rules with a threshold, and the sign that turns a score into one: a token stops from `sign * threshold` on."""
+
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Thresholds are placed so that this share of all scores (of every token after every cycle but the last) would stop."""
+
+
+@runtime_checkable
+class ScoredRule(Protocol):
+    """A rule that stops tokens whose score is high enough."""
+
+    threshold: float
+
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        """The higher, the sooner a token stops."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One measurement over a text.
+
+    Attributes:
+        rule: The rule as `exit_rule_to_dict` writes it, or None without exits.
+        mean_cycles: Cycles per token.
+        depths: Share of the tokens that stopped after 1, 2, ... cycles.
+        flops_per_token: Counted, with everything that the rule itself computes.
+        flops: The same as a share of the FLOPs without exits.
+        loss: Mean cross-entropy of the next token, in nats.
+        loss_increase: Difference to the loss without exits.
+    """
+
+    rule: dict[str, Any] | None
+    mean_cycles: float
+    depths: tuple[float, ...]
+    flops_per_token: float
+    flops: float
+    loss: float
+    loss_increase: float
+
+    @property
+    def relative_increase(self) -> float:
+        """Increase of the loss as a share of the loss without exits."""
+        return self.loss_increase / (self.loss - self.loss_increase)
+
+
+class Ruler:
+    """Measures a model with different rules on one text.
+
+    Args:
+        model: Is put into evaluation mode for each measurement.
+        blocks: Token ids; each row is read on its own.
+        policy: What deeper cycles see of exited tokens.
+        batch_size: Rows per forward pass.
+        on_batch: Called after each forward pass.
+
+    Raises:
+        ZerodraftError: blocks of fewer than two tokens, or a model whose tokens all run the same cycles anyway.
+    """
+
+    def __init__(
+        self,
+        model: ZttForCausalLM,
+        blocks: Int[Tensor, "rows t"],
+        policy: ExitPolicy = "propagate",
+        batch_size: int = 8,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        rows, length = blocks.shape
+        if rows == 0 or length < 2:
+            raise ZerodraftError(f"Calibration needs at least one block of two tokens, got {rows} of {length}.")
+        if model.config.cycles < 2:
+            raise ZerodraftError("The model has one cycle, so no token can leave early; it needs cycles of at least 2.")
+        if model.config.schedule != "block":
+            raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
+        self.model, self.blocks, self.policy, self.batch_size, self.on_batch = model, blocks, policy, batch_size, on_batch
+        self._full: Point | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one measurement."""
+        return -(-len(self.blocks) // self.batch_size)
+
+    @property
+    def full(self) -> Point:
+        """The model without exits."""
+        if self._full is None:
+            self._full = self._measure(None)
+        return self._full
+
+    def measure(self, rule: ExitRule) -> Point:
+        """The model with a rule."""
+        full, point = self.full, self._measure(rule)
+        share, increase = point.flops_per_token / full.flops_per_token, point.loss - full.loss
+        return replace(point, flops=share, loss_increase=increase)
+
+    def scores(self, rule: ScoredRule) -> Float[Tensor, " n"]:
+        """The scores of every token after every cycle but the last, in ascending order, when nobody stops.
+
+        Raises:
+            ZerodraftError: the rule has nothing to look at, or a score is not a number.
+        """
+        collector = _Collector(rule)
+        self._forward(collector)
+        scores = torch.cat(collector.scores)
+        if bool(scores.isnan().any()):
+            raise ZerodraftError(f"Scores of {type(rule).__name__} are not numbers: do the model's weights hold NaN?")
+        scores = scores[scores.isfinite()]
+        if not len(scores):
+            raise ZerodraftError(
+                "The model has no zero tokens in the cycles after which a token could leave; choose another rule than "
+                "zero-mass."
+            )
+        return scores.sort().values
+
+    @torch.no_grad()
+    def _forward(self, rule: ExitRule | None) -> tuple[int, float, list[Tensor]]:
+        """FLOPs, summed loss and depths of one pass over the text."""
+        was_training = self.model.training
+        self.model.eval()
+        flops, loss, depths = 0, 0.0, []
+        try:
+            for batch in self.blocks.split(self.batch_size):
+                batch = batch.to(self.model.device)
+                with count_flops() as counted:
+                    out = self.model(
+                        batch, labels=batch, use_cache=False, exit_rule=rule, exit_policy=self.policy
+                    )
+                flops, loss = flops + counted.total, loss + float(out.loss) * len(batch)
+                if out.exit_depth is not None:
+                    depths.append(out.exit_depth.cpu())
+                self.on_batch()
+        finally:
+            self.model.train(was_training)
+        return flops, loss / len(self.blocks), depths
+
+    def _measure(self, rule: ExitRule | None) -> Point:
+        cycles = self.model.config.cycles
+        flops, loss, parts = self._forward(rule)
+        depths = torch.cat(parts) if parts else torch.full(self.blocks.shape, cycles)
+        counts = torch.bincount(depths.flatten(), minlength=cycles + 1)[1:]
+        return Point(
+            rule=None if rule is None else exit_rule_to_dict(rule),
+            mean_cycles=depths.double().mean().item(),
+            depths=tuple((counts / depths.numel()).tolist()),
+            flops_per_token=flops / self.blocks.numel(),
+            flops=1.0,
+            loss=loss,
+            loss_increase=0.0,
+        )
+
+
+class _Collector:
+    """A rule that notes the scores of another one and stops nobody."""
+
+    def __init__(self, rule: ScoredRule) -> None:
+        self.rule = rule
+        self.scores: list[Tensor] = []
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        score = self.rule.score(out).float()
+        self.scores.append(score.cpu())
+        return torch.zeros_like(score, dtype=torch.bool)
+
+
+def scored_rule(rule: str | ExitRule) -> ScoredRule:
+    """A rule that has a threshold to be found: by name with its default options, or itself.
+
+    Raises:
+        ZerodraftError: unknown, or without a threshold.
+    """
+    made = RULES[rule](threshold=0.0) if isinstance(rule, str) and rule in SIGNS else rule
+    if not isinstance(made, ScoredRule) or rule_name(made) not in SIGNS:
+        raise ZerodraftError(f"{rule!r} is no exit rule with a threshold; choose one of {', '.join(SIGNS)}.")
+    return made
+
+
+def rule_name(rule: Any) -> str:
+    """The name under which a rule is stored, or an empty text."""
+    return next((name for name, kind in RULES.items() if type(rule) is kind), "")
+
+
+def at_level(rule: ScoredRule, scores: Float[Tensor, " n"], level: float) -> ExitRule:
+    """The rule with the threshold that a share `level` of the (ascending) scores reaches."""
+    index = min(int((1 - level) * len(scores)), len(scores) - 1)
+    threshold = SIGNS[rule_name(rule)] * float(scores[index])
+    return replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]  # all rules are dataclasses
+
+
+def trade_off(
+    ruler: Ruler, rule: ScoredRule, scores: Float[Tensor, " n"], levels: Sequence[float] = LEVELS
+) -> dict[float, Point]:
+    """The rule measured at thresholds from rare to frequent exits, by level."""
+    points: dict[float, Point] = {}
+    for level in sorted(levels):
+        candidate = at_level(rule, scores, level)
+        same = next((p for p in points.values() if p.rule == exit_rule_to_dict(candidate)), None)
+        points[level] = same or ruler.measure(candidate)
+    return points
