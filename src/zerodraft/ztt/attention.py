@@ -5,7 +5,7 @@ With value zero the token needs no KV slot, no mask column and no position shift
     a0  = sigmoid(q.k0 * scale - LSE)        LSE: log-sum-exp of the ordinary scores
     out = (1 - a0) * ordinary attention
 
-`a0` is the mass that lands on the zero token; it is the exit signal. Three equal forms, each `(q, k, v, s0) -> (out, a0)`:
+`a0` is the mass that lands on the zero token; it is the exit signal. Three equal forms, each returns `(out, a0)`:
 
 * `zero_attention_reference`: softmax over the concatenated scores. The oracle, and the `eager` implementation.
 * `zero_attention_sdpa`: the zero token put in front of the keys of `scaled_dot_product_attention`, fused and portable.
@@ -166,22 +166,41 @@ def has_lse_kernel(q: Query, k: Keys, mask: Tensor | None, is_causal: bool, drop
 
 
 def zero_attention_lse(
-    q: Query, k: Keys, v: Keys, s0: Mass, *, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Query, Mass]:
+    q: Query,
+    k: Keys,
+    v: Keys,
+    zero_key: Float[Tensor, "kv d"] | Float[Tensor, "#b kv t d"],
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    need_mass: bool = True,
+) -> tuple[Query, Mass | None]:
     """The LSE form. Only for inputs of which `has_lse_kernel` is true."""
     if q.device.type == "cuda":
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out, lse, *_ = _cuda_flash(q, k, v, 0.0, is_causal, False, scale=scale)
-        return _fold_in(out, lse[..., : q.shape[2]], s0, None)[:2]
+        return _fold_in(out, lse[..., : q.shape[2]], zero_scores(q, zero_key, scale), None)[:2]
     if mask is not None:
         mask = mask.expand(q.shape[0], -1, q.shape[2], -1)
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, s0)):
-        return _CpuFlashZeroToken.apply(q, k, v, s0, mask, is_causal, scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, zero_key)):
+        return _CpuFlashZeroToken.apply(q, k, v, zero_scores(q, zero_key, scale), mask, is_causal, scale)
+    b, h, t, d = q.shape
+    kv = k.shape[1]
+    if t == 1 and zero_key.ndim == 2 and mask is None and q.dtype in (torch.float32, torch.float64):
+        # One decoding step is paid for by the number of small operations and by reading the keys: the query heads of a
+        # KV head go in as its queries, and the zero token is folded in by three operations.
+        grouped = q.reshape(b, kv, h // kv, d)
+        out, lse = _cpu_flash(grouped, k, v, 0.0, False, scale=scale)
+        keys = zero_key.to(q.dtype)[None].expand(b, kv, d).reshape(b * kv, d, 1)
+        scores = torch.baddbmm(lse.view(b * kv, -1, 1), grouped.view(b * kv, -1, d), keys, alpha=-scale)
+        keep = scores.sigmoid_().view(b, h, 1)
+        return out.view(b, h, 1, d).mul_(keep[..., None]), 1 - keep if need_mass else None
     out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-    return _fold_in(out, lse, s0, mask)[:2]
+    return _fold_in(out, lse, zero_scores(q, zero_key, scale), mask)[:2]
 
 
 def zero_attention_flex(

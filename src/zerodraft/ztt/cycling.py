@@ -27,7 +27,6 @@ from zerodraft.ztt.config import Step, ZttConfig
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule
 from zerodraft.ztt.families import DecoderParts, rotary_of
 from zerodraft.ztt.interface import LayerCall, TokenGrid, current_call
-from zerodraft.ztt.pool import ZeroTokenPool
 
 _active: ContextVar["Recorder | None"] = ContextVar("active_run", default=None)
 
@@ -89,7 +88,7 @@ class CycleRun(Recorder):
         config: The schedule.
         layers: The family's layers.
         parts: How they are called.
-        pool: Zero tokens, or None.
+        zero_keys: Keys of the zero tokens by step.
         gates: `(cycles - 1, shared layers)` of `cycle_gates`, or None.
         rotary: The family's rotary module, or None.
         cache: Cache of the unrolled model, or None.
@@ -106,7 +105,7 @@ class CycleRun(Recorder):
     config: ZttConfig
     layers: list[nn.Module]
     parts: DecoderParts
-    pool: ZeroTokenPool | None
+    zero_keys: dict[Step, Tensor]
     gates: Tensor | None
     rotary: nn.Module | None
     cache: Cache | None
@@ -273,10 +272,12 @@ class CycleRun(Recorder):
 
     def zero_key(self, step: Step, hidden: Tensor) -> Tensor | None:
         """The zero key of a step: `(kv, d)`, or `(b, kv, t, d)` where it is rotated along with the queries."""
-        key = None if self.pool is None else self.pool(step)
+        key = self.zero_keys.get(step)
+        if key is None or self.config.zero_rope == "origin":
+            return key
         rotate = rotary_of(self.layers[step.layer])
         embeddings = self.inputs[step.layer].get("position_embeddings")
-        if key is None or self.config.zero_rope == "origin" or rotate is None or embeddings is None:
+        if rotate is None or embeddings is None:
             return key
         if self.config.zero_rope == "relative":
             embeddings = self.rotary_at(step.layer, hidden, self.inputs[step.layer]["position_ids"] - 1)
@@ -287,7 +288,9 @@ class CycleRun(Recorder):
     def rotary_at(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the family's rotary module at other positions."""
         if self.rotary is None:
-            raise ZerodraftError('zero_rope="relative" needs a family with a rotary_emb module; use "origin" or "none".')
+            raise ZerodraftError(
+                'zero_rope="relative" needs a family with a rotary_emb module; use "origin" or "none".'
+            )
         layer_types = getattr(self.config.base_config, "layer_types", None)
         by_type = (layer_types[layer],) if self.parts.rotary_by_type and layer_types else ()
         return self.rotary(hidden, positions, *by_type)

@@ -139,10 +139,9 @@ def _zero_attention(
         return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, call.key))
     if zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
-        return zero.zero_attention_lse(q, k, v, zero.zero_scores(q, call.key, scale), **forms)
+        return zero.zero_attention_lse(q, k, v, call.key, need_mass=call.need_mass, **forms)
     if call.key.ndim == 2:
-        need_mass = call.need_mass
-        return zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=need_mass, **forms)
+        return zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=call.need_mass, **forms)
     s0 = zero.zero_scores(q, call.key, scale)
     return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
 

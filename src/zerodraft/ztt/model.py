@@ -238,7 +238,7 @@ class ZttPreTrainedModel(PreTrainedModel):
             config=self.config,
             layers=self.layers,
             parts=self._parts,
-            pool=self.zero_tokens,
+            zero_keys={} if self.zero_tokens is None else self.zero_tokens(),
             gates=self.cycle_gates,
             rotary=rotary_module(self._family, self._parts.path),
             cache=past_key_values,

@@ -30,17 +30,23 @@ class ZeroTokenPool(nn.Module):
         edges = config.head_layers + config.tail_layers
         self.edge_keys = nn.Parameter(torch.zeros(edges, kv_heads, head_dim)) if config.edge_zero_tokens else None
 
-    def forward(self, step: Step) -> Float[Tensor, "kv d"] | None:
-        """The zero key of one execution of a layer, or None where it has no zero token."""
-        key = self._key(step)
-        # A view of a parameter requires gradients even under no_grad, and torch's FLOP counter trips over that.
-        return key if key is None or torch.is_grad_enabled() else key.detach()
-
-    def _key(self, step: Step) -> Tensor | None:
+    def forward(self) -> dict[Step, Float[Tensor, "kv d"]]:
+        """The zero key of every execution of a layer that has one."""
         config = self.config
-        if config.is_shared(step.layer):
+        # A view of a parameter requires gradients even under no_grad, and torch's FLOP counter trips over that.
+        keys, edge_keys = (
+            p if p is None or torch.is_grad_enabled() else p.detach() for p in (self.keys, self.edge_keys)
+        )
+        assert keys is not None
+        shared, edges = keys.flatten(0, 1).unbind(), () if edge_keys is None else edge_keys.unbind()
+        taken = {}
+        for step in config.steps():
             cycle = step.cycle - (config.zero_token_start - 1)
-            return self.keys[cycle, step.layer - config.head_layers] if cycle >= 0 else None
-        if self.edge_keys is None:
-            return None
-        return self.edge_keys[step.layer if step.layer < config.head_layers else step.layer - config.shared_layers]
+            if config.is_shared(step.layer):
+                if cycle >= 0:
+                    taken[step] = shared[cycle * config.shared_layers + step.layer - config.head_layers]
+            elif edges:
+                taken[step] = edges[
+                    step.layer if step.layer < config.head_layers else step.layer - config.shared_layers
+                ]
+        return taken
