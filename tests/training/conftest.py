@@ -6,7 +6,23 @@ import pytest
 
 from zerodraft.training.recipe import load_recipe
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box and a small model learns to read".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "small",
+    "models",
+    "learn",
+    "to",
+    "read",
+]
 
 RECIPE = """
 output: OUT/run
@@ -16,7 +32,8 @@ model: {family: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers
 tokenizer: {vocab_size: 300}
 data: {train: [OUT/text], context_length: 32, cache: OUT/cache, validation_fraction: 0.1, document_chars: 200}
 loss: {kind: sampled, token_depths: 0.3}
-training: {steps: 8, batch_size: 2, warmup_steps: 2, learning_rate: 0.01, log_every: 3, use_cpu: true, tensorboard: false}
+training: {steps: 8, batch_size: 2, warmup_steps: 2, learning_rate: 0.01, log_every: 3, use_cpu: true, tensorboard:
+    false}
 """
 
 

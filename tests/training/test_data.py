@@ -15,7 +15,7 @@ from zerodraft.training.data import PackedBlocks, build_data, cut_document, read
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "seven", "wizards", "box"]
 
 
 def make_text(seed, words=300):
@@ -105,7 +105,7 @@ def test_split_depends_on_content_only():
     assert 60 < len(validation) < 140
     assert split_documents(documents[::-1], 0.25) == (train, validation)
     # more files change neither the side nor the relative order of those that were there
-    more_train, _ = split_documents(documents + ["something else"], 0.25)
+    more_train, _ = split_documents([*documents, "something else"], 0.25)
     assert [text for text in more_train if text != "something else"] == train
     with pytest.raises(ZerodraftError, match="validation_fraction"):
         split_documents(documents, 1.0)

@@ -1,6 +1,7 @@
 """Schedules, parameter groups and Muon."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_schedule(schedule):
     assert scale[0] == pytest.approx(0.1)
     assert scale[9] == scale[10] == 1.0
     assert scale[100] == pytest.approx(1.0 if schedule == "constant" else 0.1)
-    assert all(later <= earlier for earlier, later in zip(scale[10:], scale[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(scale[10:]))
     if schedule == "wsd":
         assert scale[70] == 1.0
         assert scale[85] == pytest.approx(0.55)

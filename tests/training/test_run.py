@@ -18,6 +18,20 @@ from zerodraft.training.run import finetune, pretrain
 from zerodraft.training.tokenizer import load_tokenizer
 from zerodraft.training.trainer import last_checkpoint
 
+# a callback that sleeps, so that the kill hits the middle of the run
+SLOW_RUN = """
+import sys, time
+from transformers import TrainerCallback
+from zerodraft.training.recipe import load_recipe
+from zerodraft.training.run import pretrain
+
+class Slow(TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        time.sleep(0.15)
+
+pretrain(load_recipe(sys.argv[1], sys.argv[2:]), callbacks=[Slow()])
+"""
+
 
 def losses(folder):
     return {row["step"]: row["loss"] for row in read_log(Path(folder) / "log.jsonl") if "loss" in row}
@@ -77,21 +91,9 @@ def test_resume_after_kill_gives_the_same_losses(make_recipe, tmp_path):
     whole = make_recipe(*options, f"output={tmp_path / 'whole'}")
     pretrain(whole, callbacks=[])
     killed = tmp_path / "killed"
-    script = (
-        "import sys; from zerodraft.training.recipe import load_recipe; from zerodraft.training.run import pretrain\n"
-        "pretrain(load_recipe(sys.argv[1], sys.argv[2:]))"
-    )
-    # slow enough to be hit in the middle: each step sleeps
-    script = (
-        "import time, torch\n"
-        "step = torch.optim.AdamW.step\n"
-        "def slow(self, *args, **kwargs):\n"
-        "    time.sleep(0.15)\n"
-        "    return step(self, *args, **kwargs)\n"
-        "torch.optim.AdamW.step = slow\n"
-    ) + script
-    command = [sys.executable, "-c", script, str(tmp_path / "recipe.yaml"), *options, f"output={killed}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", SLOW_RUN, str(tmp_path / "recipe.yaml"), *options, f"output={killed}"]
+    errors = (tmp_path / "errors").open("w")
+    process = subprocess.Popen(command, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 120
         while last_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
@@ -99,7 +101,8 @@ def test_resume_after_kill_gives_the_same_losses(make_recipe, tmp_path):
         time.sleep(0.2)
     finally:
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()[-2000:]
+        errors.close()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "errors").read_text()[-2000:]
     # what a kill in the middle of saving leaves behind must not matter either
     (killed / ".partial" / "checkpoint-15").mkdir(parents=True)
     (killed / ".partial" / "checkpoint-15" / "trainer_state.json").write_text("{", encoding="utf-8")
@@ -108,6 +111,16 @@ def test_resume_after_kill_gives_the_same_losses(make_recipe, tmp_path):
     assert losses(killed) == losses(whole.output)
     expected, got = weights(whole.output), weights(killed)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_time_limit_moves_the_decay_forward(make_recipe):
+    recipe = make_recipe("training.steps=100000", "training.max_minutes=0.05", "training.schedule=cosine")
+    results = pretrain(recipe, callbacks=[])
+    assert 2 < results["seconds"] < 60
+    assert results["steps"] < 100000
+    rates = [row["learning_rate"] for row in read_log(Path(recipe.output) / "log.jsonl") if "loss" in row]
+    assert len(rates) == results["steps"]
+    assert rates[-1] < 0.1 * max(rates)
 
 
 def test_checkpoint_that_fails_midway_is_not_there(make_recipe, monkeypatch):

@@ -44,7 +44,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class ProgressBar(TrainerCallback):
-    """One line on the terminal: steps, loss, tokens per second. Replaces the Trainer's own, which prints dictionaries."""
+    """One line on the terminal: steps, loss, tokens per second; instead of the Trainer's, which prints dictionaries."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
@@ -72,7 +72,9 @@ class ProgressBar(TrainerCallback):
             rate = tokens / (time.perf_counter() - self.start)
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Closes the bar."""
         if self.bar is not None:
             self.bar.close()

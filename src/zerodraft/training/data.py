@@ -1,8 +1,8 @@
 """From files to blocks of tokens: documents -> train / validation split -> token cache on disk -> packed blocks.
 
-Everything is a function of the content: a document's split and its place in the order come from a hash of its text, and the
-cache folder's name from a hash of the documents and the tokenizer. Two runs on the same text read the same blocks in the same
-order, on every machine.
+Everything is a function of the content: a document's split and its place in the order come from a hash of its text,
+and the cache folder's name from a hash of the documents and the tokenizer. Two runs on the same text read the same
+blocks in the same order, on every machine.
 """
 
 from __future__ import annotations
@@ -80,14 +80,16 @@ def build_data(recipe: DataRecipe, tokenizer: Any, documents: Sequence[str]) -> 
     blocks = _pack(train, tokenizer, recipe, "data.train", limit=0)
     held_out = _pack(validation, tokenizer, recipe, "data.validation", recipe.validation_blocks) if validation else None
     further = {
-        name: _pack(read_documents((source,), recipe), tokenizer, recipe, f"data.evaluation.{name}", recipe.validation_blocks)
+        name: _pack(
+            read_documents((source,), recipe), tokenizer, recipe, f"data.evaluation.{name}", recipe.validation_blocks
+        )
         for name, source in recipe.evaluation.items()
     }
     return TextData(train=blocks, validation=held_out, evaluation=further)
 
 
 def split_documents(documents: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Train and validation documents, each in the order of their hashes (a fixed shuffle that keeps when files are added)."""
+    """Train and validation documents, in the order of their hashes (a shuffle that keeps when files are added)."""
     if not 0 <= fraction < 1:
         raise ZerodraftError(f"data.validation_fraction is {fraction}, expected 0 <= fraction < 1")
     ordered = sorted((hashlib.sha256(text.encode()).digest(), text) for text in documents)

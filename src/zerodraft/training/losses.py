@@ -1,10 +1,12 @@
 """What is minimised over the cycles: the last exit, a weighted mean of all exits, or a random number of cycles.
 
-A model trained on its last cycle alone cannot be read out earlier. `weighted` trains every exit in every step and pays for one
-readout (tail and LM head) a cycle; `sampled` trains one exit a step and saves the cycles it leaves out. With `token_depths` some
-steps draw a depth for every token: then a token attends to others that stopped before it, as it will at inference.
+A model trained on its last cycle alone cannot be read out earlier. `weighted` trains every exit in every step and
+pays for one readout (tail and LM head) a cycle; `sampled` trains one exit a step and saves the cycles it leaves out.
+With `token_depths` some steps draw a depth for every token: then a token attends to others that stopped before it, as
+it will at inference.
 
-Draws are a pure function of (seed, step, micro-step), so a resumed run repeats them, and all processes run the same cycles.
+Draws are a pure function of (seed, step, micro-step), so a resumed run repeats them, and all processes run the same
+cycles.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def weights_over_cycles(weights: Weights, cycles: int) -> tuple[float, ...]:
     elif weights == "linear":
         weights = tuple(float(cycle) for cycle in range(1, cycles + 1))
     if len(weights) != cycles:
-        raise ZerodraftError(f"loss.weights has {len(weights)} numbers, the model has {cycles} cycles: give one for each")
+        raise ZerodraftError(
+            f"loss.weights has {len(weights)} numbers, the model has {cycles} cycles: give one for each"
+        )
     if min(weights) < 0 or sum(weights) <= 0:
         raise ZerodraftError(f"loss.weights must be non-negative and not all zero, got {list(weights)}")
     return tuple(weight / sum(weights) for weight in weights)
@@ -76,5 +80,7 @@ class CycleLoss:
     def _depths(self, step: int, micro_step: int, shape: Sequence[int], rank: int) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{step}:{micro_step}:{rank}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        drawn = torch.multinomial(torch.tensor(self.weights), shape[0] * shape[1], replacement=True, generator=generator)
+        drawn = torch.multinomial(
+            torch.tensor(self.weights), shape[0] * shape[1], replacement=True, generator=generator
+        )
         return (drawn + 1).view(shape[0], shape[1])

@@ -1,4 +1,4 @@
-"""The model that a recipe describes: from scratch, from a checkpoint, or converted; with adapters if it asks for them."""
+"""The model that a recipe describes: from scratch, from a checkpoint, or converted; with adapters if it wants them."""
 
 from __future__ import annotations
 

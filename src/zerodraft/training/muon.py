@@ -1,7 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum whose matrix is replaced by the nearest orthogonal one, by Newton-Schulz iterations.
+"""Muon (Jordan et al. 2024): momentum, each matrix replaced by the nearest orthogonal one by Newton-Schulz iterations.
 
-`torch.optim.Muon` always iterates in bfloat16; a CPU without bfloat16 units needs 50 times as long for that (18 s against
-0.34 s a step for the matrices of `ztt-tiny` on one core). This one iterates in the parameter's own dtype on the CPU.
+`torch.optim.Muon` always iterates in bfloat16; a CPU without bfloat16 units needs 50 times as long for that (18 s
+against 0.34 s a step for the matrices of `ztt-tiny` on one core). This one iterates in the parameter's own dtype on
+the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: matrices.
-        lr: learning rate; updates are scaled to the root mean square of AdamW's (Liu et al. 2025), so that AdamW's suit.
+        lr: learning rate; updates are scaled to the root mean square of AdamW's (Liu et al. 2025), so that AdamW's
+            suit.
         weight_decay: as in AdamW.
         momentum: of the gradient.
     """

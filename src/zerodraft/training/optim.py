@@ -1,8 +1,8 @@
 """Learning-rate schedule, parameter groups, and Muon joined with AdamW.
 
-Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens and gates have none: a decayed zero token drifts to
-the key 0, whose score is the same for every query, and a decayed gate pulls a deepened model back to its base.
-With `muon`, the decayed matrices go to Muon and everything else stays with AdamW.
+Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens and gates have none: a decayed zero token
+drifts to the key 0, whose score is the same for every query, and a decayed gate pulls a deepened model back to its
+base. With `muon`, the decayed matrices go to Muon and everything else stays with AdamW.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from zerodraft.training.recipe import TrainingRecipe
 NEVER_DECAYED = ("zero_tokens", "cycle_gates")
 
 
-def learning_rate_scale(recipe: TrainingRecipe, step: int) -> float:
-    """Learning rate of `step` (from 0) as a share of the peak.
+def learning_rate_scale(recipe: TrainingRecipe, step: int, elapsed: float = 0.0) -> float:
+    """Learning rate as a share of the peak.
 
-    Warm-up is linear. `wsd` then keeps the peak and decays linearly over the last `decay_fraction` of the steps, so that a
-    run can be extended from any checkpoint on the plateau (Hägele et al. 2024).
+    Warm-up is linear. `wsd` then keeps the peak and decays linearly over the last `decay_fraction` of the steps, so
+    that a run can be extended from any checkpoint on the plateau (Hägele et al. 2024).
+
+    Args:
+        recipe: schedule and number of steps.
+        step: optimizer step, from 0.
+        elapsed: share of the time limit that has passed; a run that will not get through its steps is taken to be
+            that far.
     """
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
@@ -34,6 +40,7 @@ def learning_rate_scale(recipe: TrainingRecipe, step: int) -> float:
         start = recipe.warmup_steps
     else:
         start = max(recipe.warmup_steps, recipe.steps - round(recipe.decay_fraction * recipe.steps))
+    step = max(step, round(elapsed * recipe.steps))
     progress = min(max(step - start, 0) / max(recipe.steps - start, 1), 1.0)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if recipe.schedule == "cosine" else 1 - progress
     return recipe.final_scale + (1 - recipe.final_scale) * shape

@@ -1,7 +1,7 @@
 """What a training run is: one frozen dataclass tree, read from YAML and from command-line flags alike.
 
-Every value that changes the result of a run is here, so a recipe and the data are enough to repeat it. Field docstrings are
-the help texts of the command line.
+Every value that changes the result of a run is here, so a recipe and the data are enough to repeat it. Field
+docstrings are the help texts of the command line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ModelRecipe:
     start: str | None = None
     """Checkpoint to start from (path, hub id or short name); a plain model is converted. `finetune` needs it."""
     convert: Literal["deepen", "compress"] = "deepen"
-    """How a plain `start` model becomes a ZTT: the same weights with more cycles, or fewer weights at the same depth."""
+    """How a plain `start` becomes a ZTT: the same weights with more cycles, or fewer weights at the same depth."""
     family: str = "llama"
     """Model type of the base family, as in transformers (llama, qwen3, ...)."""
     hidden_size: int = 256
@@ -123,7 +123,7 @@ class TrainingRecipe:
     steps: int = 1000
     """Optimizer steps."""
     max_minutes: float = 0.0
-    """End the schedule after about this time if the steps would take longer; 0 means no limit."""
+    """End after this time if the steps take longer, with the decay moved forward; 0: no limit, and repeatable runs."""
     batch_size: int = 8
     """Blocks per forward pass and process."""
     accumulation: int = 1

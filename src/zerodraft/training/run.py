@@ -1,6 +1,7 @@
 """`pretrain` and `finetune`: a recipe in, a trained model with its log and results out.
 
-A run's folder holds `recipe.json`, `log.jsonl` (every step), `checkpoint-N/`, and at the end `model/` and `results.json`.
+A run's folder holds `recipe.json`, `log.jsonl` (every step), `checkpoint-N/`, and at the end `model/` and
+`results.json`.
 """
 
 from __future__ import annotations
@@ -33,11 +34,22 @@ from zerodraft.training.strict import to_mapping
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
 from zerodraft.training.trainer import ZttTrainer, last_checkpoint, training_arguments
 
-MAY_CHANGE = ("steps", "max_minutes", "decay_fraction", "log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard")
+MAY_CHANGE = (
+    "steps",
+    "max_minutes",
+    "decay_fraction",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "tensorboard",
+)
 """Fields of `training` that a resumed run may have other values of."""
 
 
-def pretrain(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None) -> dict[str, Any]:
+def pretrain(
+    recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
+) -> dict[str, Any]:
     """Trains from scratch, tokenizer included.
 
     Args:
@@ -56,8 +68,10 @@ def pretrain(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[Traine
     return _run(recipe, resume, callbacks)
 
 
-def finetune(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None) -> dict[str, Any]:
-    """Trains an existing model further; a plain one is converted first. Arguments, result and errors as in `pretrain`."""
+def finetune(
+    recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
+) -> dict[str, Any]:
+    """Trains an existing model further, a plain one converted first; arguments, result and errors as in `pretrain`."""
     if recipe.model.start is None:
         raise ZerodraftError("finetune needs model.start: a folder, a hub id or a short name such as smollm2")
     return _run(recipe, resume, callbacks)
@@ -80,14 +94,17 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
     if recipe.peft.rank:
         model = add_adapters(model, recipe.peft)
 
+    resumed_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     arguments = training_arguments(recipe.training, str(folder), recipe.seed, **_environment(recipe, model))
     if arguments.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "recipe.json", to_mapping(recipe))
-        log = JsonLog(folder, int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+        log = JsonLog(folder, resumed_step)
     else:
         log = None
-    tokens = recipe.training.batch_size * recipe.training.accumulation * arguments.world_size * recipe.data.context_length
+    tokens = (
+        recipe.training.batch_size * recipe.training.accumulation * arguments.world_size * recipe.data.context_length
+    )
     trainer = ZttTrainer(
         recipe=recipe.training,
         cycle_loss=cycle_loss,
@@ -108,15 +125,16 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     trainer.write_losses()
-    steps = recipe.training.steps - (int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    steps = trainer.state.global_step
     results = {
         "command": _command(),
         "seed": recipe.seed,
         "parameters": parameters,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "tokens": recipe.training.steps * tokens,
+        "steps": steps,
+        "tokens": steps * tokens,
         "seconds": seconds,
-        "tokens_per_second": steps * tokens / seconds,
+        "tokens_per_second": (steps - resumed_step) * tokens / seconds,
         "resumed_from": checkpoint and Path(checkpoint).name,
         "evaluation": trainer.evaluate(),
         "versions": versions(),

@@ -1,7 +1,7 @@
-"""Plain mappings (from YAML) into frozen dataclasses, strictly: a key or a value that does not fit is one clear sentence.
+"""Plain mappings (from YAML) into frozen dataclasses, strictly: what does not fit is answered in one clear sentence.
 
-The dataclasses are the only description of what a recipe may hold: their annotations say which values fit, so there is no
-second schema to keep in step.
+The dataclasses are the only description of what a recipe may hold: their annotations say which values fit, so there
+is no second schema to keep in step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Byte-level BPE tokenizers for from-scratch runs, trained with `tokenizers` and kept in transformers' own format.
 
-Byte-level: every text can be encoded, so there is no unknown token. Training is deterministic, so recipes that name the same
+Byte-level: every text can be encoded, so there is no unknown token. Training is deterministic, so recipes that name
+    the same
 data and size get the same tokenizer.
 """
 
@@ -32,7 +33,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 102
         ZerodraftError: `vocab_size` is too small for the bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ZerodraftError(f"tokenizer.vocab_size is {vocab_size}, a byte-level BPE needs at least {SMALLEST_VOCABULARY}")
+        raise ZerodraftError(
+            f"tokenizer.vocab_size is {vocab_size}, a byte-level BPE needs at least {SMALLEST_VOCABULARY}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]  # stub lacks setters
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]  # stub lacks setters

@@ -1,4 +1,4 @@
-"""`ZttTrainer`: transformers' Trainer with a loss over cycles, perplexity per number of cycles, and checkpoints that are whole.
+"""`ZttTrainer`: transformers' Trainer with a loss over cycles, perplexity per number of cycles, and whole checkpoints.
 
 What differs from the Trainer, and why:
 - the loss gets its cycles from `CycleLoss`; every step's loss goes to `log.jsonl`;
@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
@@ -55,7 +57,7 @@ class ZttTrainer(Trainer):
         self.recipe, self.cycle_loss, self.json_log, self.evaluations = recipe, cycle_loss, log, dict(evaluations)
         self._micro_step = 0
         self._saving = False
-        self._unwritten: list[tuple[int, torch.Tensor, int | None]] = []
+        self._unwritten: list[tuple[dict[str, Any], torch.Tensor]] = []
         super().__init__(**kwargs)
 
     # --- optimisation ---
@@ -69,16 +71,29 @@ class ZttTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The recipe's schedule, which knows the number of steps itself."""
         if self.lr_scheduler is None:
-            scale = lambda step: learning_rate_scale(self.recipe, step)  # noqa: E731  # LambdaLR does not pickle a plain function
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, scale)  # type: ignore[arg-type]  # set by Trainer
+            self._started = time.monotonic()
+            # a lambda: the scheduler's state leaves functions out, but would pickle a bound method's attributes
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: self._scale(step))  # type: ignore[arg-type]  # set by Trainer
             self._created_lr_scheduler = True
         return self.lr_scheduler  # type: ignore[return-value]  # the Trainer declares a wider type
+
+    def _elapsed(self) -> float:
+        """Share of the time limit that has passed, by the clock of the first process."""
+        if not self.recipe.max_minutes:
+            return 0.0
+        elapsed = (time.monotonic() - self._started) / 60 / self.recipe.max_minutes
+        return broadcast_object_list([elapsed])[0] if self.args.world_size > 1 else elapsed
+
+    def _scale(self, step: int) -> float:
+        elapsed = self._elapsed()
+        if elapsed >= 1:
+            self.control.should_training_stop = True
+        return learning_rate_scale(self.recipe, step, elapsed)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One forward and backward pass, logged with the number of cycles that it ran."""
-        first = self._micro_step == 0
         arguments = self.cycle_loss.forward_arguments(
             self.state.global_step, self._micro_step, inputs["input_ids"].shape, self.args.process_index
         )
@@ -88,11 +103,13 @@ class ZttTrainer(Trainer):
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate "
                 "(or check the weights that the run started from); checkpoints up to here are kept"
             )
-        step = self.state.global_step + 1
-        if first:
-            self._unwritten.append((step, loss, arguments.get("cycles")))
+        if self._micro_step == 0:
+            rate = self.optimizer.param_groups[-1]["lr"]  # type: ignore[union-attr]  # there is one in training
+            row = {"step": self.state.global_step + 1, "learning_rate": rate, "cycles": arguments.get("cycles")}
+            self._unwritten.append((row, loss))
         else:
-            self._unwritten[-1] = (step, self._unwritten[-1][1] + loss, None)
+            row, earlier = self._unwritten[-1]
+            self._unwritten[-1] = ({**row, "cycles": None}, earlier + loss)
         self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         return loss
 
@@ -105,14 +122,12 @@ class ZttTrainer(Trainer):
         """Writes the losses of the steps since the last call, averaged over processes."""
         if not self._unwritten:
             return
-        losses = torch.stack([loss for _, loss, _ in self._unwritten])
+        losses = torch.stack([loss for _, loss in self._unwritten])
         if self.args.world_size > 1:
             losses = self.accelerator.reduce(losses, "mean")
-        if self.is_world_process_zero():
-            rate = self.recipe.learning_rate
-            for (step, _, cycles), loss in zip(self._unwritten, losses.tolist(), strict=True):
-                row = {"step": step, "loss": loss, "learning_rate": rate * learning_rate_scale(self.recipe, step - 1)}
-                self.json_log.write(**row, **({} if cycles is None else {"cycles": cycles}))
+        if self.json_log is not None:
+            for (row, _), loss in zip(self._unwritten, losses.tolist(), strict=True):
+                self.json_log.write(**{key: value for key, value in row.items() if value is not None}, loss=loss)
         self._unwritten = []
 
     # --- evaluation ---
@@ -128,7 +143,7 @@ class ZttTrainer(Trainer):
                 metrics[f"{prefix}_perplexity_{cycle}"] = math.exp(min(loss, 700.0))
             metrics[f"{prefix}_bits_per_byte"] = losses[-1] / math.log(2) * blocks.tokens_per_byte
         self.log(dict(metrics))
-        if self.is_world_process_zero():
+        if self.json_log is not None:
             self.json_log.write(step=self.state.global_step, **metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
         return metrics
@@ -164,8 +179,8 @@ class ZttTrainer(Trainer):
 def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
     """Mean loss per token after each cycle, the last being that of the whole model; every process takes its share.
 
-    All processes run the same number of forward passes, as sharded models need; a process without a block of its own repeats
-    one with weight zero.
+    All processes run the same number of forward passes, as sharded models need; a process without a block of its own
+    repeats one with weight zero.
     """
     model, accelerator = trainer.model_wrapped, trainer.accelerator
     cycles, size = trainer.cycle_loss.cycles, trainer.args.per_device_eval_batch_size
