@@ -1,13 +1,21 @@
-"""Calibration: what is measured is what happens, targets are met or refused with what can be reached, files stay whole."""
+"""Calibration: what is measured is what happens, targets are met or refused with what can be, files stay whole."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-
 from tests.ztt.tiny import tiny, tokens
-from zerodraft import ConfidenceExit, FixedExit, KlExit, ZeroMassExit, ZerodraftError, ZttForCausalLM, exit_rule_from_dict
+
+from zerodraft import (
+    ConfidenceExit,
+    FixedExit,
+    KlExit,
+    ZerodraftError,
+    ZeroMassExit,
+    ZttForCausalLM,
+    exit_rule_from_dict,
+)
 from zerodraft.ztt.calibrate import ComputeBudget, LossBound, calibrate, write_exit_rule
 from zerodraft.ztt.flops import count_flops
 from zerodraft.ztt.tradeoff import SIGNS, Ruler, at_level, scored_rule, trade_off
@@ -110,7 +118,9 @@ def test_the_mode_of_the_model_is_left_as_it_was(blocks: torch.Tensor) -> None:
 
 def test_targets_out_of_reach_name_what_can_be_reached(model: ZttForCausalLM, blocks: torch.Tensor) -> None:
     least = Ruler(model, blocks).measure(FixedExit(cycles=1))
-    with pytest.raises(ZerodraftError, match=rf"0\.1 of the FLOPs cannot be reached .* the least is {least.flops:.3f} of"):
+    with pytest.raises(
+        ZerodraftError, match=rf"0\.1 of the FLOPs cannot be reached .* the least is {least.flops:.3f} of"
+    ):
         calibrate(model, blocks, target=ComputeBudget(flops=0.1), levels=LEVELS, halvings=1)
     with pytest.raises(ZerodraftError, match=r"at most -1000 nats cannot be reached .* the smallest measured is"):
         calibrate(model, blocks, target=LossBound(absolute=-1000.0), levels=LEVELS, halvings=1)

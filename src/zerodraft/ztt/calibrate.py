@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
-from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, rule_name, scored_rule, trade_off
+from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, scored_rule, trade_off
 
 HALVINGS = 5
 """How often the interval around the target is halved."""
@@ -171,15 +172,15 @@ def calibrate(
 
     ruler = Ruler(model, blocks, policy, batch_size, on_batch)
     total = ruler.passes * (2 + len(levels) + halvings)
-    result = calibrate_with(ruler, template, target, levels=levels, halvings=halvings)
+    curve = search(ruler, template, target, levels=levels, halvings=halvings)
     progress(total, total)
-    return result
+    return choose(ruler, curve, target)
 
 
-def calibrate_with(
+def search(
     ruler: Ruler, rule: ScoredRule, target: Target, *, levels: Sequence[float] = LEVELS, halvings: int = HALVINGS
-) -> CalibrationResult:
-    """`calibrate` on a ruler that may already have measured the model without exits (several rules on one text)."""
+) -> tuple[Point, ...]:
+    """Measure the trade-off of a rule, more closely around a target; from rare to frequent exits."""
     scores = ruler.scores(rule)
     points = trade_off(ruler, rule, scores, levels)
     for _ in range(halvings):
@@ -188,9 +189,18 @@ def calibrate_with(
             break
         level = sum(bracket) / 2
         points[level] = ruler.measure(at_level(rule, scores, level))
-    met = [point for point in points.values() if target.met_by(point)]
+    return tuple(points[level] for level in sorted(points))
+
+
+def choose(ruler: Ruler, curve: Sequence[Point], target: Target) -> CalibrationResult:
+    """The best point of a measured trade-off.
+
+    Raises:
+        ZerodraftError: none meets the target.
+    """
+    met = [point for point in curve if target.met_by(point)]
     if not met:
-        raise ZerodraftError(target.unreachable(list(points.values())))
+        raise ZerodraftError(target.unreachable(curve))
     chosen = target.best(met)
     assert chosen.rule is not None
     return CalibrationResult(
@@ -198,7 +208,7 @@ def calibrate_with(
         target=target,
         chosen=chosen,
         full=ruler.full,
-        curve=tuple(points[level] for level in sorted(points)),
+        curve=tuple(curve),
         policy=ruler.policy,
         tokens=ruler.blocks.numel(),
         block_length=ruler.blocks.shape[1],
@@ -208,12 +218,13 @@ def calibrate_with(
 def _bracket(points: dict[float, Point], target: Target) -> tuple[float, float] | None:
     """Neighbouring levels of which one meets the target and the other does not; None if there are no such.
 
-    More exits come nearer to a budget and farther from a loss bound, so the first change from rare to frequent exits counts
-    for a budget, and the last for a bound. Level 0 (nobody stops) is not measured: it meets every bound and no budget.
+    More exits come nearer to a budget and farther from a loss bound, so the first change from rare to frequent exits
+    counts for a budget, and the last for a bound. Level 0 (nobody stops) is not measured: it meets every bound and no
+    budget.
     """
     is_bound = isinstance(target, LossBound)
     met = [(0.0, is_bound)] + [(level, target.met_by(points[level])) for level in sorted(points)]
-    changes = [(a, b) for (a, x), (b, y) in zip(met, met[1:], strict=False) if x != y and x == is_bound]
+    changes = [(a, b) for (a, x), (b, y) in pairwise(met) if x != y and x == is_bound]
     return None if not changes else changes[-1] if is_bound else changes[0]
 
 

@@ -1,7 +1,7 @@
 """Counting the floating-point operations that a piece of code really executes, with torch's own counter.
 
-torch counts matrix products and most fused attention kernels, but not the CPU's; here it does, by torch's formula for the
-other kernels (all query-key pairs, whether masked or not). A product counts two operations per multiply-add.
+torch counts matrix products and most fused attention kernels, but not the CPU's; here it does, by torch's formula for
+the other kernels (all query-key pairs, whether masked or not). A product counts two operations per multiply-add.
 """
 
 from collections.abc import Iterator

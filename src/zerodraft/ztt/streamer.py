@@ -1,7 +1,7 @@
 """A streamer for `generate` that pairs every new token with the depth at which it was produced.
 
-The token at position p is the prediction of position p - 1, so its depth is the number of cycles that position p - 1 ran.
-Without an exit rule every token has the depth of the model.
+The token at position p is the prediction of position p - 1, so its depth is the number of cycles that position p - 1
+ran. Without an exit rule every token has the depth of the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ class DepthStreamer(BaseStreamer):
     Args:
         model: The model that generates.
         tokenizer: Makes text of the tokens, for `on_text`.
-        on_text: Called with every new piece of text and its depth. A token can be a part of a character: a piece is held
-            back until it is whole, and its depth is that of the token that completes it.
+        on_text: Called with every new piece of text and its depth. A token can be a part of a character: a piece is
+            held back until it is whole, and its depth is that of the token that completes it.
 
     Attributes:
         tokens: New tokens so far.

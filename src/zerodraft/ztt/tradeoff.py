@@ -93,7 +93,13 @@ class Ruler:
             raise ZerodraftError("The model has one cycle, so no token can leave early; it needs cycles of at least 2.")
         if model.config.schedule != "block":
             raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
-        self.model, self.blocks, self.policy, self.batch_size, self.on_batch = model, blocks, policy, batch_size, on_batch
+        self.model, self.blocks, self.policy, self.batch_size, self.on_batch = (
+            model,
+            blocks,
+            policy,
+            batch_size,
+            on_batch,
+        )
         self._full: Point | None = None
 
     @property
@@ -143,9 +149,7 @@ class Ruler:
             for batch in self.blocks.split(self.batch_size):
                 batch = batch.to(self.model.device)
                 with count_flops() as counted:
-                    out = self.model(
-                        batch, labels=batch, use_cache=False, exit_rule=rule, exit_policy=self.policy
-                    )
+                    out = self.model(batch, labels=batch, use_cache=False, exit_rule=rule, exit_policy=self.policy)
                 flops, loss = flops + counted.total, loss + float(out.loss) * len(batch)
                 if out.exit_depth is not None:
                     depths.append(out.exit_depth.cpu())

@@ -1,0 +1,240 @@
+"""`zerodraft calibrate`: finds the threshold at which tokens leave early, and shows what it costs and saves."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+from zerodraft.errors import ZerodraftError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zerodraft.ztt.calibrate import CalibrationResult, Target
+    from zerodraft.ztt.tradeoff import Point, Ruler, ScoredRule
+
+Name = Literal["zero-mass", "confidence", "entropy", "kl", "latent"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrate(Command):
+    """Find the threshold of an early-exit rule on a text, for a compute budget or a bound on the loss.
+
+    The model is run with the exits at many thresholds; loss and FLOPs are measured. The rule goes into the model's
+    config.json, where 'generate --exit-rule calibrated' finds it; calibration.json and calibration.png (the
+    trade-off) are written beside it. Exactly one of the four targets is needed.
+    """
+
+    example: ClassVar[str] = "zerodraft calibrate models/ztt-tiny --text FILE --rule zero-mass --budget 0.7"
+
+    model: str = positional("MODEL")
+    """Directory, hub id or short name of a Zero Token Transformer."""
+    text: str = metavar("FILE")
+    """Text to measure on (.txt, .md, .jsonl, .parquet; a folder or a glob): not what the model was trained on."""
+    rule: Literal["zero-mass", "confidence", "entropy", "kl", "latent", "best"] = "zero-mass"
+    """The rule; 'best' takes the one of --rules that meets the target best."""
+    rules: tuple[str, ...] = metavar("all|RULE ...", default=())
+    """Measure these rules too and draw them all in one plot."""
+    budget: float | None = None
+    """Target: at most this share of the FLOPs, such as 0.7."""
+    mean_cycles: float | None = None
+    """Target: at most so many cycles a token."""
+    max_loss_increase: float | None = None
+    """Target: at most this increase of the loss as a share, such as 0.02."""
+    max_loss_nats: float | None = None
+    """Target: at most this increase of the loss in nats."""
+    pool: Literal["mean", "max", "min"] = "mean"
+    """zero-mass: how the masses of heads and layers become one."""
+    layers: Literal["all", "first", "last"] = "all"
+    """zero-mass: which of the shared layers count."""
+    policy: Literal["propagate", "latest"] = "propagate"
+    """What deeper cycles see of tokens that left."""
+    blocks: int = 64
+    """Blocks of text to measure on, taken evenly from all of it."""
+    block_length: int = 256
+    """Tokens in a block."""
+    batch_size: int = 8
+    """Blocks in a forward pass."""
+    output: str = metavar("DIR", default="")
+    """Where calibration.json and calibration.png go instead of the model's directory."""
+    dry_run: bool = False
+    """Leave the model's config.json as it is."""
+
+    def check(self) -> None:
+        """Exactly one target, known rules, sizes above zero."""
+        targets = (self.budget, self.mean_cycles, self.max_loss_increase, self.max_loss_nats)
+        if sum(value is not None for value in targets) != 1:
+            raise ZerodraftError(
+                "give exactly one target: --budget, --mean-cycles, --max-loss-increase or --max-loss-nats"
+            )
+        for name, least in (("blocks", 1), ("block_length", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ZerodraftError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}"
+                )
+        self._names()
+
+    def run(self, console: Console) -> Result:
+        """Measures, reports and writes."""
+        from zerodraft.ztt.calibrate import HALVINGS, choose, search, write_exit_rule
+        from zerodraft.ztt.exits import FixedExit
+        from zerodraft.ztt.tradeoff import LEVELS, Ruler
+
+        target = self._target()
+        model, path = load_ztt(self.model)
+        blocks, source = self._read(load_tokenizer_for(model, path), model.config.max_position_embeddings)
+        names = self._names()
+        with _progress(console) as progress:
+            task = progress.add_task("measuring", total=None)
+            ruler = Ruler(model, blocks, self.policy, self.batch_size, lambda: progress.advance(task))
+            runs = 1 + model.config.cycles + len(names) * (1 + len(LEVELS) + HALVINGS)
+            progress.update(task, total=runs * ruler.passes)
+            curves = {}
+            for name in names:
+                progress.update(task, description=name)
+                curves[name] = search(ruler, self._template(name), target)
+            progress.update(task, description="fixed depths")
+            fixed = [ruler.measure(FixedExit(cycles=cycles)) for cycles in range(1, model.config.cycles + 1)]
+        found: dict[str, CalibrationResult] = {}
+        refused: dict[str, str] = {}
+        for name in names:
+            try:
+                found[name] = choose(ruler, curves[name], target)
+            except ZerodraftError as error:
+                refused[name] = str(error)
+        candidates = [name for name in found if self.rule in (name, "best")]
+        if not candidates:
+            raise ZerodraftError(next(iter(refused.values())) if self.rule == "best" else refused[self.rule])
+        best = target.best([found[name].chosen for name in candidates])
+        result = next(found[name] for name in candidates if found[name].chosen == best)
+
+        report = {
+            **result.to_dict(),
+            "text": source,
+            "fixed": [asdict(point) for point in fixed],
+            "rules": {
+                name: {
+                    "chosen": asdict(found[name].chosen) if name in found else None,
+                    "curve": [asdict(point) for point in curves[name]],
+                }
+                for name in names
+            },
+        }
+        _table(console, ruler, fixed, found)
+        for name, why in refused.items():
+            console.print(f"{name}: {why}")
+        files = self._write(console, path, report, curves, fixed, result.chosen)
+        if not self.dry_run:
+            write_exit_rule(model, result.rule, path)
+            console.print(f"{_rule_text(result.chosen)} is now the calibrated exit rule of {self.model}")
+        return {**report, "written": files}
+
+    def _names(self) -> list[Name]:
+        known = list(Name.__args__)
+        for name in self.rules:
+            if name not in (*known, "all"):
+                from zerodraft.training.strict import did_you_mean
+
+                raise ZerodraftError(f"--rules: unknown rule '{name}'{did_you_mean(name, [*known, 'all'])}")
+        if self.rule == "best" and not self.rules:
+            return known
+        return [name for name in known if name == self.rule or name in self.rules or "all" in self.rules]
+
+    def _target(self) -> "Target":
+        from zerodraft.ztt.calibrate import ComputeBudget, LossBound
+
+        if self.budget is not None or self.mean_cycles is not None:
+            return ComputeBudget(flops=self.budget, mean_cycles=self.mean_cycles)
+        return LossBound(relative=self.max_loss_increase, absolute=self.max_loss_nats)
+
+    def _template(self, name: Name) -> "ScoredRule":
+        from zerodraft.ztt.exits import ZeroMassExit
+        from zerodraft.ztt.tradeoff import scored_rule
+
+        if name == "zero-mass":
+            return ZeroMassExit(threshold=0.0, pool=self.pool, layers=self.layers)
+        return scored_rule(name)
+
+    def _read(self, tokenizer: Any, longest: int) -> "tuple[Tensor, dict[str, Any]]":
+        """The blocks, and what they are: nothing in it depends on where the files are on this machine."""
+        import numpy as np
+        import torch
+
+        from zerodraft.training.data import PackedBlocks, read_documents
+        from zerodraft.training.recipe import DataRecipe
+
+        if self.block_length > longest:
+            raise ZerodraftError(f"--block-length is {self.block_length}; the model reads at most {longest} tokens")
+        documents = read_documents((self.text,), DataRecipe())
+        ids: list[int] = []
+        for document in documents:
+            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) < self.block_length:
+            raise ZerodraftError(
+                f"'{self.text}' has {len(ids)} tokens, fewer than one block of {self.block_length}; give a longer text "
+                "or a smaller --block-length"
+            )
+        packed = PackedBlocks(np.array(ids), self.block_length, self.blocks)
+        digest = hashlib.sha256("".join(documents).encode()).hexdigest()
+        rows = torch.stack([packed[row]["input_ids"] for row in range(len(packed))])
+        return rows, {"name": Path(self.text).name, "sha256": digest, "blocks": len(rows)}
+
+    def _write(
+        self,
+        console: Console,
+        path: Path,
+        report: Result,
+        curves: "dict[Name, tuple[Point, ...]]",
+        fixed: "list[Point]",
+        chosen: "Point",
+    ) -> list[str]:
+        """Writes the report and the plot; without matplotlib it says so and goes on."""
+        from zerodraft.training.run import versions
+        from zerodraft.ztt.calibrate import write_text
+        from zerodraft.ztt.plot import plot_trade_off
+
+        folder = Path(self.output).expanduser() if self.output else path
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "calibration.json", json.dumps({**report, "versions": versions()}, indent=1) + "\n")
+        names = ["calibration.json"]
+        try:
+            title = f"{path.name} on {report['text']['name']}"
+            plot_trade_off(folder / "calibration.png", curves, fixed=fixed, chosen=chosen, title=title)
+            names.append("calibration.png")
+        except ZerodraftError as error:
+            console.print(f"no plot: {error}")
+        console.print(f"written to {self.output or self.model}: {', '.join(names)}")
+        return names
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _table(console: Console, ruler: "Ruler", fixed: "list[Point]", found: "dict[str, CalibrationResult]") -> None:
+    table = Table("exit rule", "cycles/token", "FLOPs", "loss", "increase", box=None, pad_edge=False)
+    rows = [("none", ruler.full), *((f"cycles:{n}", point) for n, point in enumerate(fixed, 1))]
+    for name, point in [*rows, *((_rule_text(result.chosen), result.chosen) for result in found.values())]:
+        increase = "" if point.rule is None else f"{point.loss_increase:+.4f} ({point.relative_increase:+.2%})"
+        table.add_row(name, f"{point.mean_cycles:.2f}", f"{point.flops:.1%}", f"{point.loss:.4f}", increase)
+    console.print(table)
+
+
+def _rule_text(point: "Point") -> str:
+    """`zero-mass:0.4321`, as `generate --exit-rule` takes it."""
+    assert point.rule is not None
+    return f"{point.rule['rule']}:{point.rule['threshold']:.4g}"

@@ -1,0 +1,69 @@
+"""Draws the trade-off between compute and loss; needs matplotlib (the `train` extra)."""
+
+import importlib.util
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.tradeoff import Point
+
+COLOURS = {"zero-mass": "#d1495b", "confidence": "#00798c", "entropy": "#edae49", "kl": "#5b5f97", "latent": "#66a182"}
+
+
+def check_matplotlib() -> None:
+    """Raise `ZerodraftError` unless matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ZerodraftError("Plots need matplotlib; install it with pip install 'zerodraft[train]'.")
+
+
+def plot_trade_off(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, Sequence[Point]],
+    *,
+    fixed: Sequence[Point] = (),
+    chosen: Point | None = None,
+    title: str = "",
+) -> None:
+    """Write a PNG: loss over the share of FLOPs, a line for each rule.
+
+    Args:
+        path: Where to.
+        curves: Measurements by name of the rule.
+        fixed: The same number of cycles for all tokens, 1 to N: what a rule has to beat.
+        chosen: Is ringed.
+        title: Above the plot.
+
+    Raises:
+        ZerodraftError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    if fixed:
+        line = {"color": "0.45", "linestyle": "--", "linewidth": 1, "marker": "s", "markersize": 4}
+        axes.plot([p.flops for p in fixed], [p.loss for p in fixed], label="same depth for all tokens", **line)
+        for cycles, point in enumerate(fixed, 1):
+            axes.annotate(f"{cycles}", (point.flops, point.loss), (4, 4), textcoords="offset points", fontsize=8)
+    for name, points in curves.items():
+        ordered = sorted(points, key=lambda point: point.flops)
+        style = {"color": COLOURS.get(name), "marker": "o", "markersize": 3, "linewidth": 1.3}
+        axes.plot([p.flops for p in ordered], [p.loss for p in ordered], label=name, **style)
+    if chosen is not None:
+        axes.plot(chosen.flops, chosen.loss, "o", markersize=11, markerfacecolor="none", color="black", label="chosen")
+    axes.set(xlabel="FLOPs per token, share of the model without exits", ylabel="loss per token (nats)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(image.getvalue())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
