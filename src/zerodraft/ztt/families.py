@@ -139,8 +139,9 @@ def rotary_of(layer: nn.Module) -> Callable | None:
     return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
 
 
-def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+def kv_shape(config: PreTrainedConfig, layer: nn.Module) -> tuple[int, int]:
     """KV heads and head size of a family's attention."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, "num_key_value_heads", None) or heads, head_dim
+    # Asked of the layer: families without grouped queries ignore a num_key_value_heads in their configuration.
+    return heads // getattr(attention_of(layer), "num_key_value_groups", 1), head_dim

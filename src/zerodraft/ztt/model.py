@@ -97,7 +97,8 @@ class ZttPreTrainedModel(PreTrainedModel):
         self.base = base
         self._parts = parts
         self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
-        self.zero_tokens = ZeroTokenPool(config, *kv_shape(config.base_config)) if config.zero_tokens else None
+        kv_heads, head_dim = kv_shape(config.base_config, self.layers[0])
+        self.zero_tokens = ZeroTokenPool(config, kv_heads, head_dim) if config.zero_tokens else None
         gates = torch.zeros(config.cycles - 1, config.shared_layers)
         self.cycle_gates = nn.Parameter(gates) if config.cycle_gates and config.cycles > 1 else None
         shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
