@@ -10,7 +10,9 @@ import inspect
 
 import jaxtyping
 
-jaxtyping.install_import_hook("zerodraft", "beartype.beartype")
+# the hook takes an expression; with the tower an int is a float, as PEP 484 has it
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook("zerodraft", CHECKER)
 
 from zerodraft import ZttConfig  # noqa: E402  # only now, so that the hook sees it
 

@@ -1,0 +1,92 @@
+"""The package works with its own dependencies alone, and importing any part of it has no side effects that show."""
+
+import pkgutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zerodraft
+
+ROOT = Path(__file__).resolve().parent.parent
+
+OPTIONAL = (
+    "beartype",
+    "datasets",
+    "gguf",
+    "hypothesis",
+    "kenlm",
+    "matplotlib",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "pytest",
+    "tensorboard",
+)
+"""Everything that only the extras install, by import name (and pandas, which one of them brings along)."""
+
+IMPORT_WITHOUT = """
+import importlib, sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {blocked!r} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+for module in {modules!r}:
+    importlib.import_module(module)
+"""
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(zerodraft.__path__, "zerodraft.")
+    # importing __main__ runs the program
+    return ["zerodraft", "zerodraft_command", *(m.name for m in found if not m.name.endswith("__main__"))]
+
+
+def test_every_module_imports_with_the_minimal_dependencies_only() -> None:
+    code = IMPORT_WITHOUT.format(blocked=set(OPTIONAL), modules=modules())
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_every_optional_dependency_is_in_an_extra() -> None:
+    project = project_table()
+    required = {name(requirement) for requirement in project["dependencies"]}
+    assert not required & set(OPTIONAL)
+    extras = {name(r) for rs in project["optional-dependencies"].values() for r in rs}
+    assert {"datasets", "gguf", "matplotlib", "peft", "pyarrow", "tensorboard"} <= extras
+
+
+def test_direct_dependencies_are_pinned_for_tests() -> None:
+    project = project_table()
+    pinned = {
+        name(line) for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
+    }
+    extras = {name(r) for rs in project["optional-dependencies"].values() for r in rs}
+    wanted = {name(r) for r in project["dependencies"]} | extras
+    assert wanted - pinned - {"zerodraft"} == set()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert version("zerodraft") == zerodraft.__version__
+    assert f"version: {zerodraft.__version__}\n" in citation
+    assert f"## [{zerodraft.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def project_table() -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def name(requirement: str) -> str:
+    for mark in ("[", "=", ">", "<", " ", ";"):
+        requirement = requirement.split(mark)[0]
+    return requirement

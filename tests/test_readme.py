@@ -1,0 +1,46 @@
+"""The README does what it says: its Python runs from top to bottom, the commands and files that it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from zerodraft.cli.main import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert BLOCKS
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for number, block in enumerate(BLOCKS, 1):
+        exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+
+
+def test_the_make_targets_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"(?:^|`)make (?:\w+=\S+ )*(\w+)", README, re.MULTILINE)
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_the_commands_exist() -> None:
+    named = set(re.findall(r"^zerodraft (\w+)", README, re.MULTILINE))
+    assert named
+    assert named <= set(COMMANDS)
+
+
+def test_the_files_of_the_tree_exist() -> None:
+    (tree,) = re.findall(r"^```text\n(src/.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    folder, missing = Path(), []
+    for line in tree.splitlines():
+        entry = line.split()[0] if line.strip() else ""
+        if entry.endswith("/"):
+            folder = Path(entry)
+        elif entry and not (ROOT / folder / entry).exists():
+            missing.append(folder / entry)
+        if entry.endswith("/") and not (ROOT / folder).is_dir():
+            missing.append(folder)
+    assert not missing
