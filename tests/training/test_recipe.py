@@ -43,6 +43,16 @@ def test_overrides(write):
         load_recipe(path, ["output.steps=7"])
 
 
+def test_extends(write):
+    path = write("output: x\nmodel: {cycles: 3, head_layers: 2}\n")
+    other = path.with_name("other.yaml")
+    other.write_text("extends: recipe.yaml\noutput: y\nmodel: {cycles: 1}\n", encoding="utf-8")
+    recipe = load_recipe(other)
+    assert (recipe.output, recipe.model.cycles, recipe.model.head_layers) == ("y", 1, 2)
+    with pytest.raises(ZerodraftError, match="extends itself"):
+        load_recipe(write("extends: recipe.yaml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

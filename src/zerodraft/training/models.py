@@ -1,4 +1,4 @@
-"""The model that a recipe describes: from scratch, from a checkpoint, or converted; with adapters if it wants them."""
+"""The model that a recipe describes: from scratch, from a checkpoint, or converted."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
-from zerodraft.training.recipe import ModelRecipe, PeftRecipe
+from zerodraft.training.recipe import ModelRecipe
 from zerodraft.training.strict import did_you_mean
 from zerodraft.ztt.config import ZttConfig
+from zerodraft.ztt.loading import load_pretrained
 from zerodraft.ztt.model import ZttForCausalLM
 
 SIZES = (
@@ -55,34 +57,12 @@ def build_from_start(recipe: ModelRecipe) -> PreTrainedModel:
     is_ztt = AutoConfig.from_pretrained(path).model_type == ZttConfig.model_type
     if recipe.kind == "plain" and is_ztt:
         raise ZerodraftError(f"model.start '{recipe.start}' is a Zero Token Transformer, so model.kind must be 'ztt'")
-    if is_ztt:
-        return ZttForCausalLM.from_pretrained(path)
-    if recipe.kind == "plain":
-        return AutoModelForCausalLM.from_pretrained(path)
-    return ZttForCausalLM.from_base(path, mode=recipe.convert, **_cycling(recipe))
-
-
-def add_adapters(model: PreTrainedModel, recipe: PeftRecipe) -> Any:
-    """LoRA on the linear modules of the base; zero tokens and gates stay trainable, they are what a conversion adds.
-
-    Raises:
-        ZerodraftError: peft is not installed, or no module has one of the names.
-    """
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError as error:
-        raise ZerodraftError("peft.rank > 0 needs the peft extra: pip install 'zerodraft[peft]'") from error
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft says int and divides it
-        lora_dropout=recipe.dropout,
-        target_modules=list(recipe.target_modules) or "all-linear",
-        task_type=TaskType.CAUSAL_LM,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ZerodraftError(f"peft.target_modules {list(recipe.target_modules)}: {error}") from error
+    # weights are trained in float32, whatever they were saved in; bf16 is a matter of autocast
+    model = load_pretrained(ZttForCausalLM if is_ztt else AutoModelForCausalLM, path, dtype=torch.float32)
+    if is_ztt or recipe.kind == "plain":
+        return model
+    settings = {"init": recipe.init, **_cycling(recipe)}
+    return ZttForCausalLM.from_base(model, mode=recipe.convert, **settings)
 
 
 def number_of_cycles(model: PreTrainedModel) -> int:

@@ -30,6 +30,8 @@ class ModelRecipe:
     """Checkpoint to start from (path, hub id or short name); a plain model is converted. `finetune` needs it."""
     convert: Literal["deepen", "compress"] = "deepen"
     """How a plain `start` becomes a ZTT: the same weights with more cycles, or fewer weights at the same depth."""
+    init: Literal["stepwise", "average", "svd"] = "stepwise"
+    """`compress`: where the shared weights come from."""
     family: str = "llama"
     """Model type of the base family, as in transformers (llama, qwen3, ...)."""
     hidden_size: int = 256
@@ -182,8 +184,6 @@ class PeftRecipe:
     """Dropout in the adapters."""
     target_modules: tuple[str, ...] = ()
     """Names of the linear modules that get adapters; empty means all of them."""
-    merge: bool = False
-    """Save the merged model as well as the adapters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +205,8 @@ class Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Reads a YAML recipe.
 
+    A file may start from another one next to it: `extends: other.yaml`; its own keys win.
+
     Args:
         path: the file.
         overrides: dotted keys, as a mapping or as `"training.steps=10"` strings whose values are YAML.
@@ -212,7 +214,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping
     Raises:
         ZerodraftError: no such file, not YAML, unknown keys or values of the wrong type.
     """
-    path = Path(path)
+    mapping = _read(Path(path))
+    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
+    for dotted, value in pairs:
+        _set(mapping, dotted, value)
+    return from_mapping(Recipe, mapping)
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ZerodraftError(f"no recipe at '{path}'" + (did_you_mean(path.name, near) if near else ""))
@@ -222,10 +231,20 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping
         raise ZerodraftError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
         raise ZerodraftError(f"'{path}' must hold a mapping of keys to values")
-    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
-    for dotted, value in pairs:
-        _set(mapping, dotted, value)
-    return from_mapping(Recipe, mapping)
+    if "extends" not in mapping:
+        return mapping
+    other = path.parent / str(mapping.pop("extends"))
+    if other.resolve() == path.resolve():
+        raise ZerodraftError(f"'{path}' extends itself")
+    return _merge(_read(other), mapping)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both else value
+    return merged
 
 
 def _split_override(text: str) -> tuple[str, Any]:

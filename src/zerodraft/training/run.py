@@ -25,12 +25,13 @@ from transformers import TrainerCallback, default_data_collator, set_seed
 import zerodraft
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
+from zerodraft.training.adapters import add_adapters
 from zerodraft.training.callbacks import JsonLog, ProgressBar
 from zerodraft.training.data import TextData, build_data, read_documents, split_documents
 from zerodraft.training.losses import CycleLoss
-from zerodraft.training.models import add_adapters, build_from_scratch, build_from_start, number_of_cycles
+from zerodraft.training.models import build_from_scratch, build_from_start, number_of_cycles
 from zerodraft.training.recipe import Recipe
-from zerodraft.training.strict import to_mapping
+from zerodraft.training.strict import from_mapping, to_mapping
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
 from zerodraft.training.trainer import ZttTrainer, last_checkpoint, training_arguments
 
@@ -166,8 +167,8 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> str | None:
         return None
     if checkpoint is None:
         raise ZerodraftError(f"nothing to resume: '{folder}' has no checkpoint (set training.save_every to write some)")
-    old = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    changed = _differences(old, json.loads(json.dumps(to_mapping(recipe))))
+    old = from_mapping(Recipe, json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    changed = _differences(to_mapping(old), to_mapping(recipe))
     changed = [key for key in changed if key != "output" and key not in {f"training.{name}" for name in MAY_CHANGE}]
     if changed:
         raise ZerodraftError(f"'{folder}' holds a run with another {', '.join(changed)}: a resumed run must keep it")
@@ -244,12 +245,13 @@ def _save(trainer: ZttTrainer, tokenizer: Any, folder: Path, recipe: Recipe) -> 
     partial, final = folder / ".model", folder / "model"
     shutil.rmtree(partial, ignore_errors=True) if trainer.args.should_save else None
     trainer.accelerator.wait_for_everyone()
-    if recipe.peft.rank and trainer.args.should_save:
-        model.save_pretrained(partial / "adapter")
-        if recipe.peft.merge:
+    if recipe.peft.rank:
+        trainer.save_model(str(partial / "adapter"))
+        if trainer.args.should_save:
+            (partial / "adapter" / "training_args.bin").unlink()
             model.merge_and_unload().save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    elif not recipe.peft.rank:
+            tokenizer.save_pretrained(partial)
+    else:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
         # a pickle of the Trainer's arguments, which nothing of ours reads

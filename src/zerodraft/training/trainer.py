@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.adapters import load_own_parameters, save_own_parameters
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.data import PackedBlocks
 from zerodraft.training.losses import CycleLoss
@@ -153,6 +154,19 @@ class ZttTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, PARTIAL) if self._saving else folder
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._has_adapters() and self.args.should_save:
+            save_own_parameters(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._has_adapters():
+            load_own_parameters(self.model, resume_from_checkpoint)
+
+    def _has_adapters(self) -> bool:
+        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.write_losses()
