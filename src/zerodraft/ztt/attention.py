@@ -19,6 +19,7 @@ the queries (GQA). Masks are bool (True attends) or additive, broadcastable to `
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,8 +105,8 @@ def zero_attention_sdpa(
 class _CpuFlashZeroToken(torch.autograd.Function):
     """LSE form on the CPU's flash kernel, with exact gradients for q, k, v and s0 and through the mass.
 
-    The kernel's backward recomputes the probabilities from the LSE and needs `rowsum(dout * out)`. Given the LSE and the
-    output *with* the zero token it therefore returns the exact gradients of the ordinary tokens. The zero token's own
+    The kernel's backward recomputes the probabilities from the LSE and needs `rowsum(dout * out)`. Given the LSE and
+    the output *with* the zero token it therefore returns the exact gradients of the ordinary tokens. The zero token's own
     are `ds0 = a0 * (0 - rowsum(dout * out))`, as its value is zero. A gradient `g` of the mass shifts every score's
     gradient by `-p_j * a0 * g`: the same as one more column with value 0, `dout` 1 and output `a0 * g`.
     """
@@ -196,7 +197,7 @@ def zero_attention_lse(
         grouped = q.reshape(b, kv, h // kv, d)
         out, lse = _cpu_flash(grouped, k, v, 0.0, False, scale=scale)
         keys = zero_key.to(q.dtype)[None].expand(b, kv, d).reshape(b * kv, d, 1)
-        scores = torch.baddbmm(lse.view(b * kv, -1, 1), grouped.view(b * kv, -1, d), keys, alpha=-scale)
+        scores = torch.baddbmm(lse.reshape(b * kv, -1, 1), grouped.view(b * kv, -1, d), keys, alpha=-scale)
         keep = scores.sigmoid_().view(b, h, 1)
         return out.view(b, h, 1, d).mul_(keep[..., None]), 1 - keep if need_mass else None
     out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
@@ -206,18 +207,18 @@ def zero_attention_lse(
 def zero_attention_flex(
     q: Query, k: Keys, v: Keys, s0: Mass, *, block_mask: object, scale: float
 ) -> tuple[Query, Mass]:
-    """The LSE form on `flex_attention`, whose LSE carries its own gradient. `block_mask` is a flex `BlockMask` or None."""
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    """The LSE form on `flex_attention`, whose LSE carries its own gradient; the mask is a flex `BlockMask` or None."""
+    from torch.nn.attention.flex_attention import AuxRequest
 
-    kernel = flex_attention if q.device.type == "cpu" else _compiled_flex()
-    gqa = q.shape[1] != k.shape[1]
-    out, aux = kernel(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True))
+    gqa, aux_request = q.shape[1] != k.shape[1], AuxRequest(lse=True)
+    kernel = _flex_kernel(compiled=q.device.type != "cpu")
+    out, aux = kernel(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=gqa, return_aux=aux_request)
     return _fold_in(out, aux.lse, s0, None)[:2]
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., tuple[Tensor, object]]:
-    """`flex_attention` is fused only when compiled."""
+def _flex_kernel(compiled: bool) -> Callable[..., tuple[Tensor, Any]]:
+    """`flex_attention`, which is fused only when compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

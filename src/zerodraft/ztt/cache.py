@@ -1,9 +1,9 @@
 """Views over a transformers `Cache` that give every (cycle, layer) its own KV slot.
 
 A layer writes to `past_key_values.update(k, v, layer_idx)` with its stored index; `SlotView` sends that to the slot of
-the execution, whatever kind of cache is behind it. For early exit `KvMemory` keeps the keys and values of *all* tokens of
-the forward pass by layer, so that a compacted step still writes and attends to every token: those of an exited token come
-from its frozen state (they are the same in all remaining cycles, as the weights are shared) or from its latest cycle.
+the execution, whatever kind of cache is behind it. For early exit `KvMemory` keeps the keys and values of *all* tokens
+of the forward pass by layer, so that a compacted step still writes and attends to every token: those of an exited token
+come from its frozen state (the same in all remaining cycles, as the weights are shared) or from its latest cycle.
 """
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class KvMemory:
         return self._kept[layer]
 
     def merge(self, layer: int, keys: Tensor, values: Tensor, grid: TokenGrid | None) -> KeysValues:
-        """Put the states of the tokens of `grid` (`(1, kv, n, d)`; None: all tokens) in place and return all of them."""
+        """Put the states of the tokens of `grid` (`(1, kv, n, d)`; None: all tokens) in place; returns all tokens'."""
         if grid is not None:
             old = self._kept[layer]
             keys, values = (

@@ -100,9 +100,15 @@ class ZttConfig(PreTrainedConfig):
     # -- the unrolled model ---------------------------------------------------------------------------------------
 
     @property
+    def family(self) -> PreTrainedConfig:
+        """The base configuration, which is an object once this one has been made."""
+        assert isinstance(self.base_config, PreTrainedConfig)
+        return self.base_config
+
+    @property
     def stored_layers(self) -> int:
         """Layers that have weights of their own: head + shared + tail."""
-        return self.base_config.num_hidden_layers
+        return self.family.num_hidden_layers
 
     @property
     def shared_layers(self) -> int:
@@ -132,10 +138,10 @@ class ZttConfig(PreTrainedConfig):
 
 def check_cycling(config: ZttConfig) -> None:
     """Raise `ZerodraftError` unless head, tail, cycles and choices fit the base configuration."""
-    stored = getattr(config.base_config, "num_hidden_layers", None)
+    stored = getattr(config.family, "num_hidden_layers", None)
     if not isinstance(stored, int):
         raise ZerodraftError(
-            f"The base configuration ({config.base_config.model_type!r}) has no num_hidden_layers; expected the text "
+            f"The base configuration ({config.family.model_type!r}) has no num_hidden_layers; expected the text "
             "configuration of a decoder-only model."
         )
     for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("cycle_lora_rank", 0)):

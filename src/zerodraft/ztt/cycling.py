@@ -1,7 +1,7 @@
 """The heart of the Zero Token Transformer: run head, N cycles of the shared layers, and tail.
 
-The family's own forward pass drives: it embeds, makes masks and rotary positions, and walks over its decoder layers. That
-walk meets a `CycledLayers`, which in the middle of a forward pass hands out recorders instead of layers. They note with
+The family's own forward pass drives: it embeds, makes masks and rotary positions, and walks over its decoder layers.
+That walk meets a `CycledLayers`, which in the middle of a forward pass hands out recorders instead of layers. They note with
 what arguments each stored layer would be called; the last one has seen them all and runs the schedule, every execution
 with its own KV slot and zero token. So final norm, LM head, score caps and multipliers stay the family's own.
 
@@ -167,7 +167,8 @@ class CycleRun(Recorder):
 
     def run_exits(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
-        assert self.rule is not None and self.readout is not None
+        assert self.rule is not None
+        assert self.readout is not None
         b, t, _ = hidden.shape
         real = torch.ones(b, t, dtype=torch.bool, device=hidden.device) if self.real is None else self.real
         depth = real.long().flatten()

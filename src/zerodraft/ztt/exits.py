@@ -1,7 +1,7 @@
 """Rules that decide after each cycle which tokens have been thought about enough.
 
-A rule sees what one cycle produced for the tokens that still run, and returns which of them stop. Nothing in it depends on
-other tokens, so results do not depend on the batch. The zero-token rule is the papers' (Li et al., 2025/2026); softmax
+A rule sees what one cycle produced for the tokens that still run, and returns which of them stop. Nothing in it depends
+on other tokens, so results do not depend on the batch. The zero-token rule is the papers' (Li et al., 2025/2026); softmax
 confidence and entropy are the usual readouts (e.g. CALM), KL and latent difference those of recurrent-depth models.
 """
 
@@ -50,7 +50,7 @@ class ExitRule(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroMassExit:
-    """Stop where the mass on the zero token reaches `threshold`: what remains of the attention is below one minus it."""
+    """Stop where the mass on the zero token reaches `threshold`: the attention adds at most one minus it."""
 
     threshold: float
     pool: HeadPool = "mean"

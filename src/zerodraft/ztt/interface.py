@@ -97,7 +97,7 @@ def _attend(
     if call.grid is not None:
         query = call.grid.unpack(query.transpose(1, 2)).transpose(1, 2)
     if call.key is None:
-        plain = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _family_eager(module) if backend == "eager" else None)
+        plain = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _family_eager(module))
         out, _ = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
         if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
@@ -146,7 +146,7 @@ def _zero_attention(
     return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
 
 
-def _family_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+def _family_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The eager attention function of the family that an attention module belongs to."""
     return sys.modules[type(module).__module__].eager_attention_forward
 

@@ -1,7 +1,7 @@
 """`ZttForCausalLM` and `ZttModel`: any decoder family of transformers, its middle layers run several times.
 
-The model contains the family's own model (`.base`), built from its own configuration, with its list of layers turned into
-a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and nothing else. State-dict keys are the
+The model contains the family's own model (`.base`), built from its own configuration, with its list of layers turned
+into a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and nothing else. State-dict keys are the
 family's behind `base.`, plus `zero_tokens.*` and `cycle_gates`. A shared layer exists once: there is nothing to tie.
 """
 
@@ -97,7 +97,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         self.base = base
         self._parts = parts
         self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
-        kv_heads, head_dim = kv_shape(config.base_config, self.layers[0])
+        kv_heads, head_dim = kv_shape(config.family, self.layers[0])
         self.zero_tokens = ZeroTokenPool(config, kv_heads, head_dim) if config.zero_tokens else None
         gates = torch.zeros(config.cycles - 1, config.shared_layers)
         self.cycle_gates = nn.Parameter(gates) if config.cycle_gates and config.cycles > 1 else None
@@ -119,7 +119,7 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     def _base_config(self) -> Any:
         """The family's configuration as its modules get it: ours, but with our attention function."""
-        base_config = copy.deepcopy(self.config.base_config)
+        base_config = copy.deepcopy(self.config.family)
         base_config._attn_implementation = attention_name(self.config._attn_implementation)
         return base_config
 
@@ -167,6 +167,7 @@ class ZttPreTrainedModel(PreTrainedModel):
     def readout(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits of hidden states through the final norm and the LM head alone (states for a model without a head)."""
         embedding = self.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
         blank = embedding.new_zeros(len(hidden), 1, embedding.shape[1])
         with Readout(hidden[:, None].to(embedding.dtype)).drives():
             out = self._family(inputs_embeds=blank, use_cache=False)
@@ -174,15 +175,14 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None) -> int:
-        """The number of positions that the cache already holds."""
-        if (input_ids is None) == (inputs_embeds is None):
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+        """The number of tokens that this pass gets."""
+        given = [tokens for tokens in (input_ids, inputs_embeds) if tokens is not None]
+        if len(given) != 1:
             raise ZerodraftError("Give exactly one of input_ids and inputs_embeds.")
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        assert tokens is not None
-        if tokens.shape[1] == 0:
+        if given[0].shape[1] == 0:
             raise ZerodraftError("The prompt is empty; give at least one token.")
-        return 0 if cache is None else int(cache.get_seq_length())
+        return given[0].shape[1]
 
     def _check_options(
         self, cycles: int, cache: Cache | None, depth: Tensor | None, rule: ExitRule | None, every_cycle: bool
@@ -221,7 +221,8 @@ class ZttPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> tuple[Any, CycleRun]:
         """Run the family's forward pass over the cycled layers; its output, and the run with what it collected."""
-        start = self._check_inputs(input_ids, inputs_embeds, past_key_values)
+        length = self._check_inputs(input_ids, inputs_embeds)
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         if not use_cache:
@@ -234,7 +235,6 @@ class ZttPreTrainedModel(PreTrainedModel):
         check_policy(exit_policy)
         cycles = self.config.cycles if cycles is None else cycles
         self._check_options(cycles, past_key_values, exit_depth, exit_rule, every_cycle)
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # pyright: ignore  # one of them is given
         run = CycleRun(
             config=self.config,
             layers=self.layers,
@@ -425,8 +425,9 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             losses = [self.loss_function(x, labels, vocabulary, **loss_kwargs) for x in readouts]
             logits, loss = readouts[-1], losses[-1]
             if cycle_weights is not None:
-                loss = sum(w * x for w, x in zip(cycle_weights, losses, strict=True)) / sum(cycle_weights)
-                cycle_losses = torch.stack(losses).detach()
+                stacked = torch.stack(losses)
+                weights = stacked.new_tensor(cycle_weights)
+                loss, cycle_losses = stacked @ weights / weights.sum(), stacked.detach()
         result = ZttCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -468,4 +469,5 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         been computed and has none. `zerodraft.ztt.streamer` pairs tokens with depths as they come.
         """
         with self._exits(exit_rule, exit_policy):
-            return super().generate(*args, **kwargs)
+            # pyright takes the protocol that `generate` annotates its self with for a class that we are not.
+            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
