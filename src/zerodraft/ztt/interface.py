@@ -49,9 +49,10 @@ class TokenGrid:
         return base.index_copy(0, self.index, x[0]).view(self.batch, self.time, *x.shape[2:])
 
 
-@dataclass(slots=True)
 class LayerCall:
     """One execution of a stored layer: what its attention needs to know, and what it found.
+
+    No dataclass: FSDP copies dataclasses on their way into a layer, and what was found would be lost with the copy.
 
     Attributes:
         cycle: Cycle of the execution, 0-based.
@@ -62,12 +63,12 @@ class LayerCall:
         attended: Filled in: whether the call reached our attention function.
     """
 
-    cycle: int = 0
-    key: Tensor | None = None
-    grid: TokenGrid | None = None
-    need_mass: bool = True
-    mass: Float[Tensor, "b t h"] | None = None
-    attended: bool = False
+    def __init__(
+        self, cycle: int = 0, key: Tensor | None = None, grid: TokenGrid | None = None, need_mass: bool = True
+    ) -> None:
+        self.cycle, self.key, self.grid, self.need_mass = cycle, key, grid, need_mass
+        self.mass: Float[Tensor, "b t h"] | None = None
+        self.attended = False
 
 
 # The call whose attention module ran last: the parts of a layer that get no kwargs (FFN gate, per-cycle LoRA) read it.
