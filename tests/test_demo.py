@@ -1,0 +1,130 @@
+"""The parts of `make demo` on a tiny model and a tiny text: they run, report what happened, and say what is missing."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples import demo
+from rich.console import Console
+from transformers import LlamaConfig
+
+from zerodraft import ZeroMassExit, ZttConfig, ZttForCausalLM, exit_rule_to_dict
+from zerodraft.training.tokenizer import train_tokenizer
+
+OVERRIDES: dict[str, Any] = {
+    "model.hidden_size": 32,
+    "model.intermediate_size": 48,
+    "model.head_dim": 16,
+    "model.max_position_embeddings": 64,
+    "tokenizer.vocab_size": 300,
+    "data.context_length": 32,
+    "data.document_chars": 200,
+    "data.validation_fraction": 0.2,
+    "data.validation_blocks": 2,
+    "training.batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a tokenizer and a calibrated exit rule."""
+    tokenizer = train_tokenizer(["the time machine stood in the laboratory, and the old man wound it up."], 300)
+    base = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    rule = ZeroMassExit(threshold=0.03)
+    model = ZttForCausalLM(ZttConfig(base_config=base, cycles=3, exit_rule=exit_rule_to_dict(rule)))
+    path = tmp_path_factory.mktemp("demo") / "model"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    text = "\n\n".join(f"On day {day} the time traveller set out again, {day * 7} years ahead." for day in range(200))
+    (tmp_path / "the-time-machine.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(demo, "BOOKS", tmp_path)
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    return tmp_path
+
+
+def test_it_writes_measures_trains_and_sums_up(
+    model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(highlight=False, width=200)
+    result = demo.run(console, model_dir, seconds=0.1, new_tokens=4, overrides=OVERRIDES)
+    demo.summary(console, {**result, "seconds": 1.0})
+    result = json.loads(json.dumps(result))
+
+    assert [len(text["depths"]) for text in result["texts"]] == [4]
+    assert [row["batch"] for row in result["speed"]] == [1, 16]
+    assert all(row["on"] > 0 and 1 <= row["mean_cycles"] <= 3 for row in result["speed"])
+    on, off = result["text"]["on"], result["text"]["off"]
+    assert result["text"]["flops_saved"] == pytest.approx(1 - on["flops_per_token"] / off["flops_per_token"])
+    training = result["training"]
+    zero_keys = 2 * 2 * 2 * 16
+    assert training["ztt"]["parameters"] - training["vanilla"]["parameters"] == zero_keys
+    assert training["ztt"]["tokens"] == training["vanilla"]["tokens"] == training["steps"] * 64
+    assert len(training["ztt"]["held_back_loss_by_cycles"]) == 2
+    assert all(0 < training[name]["train_loss"] < 7 for name in ("ztt", "vanilla"))
+
+    out = capsys.readouterr().out
+    assert demo.PROMPTS[0] in out
+    assert "depth of each new token: " in out
+    assert f"Zero Token Transformer: step {training['steps']} of {training['steps']}" in out
+    assert f"{training['vanilla']['held_back_loss']:.4f}" in out
+
+
+def test_on_a_terminal_depths_are_colours(model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+
+    model, path = load_ztt(str(model_dir))
+    console = Console(file=sys.stdout, force_terminal=True, color_system="truecolor", width=200)
+    demo.write(console, model, load_tokenizer_for(model, path), model.calibrated_exit_rule(), 4)
+    out = capsys.readouterr().out
+    assert "\x1b[" in out
+    assert "depth of each new token" not in out
+
+
+def test_a_missing_model_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--model", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("demo: no model at ")
+
+
+def test_a_model_without_a_rule_is_one_sentence(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "copy"
+    path.mkdir()
+    for file in model_dir.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "exit_rule": None}))
+    assert demo.main(["--model", str(path)]) == 2
+    assert "no calibrated exit rule" in capsys.readouterr().err
+
+
+def test_json_is_the_last_line(
+    model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = {"parameters": 1, "train_loss": 1.0, "held_back_loss": 1.0, "held_back_loss_by_cycles": [1.0]}
+    trained |= {"seconds": 1.0, "tokens": 1, "tokens_per_second": 1.0}
+    monkeypatch.setattr(demo, "train", lambda *args: {"steps": 1, "ztt": trained, "vanilla": trained})
+    monkeypatch.setattr(demo, "speed", lambda *args: [])
+    assert demo.main(["--model", str(model_dir), "--new-tokens", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["training"]["steps"] == 1
+    assert "Summary" in captured.err
