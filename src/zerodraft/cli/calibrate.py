@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import os
+import platform
+import shlex
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -197,13 +201,18 @@ class Calibrate(Command):
         chosen: "Point",
     ) -> list[str]:
         """Writes the report and the plot; without matplotlib it says so and goes on."""
+        import torch
+
         from zerodraft.training.run import versions
         from zerodraft.ztt.calibrate import write_text
         from zerodraft.ztt.plot import plot_trade_off
 
         folder = Path(self.output).expanduser() if self.output else path
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "calibration.json", json.dumps({**report, "versions": versions()}, indent=1) + "\n")
+        machine = {"platform": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        command = shlex.join(["zerodraft", *sys.argv[1:]])
+        provenance = {"command": command, "versions": versions(), "machine": machine}
+        write_text(folder / "calibration.json", json.dumps({**report, **provenance}, indent=1) + "\n")
         names = ["calibration.json"]
         try:
             title = f"{path.name} on {report['text']['name']}"
