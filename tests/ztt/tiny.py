@@ -98,6 +98,7 @@ def tiny(
 ) -> ZttForCausalLM:
     """A random Zero Token Transformer over a family, in evaluation mode; three cycles unless told otherwise."""
     config = ZttConfig(base_config=base or base_config(family), **{"cycles": 3, **options})
+    torch.manual_seed(seed)
     model = ZttForCausalLM(config).eval()
     randomise(model, seed)
     return model
@@ -105,6 +106,7 @@ def tiny(
 
 def tiny_plain(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
     """A random plain model of a family, in evaluation mode."""
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(base_config(family, **changes)).eval()
     randomise(model, seed)
     return model
