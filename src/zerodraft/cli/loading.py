@@ -10,8 +10,15 @@ from zerodraft.errors import ZerodraftError
 def load_ztt(name: str) -> tuple[Any, Path]:
     """The Zero Token Transformer at a path, hub id or short name, ready to run, and its directory."""
     from zerodraft import ZttForCausalLM
-    from zerodraft.targets import resolve
     from zerodraft.ztt.loading import load_pretrained
+
+    path = find_ztt(name)
+    return load_pretrained(ZttForCausalLM, path).to(default_device()).eval(), path
+
+
+def find_ztt(name: str) -> Path:
+    """The directory of the Zero Token Transformer at a path, hub id or short name."""
+    from zerodraft.targets import resolve
 
     path = resolve(name)
     kind = model_type(path)
@@ -20,7 +27,7 @@ def load_ztt(name: str) -> tuple[Any, Path]:
             f"'{name}' is a plain {kind} model, not a Zero Token Transformer: convert it first with "
             f"'zerodraft convert {name} --output DIR'"
         )
-    return load_pretrained(ZttForCausalLM, path).to(default_device()).eval(), path
+    return path
 
 
 def default_device() -> Any:

@@ -28,6 +28,7 @@ COMMANDS = {
     "finetune": "Finetune",
     "generate": "Generate",
     "convert": "Convert",
+    "info": "Info",
     "calibrate": "Calibrate",
 }
 """Each command lives in the module of its name."""
