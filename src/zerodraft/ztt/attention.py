@@ -106,8 +106,8 @@ class _CpuFlashZeroToken(torch.autograd.Function):
     """LSE form on the CPU's flash kernel, with exact gradients for q, k, v and s0 and through the mass.
 
     The kernel's backward recomputes the probabilities from the LSE and needs `rowsum(dout * out)`. Given the LSE and
-    the output *with* the zero token it therefore returns the exact gradients of the ordinary tokens. The zero token's own
-    are `ds0 = a0 * (0 - rowsum(dout * out))`, as its value is zero. A gradient `g` of the mass shifts every score's
+    the output *with* the zero token it therefore returns the exact gradients of the ordinary tokens. The zero token's
+    own are `ds0 = a0 * (0 - rowsum(dout * out))`, as its value is zero. A gradient `g` of the mass shifts every score's
     gradient by `-p_j * a0 * g`: the same as one more column with value 0, `dout` 1 and output `a0 * g`.
     """
 
@@ -197,9 +197,10 @@ def zero_attention_lse(
         grouped = q.reshape(b, kv, h // kv, d)
         out, lse = _cpu_flash(grouped, k, v, 0.0, False, scale=scale)
         keys = zero_key.to(q.dtype)[None].expand(b, kv, d).reshape(b * kv, d, 1)
-        scores = torch.baddbmm(lse.reshape(b * kv, -1, 1), grouped.view(b * kv, -1, d), keys, alpha=-scale)
-        keep = scores.sigmoid_().view(b, h, 1)
-        return out.view(b, h, 1, d).mul_(keep[..., None]), 1 - keep if need_mass else None
+        scores = torch.baddbmm(lse.reshape(b * kv, -1, 1), grouped.reshape(b * kv, -1, d), keys, alpha=-scale)
+        keep = scores.sigmoid_().view(b, kv, -1, 1)
+        mass = 1 - keep.view(b, h, 1) if need_mass else None
+        return out.mul_(keep).reshape(b, h, 1, d), mass
     out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
     return _fold_in(out, lse, zero_scores(q, zero_key, scale), mask)[:2]
 

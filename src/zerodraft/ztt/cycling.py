@@ -1,9 +1,9 @@
 """The heart of the Zero Token Transformer: run head, N cycles of the shared layers, and tail.
 
 The family's own forward pass drives: it embeds, makes masks and rotary positions, and walks over its decoder layers.
-That walk meets a `CycledLayers`, which in the middle of a forward pass hands out recorders instead of layers. They note with
-what arguments each stored layer would be called; the last one has seen them all and runs the schedule, every execution
-with its own KV slot and zero token. So final norm, LM head, score caps and multipliers stay the family's own.
+That walk meets a `CycledLayers`, which in the middle of a forward pass hands out recorders instead of layers. They
+note with what arguments each stored layer would be called; the last one has seen them all and runs the schedule, every
+execution with its own KV slot and zero token. So final norm, LM head, score caps and multipliers stay the family's own.
 
 Head-tail decoupled cycling: Li et al., 2025/2026. Early exit: exited tokens stay attendable in the deeper cycles, with
 keys and values from their frozen state (`propagate`) or from their last cycle (`latest`); the rest is compacted to the

@@ -1,8 +1,9 @@
 """Rules that decide after each cycle which tokens have been thought about enough.
 
 A rule sees what one cycle produced for the tokens that still run, and returns which of them stop. Nothing in it depends
-on other tokens, so results do not depend on the batch. The zero-token rule is the papers' (Li et al., 2025/2026); softmax
-confidence and entropy are the usual readouts (e.g. CALM), KL and latent difference those of recurrent-depth models.
+on other tokens, so results do not depend on the batch. The zero-token rule is the papers' (Li et al., 2025/2026);
+softmax confidence and entropy are the usual readouts (e.g. CALM), KL and latent difference those of recurrent-depth
+models.
 """
 
 from collections.abc import Callable
