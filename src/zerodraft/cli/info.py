@@ -36,11 +36,10 @@ class Info(Command):
         from zerodraft.ztt.info import model_info
 
         info = model_info(ZttConfig.from_pretrained(find_ztt(self.model)), context=self.context)
-        total = info.parameters["total"]
+        total, stored = info.parameters["total"], info.head_layers + info.shared_layers + info.tail_layers
         console.print(
             f"{info.family}, {info.depth} layers deep: {info.head_layers} head + {info.cycles} x {info.shared_layers} "
-            f"shared + {info.tail_layers} tail, of which {info.head_layers + info.shared_layers + info.tail_layers} are "
-            "stored"
+            f"shared + {info.tail_layers} tail, of which {stored} are stored"
         )
         parts = Table("parameters", "count", "share", box=None, pad_edge=False)
         for column in parts.columns[1:]:
