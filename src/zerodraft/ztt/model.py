@@ -209,7 +209,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         *,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         past_key_values: Cache | None,
         use_cache: bool | None,
         cycles: int | None,
@@ -276,7 +276,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         return stacked.unflatten(2, (-1, self.config.shared_layers))
 
 
-def _real_tokens(attention_mask: Tensor | None, length: int) -> Bool[Tensor, "b t"] | None:
+def _real_tokens(attention_mask: Any, length: int) -> Bool[Tensor, "b t"] | None:
     """Which of this pass's tokens are no padding; None if the mask does not say or there is none."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
