@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zerodraft.ztt.calibrate import CalibrationResult, Target
     from zerodraft.ztt.tradeoff import Point, Ruler, ScoredRule
 
-Name = Literal["zero-mass", "confidence", "entropy", "kl", "latent"]
+NAMES = ("zero-mass", "confidence", "entropy", "kl", "latent")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,8 +140,8 @@ class Calibrate(Command):
             console.print(f"{_rule_text(result.chosen)} is now the calibrated exit rule of {self.model}")
         return {**report, "written": files}
 
-    def _names(self) -> list[Name]:
-        known = list(Name.__args__)
+    def _names(self) -> list[str]:
+        known = list(NAMES)
         for name in self.rules:
             if name not in (*known, "all"):
                 from zerodraft.training.strict import did_you_mean
@@ -158,7 +158,7 @@ class Calibrate(Command):
             return ComputeBudget(flops=self.budget, mean_cycles=self.mean_cycles)
         return LossBound(relative=self.max_loss_increase, absolute=self.max_loss_nats)
 
-    def _template(self, name: Name) -> "ScoredRule":
+    def _template(self, name: str) -> "ScoredRule":
         from zerodraft.ztt.exits import ZeroMassExit
         from zerodraft.ztt.tradeoff import scored_rule
 
@@ -196,7 +196,7 @@ class Calibrate(Command):
         console: Console,
         path: Path,
         report: Result,
-        curves: "dict[Name, tuple[Point, ...]]",
+        curves: "dict[str, tuple[Point, ...]]",
         fixed: "list[Point]",
         chosen: "Point",
     ) -> list[str]:

@@ -29,7 +29,10 @@ LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 class ScoredRule(Protocol):
     """A rule that stops tokens whose score is high enough."""
 
-    threshold: float
+    @property
+    def threshold(self) -> float:
+        """Where it stops a token."""
+        ...
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         """The higher, the sooner a token stops."""
@@ -93,13 +96,8 @@ class Ruler:
             raise ZerodraftError("The model has one cycle, so no token can leave early; it needs cycles of at least 2.")
         if model.config.schedule != "block":
             raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
-        self.model, self.blocks, self.policy, self.batch_size, self.on_batch = (
-            model,
-            blocks,
-            policy,
-            batch_size,
-            on_batch,
-        )
+        self.model, self.blocks, self.batch_size, self.on_batch = model, blocks, batch_size, on_batch
+        self.policy: ExitPolicy = policy
         self._full: Point | None = None
 
     @property

@@ -1,0 +1,140 @@
+"""Publishes a comparison of exit rules: results/NAME.json, docs/figures/NAME.png and the tables in docs/early-exit.md.
+
+    zerodraft calibrate models/ztt-tiny --text TEXT --rule best --rules all --max-loss-increase 0.02 --output runs/rules
+    python scripts/exit_rules.py runs/rules/calibration.json --name ztt-tiny-exit-rules
+
+Without a file it draws the figure and writes the tables again from what is in results/.
+"""
+
+import argparse
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from zerodraft.ztt.calibrate import write_text
+from zerodraft.ztt.plot import plot_trade_off
+from zerodraft.ztt.tradeoff import Point
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "early-exit.md"
+BEGIN, END = "<!-- written by scripts/exit_rules.py -->", "<!-- end of what scripts/exit_rules.py wrote -->"
+BUDGETS = (0.7, 0.8, 0.9, 1.0)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Copies a new measurement into results/ if one is given, then writes everything that follows from it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("calibration", type=Path, nargs="?", help="calibration.json of `zerodraft calibrate`")
+    parser.add_argument("--name", default="ztt-tiny-exit-rules", help="of the files in results/ and docs/figures/")
+    options = parser.parse_args(words)
+    stored = ROOT / "results" / f"{options.name}.json"
+    if options.calibration is not None:
+        measured = json.loads(options.calibration.read_text(encoding="utf-8"))
+        stored.parent.mkdir(exist_ok=True)
+        write_text(stored, json.dumps({**measured, "commit": commit()}, indent=1) + "\n")
+    measured = json.loads(stored.read_text(encoding="utf-8"))
+    figure = ROOT / "docs" / "figures" / f"{options.name}.png"
+    figure.parent.mkdir(exist_ok=True)
+    plot_trade_off(
+        figure,
+        {name: points(rule["curve"]) for name, rule in measured["rules"].items()},
+        fixed=points(measured["fixed"]),
+        chosen=points([measured["chosen"]])[0],
+        title=f"{options.name.removesuffix('-exit-rules')} on {measured['text']['name']}",
+    )
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    write_text(PAGE, before + BEGIN + "\n\n" + tables(measured, options.name) + "\n" + END + after)
+
+
+def commit() -> str:
+    """The commit that the measurement was published on."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Measurements from JSON."""
+    return [Point(**{**row, "depths": tuple(row["depths"])}) for row in rows]
+
+
+def tables(measured: Mapping[str, Any], name: str) -> str:
+    """What was measured, in Markdown."""
+    full, fixed = points([measured["full"]])[0], points(measured["fixed"])
+    text = measured["text"]
+    lines = [
+        f"`{measured['command']}`",
+        "",
+        f"{measured['tokens']:,} tokens of `{text['name']}` in blocks of {measured['block_length']}, policy "
+        f"`{measured['policy']}`; torch {measured['versions']['torch']}, transformers "
+        f"{measured['versions']['transformers']}; all measurements: [results/{name}.json](../results/{name}.json).",
+        "",
+        f"![Loss over the share of FLOPs, a line for each rule](figures/{name}.png)",
+        "",
+        "| exit rule | cycles per token | FLOPs | loss | increase | against fixed depths |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| none | {full.mean_cycles:.2f} | 100.0% | {full.loss:.4f} | | |",
+    ]
+    lines += [row(f"`cycles:{cycles}`", point, None) for cycles, point in enumerate(fixed[:-1], 1)]
+    for rule, found in measured["rules"].items():
+        if found["chosen"] is None:
+            lines.append(f"| `{rule}` | no exits meet the target | | | | |")
+            continue
+        point = points([found["chosen"]])[0]
+        assert point.rule is not None
+        lines.append(row(f"`{rule}:{point.rule['threshold']:.4g}`", point, on_line(fixed, point.flops)))
+    lines += [
+        "",
+        f"Each rule is shown at the threshold that calibration found for the target {target(measured)}. *Against fixed "
+        "depths*: its loss minus that of the straight line between the fixed depths at the same FLOPs; below zero, "
+        "choosing the depth for each token pays.",
+        "",
+        "The lowest loss that was measured with at most this share of the FLOPs:",
+        "",
+        "| | " + " | ".join(f"{budget:.0%}" for budget in BUDGETS) + " |",
+        "| --- |" + " --- |" * len(BUDGETS),
+    ]
+    curves = {"same depth for all": fixed} | {
+        f"`{rule}`": points(found["curve"]) for rule, found in measured["rules"].items()
+    }
+    for label, curve in curves.items():
+        best = [min((p.loss for p in curve if p.flops <= budget + 1e-9), default=None) for budget in BUDGETS]
+        lines.append(f"| {label} | " + " | ".join("-" if loss is None else f"{loss:.4f}" for loss in best) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def row(label: str, point: Point, line: float | None) -> str:
+    """One line of the first table."""
+    gap = "" if line is None else f"{point.loss - line:+.4f}"
+    increase = f"{point.loss_increase:+.4f} ({point.relative_increase:+.2%})"
+    return f"| {label} | {point.mean_cycles:.2f} | {point.flops:.1%} | {point.loss:.4f} | {increase} | {gap} |"
+
+
+def on_line(fixed: Sequence[Point], flops: float) -> float | None:
+    """Loss of the polyline through the fixed depths; None beyond its ends."""
+    ordered = sorted(fixed, key=lambda point: point.flops)
+    for a, b in pairwise(ordered):
+        if a.flops <= flops <= b.flops:
+            share = (flops - a.flops) / (b.flops - a.flops)
+            return a.loss + share * (b.loss - a.loss)
+    return None
+
+
+def target(measured: Mapping[str, Any]) -> str:
+    """The target in words."""
+    ((name, value),) = measured["target"].items()
+    words = {
+        "flops": f"of at most {value:.0%} of the FLOPs",
+        "mean_cycles": f"of at most {value:g} cycles per token",
+        "relative": f"of at most {value:.1%} more loss",
+        "absolute": f"of at most {value:g} nats more loss",
+    }
+    return words[name]
+
+
+if __name__ == "__main__":
+    main()
