@@ -6,6 +6,8 @@ where CPU builds are published. Nothing else is installed until one of the two w
 build behind our back.
 """
 
+from __future__ import annotations  # an old Python must get as far as the sentence that says it is too old
+
 import argparse
 import hashlib
 import os
@@ -121,7 +123,7 @@ def pip(*arguments: str) -> None:
         raise Failure(f"pip {arguments[0]} {arguments[-1]} failed: {last_line(done)}")
 
 
-def run(command: list) -> subprocess.CompletedProcess:
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     # an environment that is active in the calling shell is not the one that we make
     for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"):
@@ -129,7 +131,7 @@ def run(command: list) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
-def last_line(done: subprocess.CompletedProcess) -> str:
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if line.upper().startswith("ERROR")]
     return (errors or lines or ["no message"])[-1].strip()

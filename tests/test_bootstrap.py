@@ -1,0 +1,97 @@
+"""The script that makes the environment: when it does something, and what it says when it cannot."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "bootstrap.py"
+
+
+@pytest.fixture
+def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, working in an empty folder with commands that are only recorded."""
+    spec = importlib.util.spec_from_file_location("bootstrap", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("numpy==1.0\ntorch==2.13.0\n")
+    venv = tmp_path / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").touch()
+    values = {"ROOT": tmp_path, "VENV": venv, "PYTHON": venv / "bin" / "python", "STAMP": venv / "stamp"}
+    for name, value in {**values, "CONSTRAINTS": constraints, "INPUTS": (constraints,)}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    return module
+
+
+def record(module: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: Any = lambda command: False) -> list[str]:
+    commands: list[str] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(" ".join(command[1:]))
+        failed = ("-c" in command and command[1] == "-c") or fails(commands[-1])
+        return subprocess.CompletedProcess(command, int(failed), "", "ERROR: no such thing" if failed else "")
+
+    monkeypatch.setattr(module, "run", run)
+    return commands
+
+
+def test_torch_comes_first_and_from_its_cpu_build(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = record(bootstrap, monkeypatch)
+    assert bootstrap.main() == 0
+    installs = [command for command in commands if " install " in command]
+    assert installs[0].endswith("torch==2.13.0+cpu")
+    assert "[all,dev]" in installs[1]
+    assert len(installs) == 2
+
+
+def test_a_second_run_does_nothing_until_an_input_changes(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = record(bootstrap, monkeypatch)
+    assert bootstrap.main() == 0
+    commands.clear()
+    assert bootstrap.main() == 0
+    assert commands == []
+    bootstrap.CONSTRAINTS.write_text("torch==2.14.0\n")
+    assert bootstrap.main() == 0
+    assert any(command.endswith("torch==2.14.0+cpu") for command in commands)
+
+
+def test_without_a_cpu_wheel_uv_is_asked_and_nothing_else_is_installed_on_failure(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = record(bootstrap, monkeypatch, lambda command: "torch==2.13.0" in command)
+    assert bootstrap.main() == 1
+    assert any("uv pip install" in command and "--torch-backend=cpu" in command for command in commands)
+    assert not any("[all,dev]" in command for command in commands)
+    error = capsys.readouterr().err
+    assert error.startswith("error: no CPU build of torch==2.13.0 could be installed")
+    assert error.count("\n") == 1
+    assert not bootstrap.STAMP.exists()
+
+
+def test_cuda_is_installed_only_when_asked_for(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = record(bootstrap, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--torch", "cuda"])
+    assert bootstrap.main() == 0
+    installs = [command for command in commands if " install " in command]
+    assert installs[0].endswith(" torch==2.13.0")
+
+
+def test_an_old_python_is_told_so(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(bootstrap, monkeypatch)
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    assert bootstrap.main() == 1
+    assert "this is Python 3.9, and zerodraft needs 3.10 or newer" in capsys.readouterr().err
