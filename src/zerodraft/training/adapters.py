@@ -87,6 +87,8 @@ def load_own_parameters(model: nn.Module, folder: str | os.PathLike[str]) -> Non
     tensors = load_file(path) if path.is_file() else {}
     wrong = set(own) ^ set(tensors) or {name for name in own if own[name].shape != tensors[name].shape}
     if wrong:
-        raise ZerodraftError(f"'{path}' does not fit the model: {sorted(wrong)[0]} is missing, extra or of another shape")
+        raise ZerodraftError(
+            f"'{path}' does not fit the model: {sorted(wrong)[0]} is missing, extra or of another shape"
+        )
     for name, parameter in own.items():
         parameter.data.copy_(tensors[name])

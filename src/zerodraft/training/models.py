@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
@@ -33,9 +33,9 @@ CYCLING = ("head_layers", "tail_layers", "cycles", "schedule", "zero_tokens")
 
 def build_from_scratch(recipe: ModelRecipe, tokenizer: Any) -> PreTrainedModel:
     """A randomly initialised model whose vocabulary is the tokenizer's."""
-    if recipe.family not in CONFIG_MAPPING_NAMES:
+    if recipe.family not in CONFIG_MAPPING:
         raise ZerodraftError(
-            f"model.family '{recipe.family}' is unknown{did_you_mean(recipe.family, CONFIG_MAPPING_NAMES)[:200]}"
+            f"model.family '{recipe.family}' is unknown{did_you_mean(recipe.family, CONFIG_MAPPING)[:200]}"
         )
     known = AutoConfig.for_model(recipe.family)
     _check_keys("model.base", recipe.base, {*known.to_dict(), *known.attribute_map})

@@ -126,12 +126,13 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     trainer.write_losses()
+    trained: Any = trainer.model
     steps = trainer.state.global_step
     results = {
         "command": _command(),
         "seed": recipe.seed,
         "parameters": parameters,
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "steps": steps,
         "tokens": steps * tokens,
         "seconds": seconds,

@@ -123,7 +123,7 @@ class ZttTrainer(Trainer):
         """Writes the losses of the steps since the last call, averaged over processes."""
         if not self._unwritten:
             return
-        losses = torch.stack([loss for _, loss in self._unwritten])
+        losses: Any = torch.stack([loss for _, loss in self._unwritten])
         if self.args.world_size > 1:
             losses = self.accelerator.reduce(losses, "mean")
         if self.json_log is not None:
@@ -158,12 +158,13 @@ class ZttTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._has_adapters() and self.args.should_save:
-            save_own_parameters(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            save_own_parameters(self.accelerator.unwrap_model(self.model), str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._has_adapters():
-            load_own_parameters(self.model, resume_from_checkpoint)
+            load_own_parameters(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
 
     def _has_adapters(self) -> bool:
         return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
@@ -196,9 +197,10 @@ def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
     All processes run the same number of forward passes, as sharded models need; a process without a block of its own
     repeats one with weight zero.
     """
-    model, accelerator = trainer.model_wrapped, trainer.accelerator
+    model: Any = trainer.model_wrapped
+    accelerator = trainer.accelerator
     cycles, size = trainer.cycle_loss.cycles, trainer.args.per_device_eval_batch_size
-    sums = torch.zeros(cycles + 1, dtype=torch.float64)
+    sums: Any = torch.zeros(cycles + 1, dtype=torch.float64)
     was_training = model.training
     model.eval()
     for start in range(0, len(blocks), size * accelerator.num_processes):
@@ -210,7 +212,8 @@ def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
         sums += len(rows) * torch.cat([losses.double().cpu(), torch.ones(1, dtype=torch.float64)])
     model.train(was_training)
     if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").cpu().double()
+        reduced: Any = accelerator.reduce(sums.float().to(accelerator.device), "sum")
+        sums = reduced.cpu().double()
     return (sums[:-1] / sums[-1]).tolist()
 
 

@@ -1,0 +1,36 @@
+"""One of several processes of `torchrun` that train a recipe sharded on the CPU, for `test_sharded.py`.
+
+accelerate turns FSDP on for accelerators only. Here it is told that the processes have GPUs; everything after that is the path
+that GPUs take: fully_shard, DTensor parameters, gathered checkpoints.
+"""
+
+import sys
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from zerodraft.training.recipe import load_recipe
+from zerodraft.training.run import pretrain
+from zerodraft.training.trainer import ZttTrainer
+
+initialise, train = PartialState.__init__, ZttTrainer.training_step
+
+
+def claim_gpus(self: PartialState, *args: Any, **kwargs: Any) -> None:
+    initialise(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+def check_sharding(self: ZttTrainer, model: Any, *args: Any) -> Any:
+    assert self.accelerator.is_fsdp2
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return train(self, model, *args)
+
+
+PartialState.__init__ = claim_gpus
+ZttTrainer.training_step = check_sharding
+resume, path, *overrides = sys.argv[1:]
+pretrain(load_recipe(path, overrides), resume=resume == "resume", callbacks=[])

@@ -1,0 +1,47 @@
+"""Two gloo processes with FSDP2 train as one process does: losses, checkpoints and the saved model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zerodraft.training.callbacks import read_log
+from zerodraft.training.run import pretrain
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+OPTIONS = ("training.steps=6", "loss.token_depths=0", "training.schedule=constant", "model.tie_word_embeddings=false")
+SHARDED = ("training.batch_size=2", "training.fsdp=true", "training.save_every=3")
+
+
+def run_sharded(mode, recipe, *overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(WORKER), mode, recipe, *OPTIONS, *SHARDED, *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder):
+    return [row["loss"] for row in read_log(folder / "log.jsonl") if "loss" in row]
+
+
+def test_two_processes_equal_one(make_recipe, tmp_path):
+    pretrain(make_recipe(*OPTIONS, "training.batch_size=4", f"output={tmp_path / 'one'}"), callbacks=[])
+    recipe, output = str(tmp_path / "recipe.yaml"), f"output={tmp_path / 'two'}"
+    run_sharded("new", recipe, output, "training.steps=3")
+    run_sharded("resume", recipe, output)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(two) == 6
+    assert two == pytest.approx(one, rel=1e-5)
+    expected, got = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    assert type(got).__name__ == "ZttForCausalLM"
+    for (name, a), b in zip(expected.named_parameters(), got.parameters(), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4, msg=name)
