@@ -1,7 +1,7 @@
 """One of several processes of `torchrun` that train a recipe sharded on the CPU, for `test_sharded.py`.
 
-accelerate turns FSDP on for accelerators only. Here it is told that the processes have GPUs; everything after that is the path
-that GPUs take: fully_shard, DTensor parameters, gathered checkpoints.
+accelerate turns FSDP on for accelerators only. Here it is told that the processes have GPUs; everything after that is
+the path that GPUs take: fully_shard, DTensor parameters, gathered checkpoints.
 """
 
 import sys

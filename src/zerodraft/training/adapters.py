@@ -1,7 +1,7 @@
 """LoRA on a Zero Token Transformer through PEFT, and what PEFT would leave out.
 
-PEFT saves what it added. Zero tokens and cycle gates are ours, not its: a fine-tuned conversion is nothing without them (its
-gates begin closed), so they stay trainable and go into `zero_tokens.safetensors` next to the adapter.
+PEFT saves what it added. Zero tokens and cycle gates are ours, not its: a fine-tuned conversion is nothing without them
+(its gates begin closed), so they stay trainable and go into `zero_tokens.safetensors` next to the adapter.
 """
 
 from __future__ import annotations

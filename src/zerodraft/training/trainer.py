@@ -58,6 +58,7 @@ class ZttTrainer(Trainer):
         self.recipe, self.cycle_loss, self.json_log, self.evaluations = recipe, cycle_loss, log, dict(evaluations)
         self._micro_step = 0
         self._saving = False
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._unwritten: list[tuple[dict[str, Any], torch.Tensor]] = []
         super().__init__(**kwargs)
 
@@ -135,6 +136,8 @@ class ZttTrainer(Trainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Loss and perplexity after each number of cycles, and bits per byte of the last, for every evaluation set."""
+        if self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]
         metrics: dict[str, float] = {}
         for name, blocks in self.evaluations.items():
             prefix = f"{metric_key_prefix}_{name}"
@@ -146,6 +149,7 @@ class ZttTrainer(Trainer):
         self.log(dict(metrics))
         if self.json_log is not None:
             self.json_log.write(step=self.state.global_step, **metrics)
+        self._evaluated = (self.state.global_step, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
         return metrics
 
