@@ -5,27 +5,22 @@ into a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and
 family's behind `base.`, plus `zero_tokens.*` and `cycle_gates`. A shared layer exists once: there is nothing to tie.
 """
 
-import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
-from zerodraft.ztt.cycling import CycledLayers, CycleRun, Readout
-from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy, exit_rule_from_dict
-from zerodraft.ztt.families import attention_of, build_family, ffn_output_of, find_parts, kv_shape, rotary_module
-from zerodraft.ztt.interface import announce_call, attention_name, current_call
-from zerodraft.ztt.lora import CycleLora
-from zerodraft.ztt.pool import ZeroTokenPool
+from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
+from zerodraft.ztt.families import build_family
+from zerodraft.ztt.pretrained import ExitRecord, ZttPreTrainedModel, current_generation
 
 
 @dataclass
@@ -41,246 +36,6 @@ class ZttCausalLMOutput(CausalLMOutputWithPast):
     cycle_losses: Float[Tensor, " cycles"] | None = None
     zero_mass: Float[Tensor, "b t cycles layers heads"] | None = None
     exit_depth: Int[Tensor, "b t"] | None = None
-
-
-@dataclass
-class _Generation:
-    """Early exit of one `generate` call: what to do, and the depth of every position so far."""
-
-    model: "ZttPreTrainedModel"
-    rule: ExitRule
-    policy: ExitPolicy
-    depth: Int[Tensor, "b t"] | None = None
-
-    def note(self, start: int, depth: Int[Tensor, "b t"]) -> None:
-        """Take over the depths of the positions from `start` on; rolled-back ones (assisted decoding) are replaced."""
-        if self.depth is None or len(self.depth) != len(depth):
-            # Positions that a cache from an earlier call brought along were not computed here.
-            self.depth = depth.new_zeros(len(depth), start)
-        self.depth = torch.cat([self.depth[:, :start], depth], 1)
-        # Streamers read it while the text grows.
-        self.model.last_exit = self.depth
-
-
-_generation: ContextVar[_Generation | None] = ContextVar("generation", default=None)
-
-
-def _gate_ffn(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-    """Forward hook on an FFN: scale its output by one minus the layer's zero-token mass (mean over heads)."""
-    call = current_call.get()
-    if call is None or call.mass is None:
-        return None
-    return output * (1 - call.mass.mean(-1)).reshape(*output.shape[:-1], 1).to(output.dtype)
-
-
-class ZttPreTrainedModel(PreTrainedModel):
-    """What `ZttModel` and `ZttForCausalLM` share: construction over a family and the cycling of its layers."""
-
-    config_class = ZttConfig
-    config: ZttConfig
-    base_model_prefix = "base"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
-
-    base: nn.Module
-    last_exit: Int[Tensor, "b t"] | None = None
-
-    def _attach(self, base: nn.Module, family: PreTrainedModel) -> None:
-        """Take over a family's model: cycle its layers, add zero tokens, gates and LoRA."""
-        config = self.config
-        parts = find_parts(family)
-        parent, name = family.get_submodule(parts.path.rpartition(".")[0]), parts.path.rpartition(".")[2]
-        setattr(parent, name, CycledLayers(getattr(parent, name)))
-        self.base = base
-        self._parts = parts
-        self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
-        kv_heads, head_dim = kv_shape(config.family, self.layers[0])
-        self.zero_tokens = ZeroTokenPool(config, kv_heads, head_dim) if config.zero_tokens else None
-        gates = torch.zeros(config.cycles - 1, config.shared_layers)
-        self.cycle_gates = nn.Parameter(gates) if config.cycle_gates and config.cycles > 1 else None
-        shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
-        self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
-        for layer in self.layers:
-            attention_of(layer).register_forward_pre_hook(announce_call, with_kwargs=True)
-        if config.ffn_gate and config.zero_tokens:
-            for layer in self.layers if config.edge_zero_tokens else shared:
-                ffn_output_of(layer).register_forward_hook(_gate_ffn)
-        self.post_init()
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The stored decoder layers, head first; each exists once, however often it is run."""
-        cycled = self.get_submodule(self._cycled_path)
-        assert isinstance(cycled, CycledLayers)
-        return cycled.stored
-
-    def _base_config(self) -> Any:
-        """The family's configuration as its modules get it: ours, but with our attention function."""
-        base_config = copy.deepcopy(self.config.family)
-        base_config._attn_implementation = attention_name(self.config._attn_implementation)
-        return base_config
-
-    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """Switch between `sdpa`, `eager` and `flex_attention`, with zero tokens in all of them."""
-        if not isinstance(attn_implementation, str):
-            raise ZerodraftError("attn_implementation must be one name: sdpa, eager or flex_attention.")
-        name = attention_name(attn_implementation)
-        self.config._attn_implementation = attn_implementation
-        for module in self.base.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._attn_implementation = name
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        std = getattr(self.config, "initializer_range", 0.02)
-        if isinstance(module, ZeroTokenPool):
-            for keys in module.parameters(recurse=False):
-                nn.init.normal_(keys, std=std)
-        elif isinstance(module, ZttPreTrainedModel) and module.cycle_gates is not None:
-            nn.init.zeros_(module.cycle_gates)
-        elif isinstance(module, CycleLora):
-            module.reset_parameters()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self._family.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self._family.set_input_embeddings(value)
-
-    @property
-    def _family(self) -> PreTrainedModel:
-        raise NotImplementedError
-
-    def calibrated_exit_rule(self) -> ExitRule:
-        """The early-exit rule that calibration wrote into the configuration.
-
-        Raises:
-            ZerodraftError: the model has not been calibrated.
-        """
-        if self.config.exit_rule is None:
-            raise ZerodraftError("This model has no calibrated exit rule; run `zerodraft calibrate` on it first.")
-        return exit_rule_from_dict(self.config.exit_rule)
-
-    def readout(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Logits of hidden states through the final norm and the LM head alone (states for a model without a head)."""
-        embedding = self.get_input_embeddings().weight
-        assert isinstance(embedding, Tensor)
-        blank = embedding.new_zeros(len(hidden), 1, embedding.shape[1])
-        with Readout(hidden[:, None].to(embedding.dtype)).drives():
-            out = self._family(inputs_embeds=blank, use_cache=False)
-        return (out.logits if "logits" in out else out.last_hidden_state)[:, 0]
-
-    # -- forward --------------------------------------------------------------------------------------------------
-
-    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-        """The number of tokens that this pass gets."""
-        given = [tokens for tokens in (input_ids, inputs_embeds) if tokens is not None]
-        if len(given) != 1:
-            raise ZerodraftError("Give exactly one of input_ids and inputs_embeds.")
-        if given[0].shape[1] == 0:
-            raise ZerodraftError("The prompt is empty; give at least one token.")
-        return given[0].shape[1]
-
-    def _check_options(
-        self, cycles: int, cache: Cache | None, depth: Tensor | None, rule: ExitRule | None, every_cycle: bool
-    ) -> None:
-        config = self.config
-        if not 1 <= cycles <= config.cycles:
-            raise ZerodraftError(f"cycles={cycles} must lie between 1 and the model's {config.cycles}.")
-        if (rule is not None or depth is not None) and config.schedule != "block":
-            raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
-        if sum((rule is not None, depth is not None, every_cycle)) > 1:
-            raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")
-        if every_cycle and cache is not None:
-            raise ZerodraftError("cycle_weights is for training; it cannot be used with a cache.")
-        if cache is not None and cache.get_seq_length():
-            deepest = max(step.slot for step in config.steps() if step.cycle < cycles and config.is_shared(step.layer))
-            if cache.get_seq_length(deepest) != cache.get_seq_length():
-                raise ZerodraftError(
-                    f"The cache was filled with fewer than {cycles} cycles; use exit_rule=FixedExit(cycles=...) for "
-                    "depths that change within a sequence."
-                )
-
-    def _cycle(
-        self,
-        *,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Any,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        cycles: int | None,
-        exit_depth: Tensor | None,
-        exit_rule: ExitRule | None,
-        exit_policy: ExitPolicy,
-        output_zero_mass: bool = False,
-        every_cycle: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, CycleRun]:
-        """Run the family's forward pass over the cycled layers; its output, and the run with what it collected."""
-        length = self._check_inputs(input_ids, inputs_embeds)
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if use_cache is None:
-            use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
-        if not use_cache:
-            past_key_values = None
-        elif past_key_values is None and not every_cycle:
-            past_key_values = DynamicCache(config=self.config)
-        generation = _generation.get()
-        if generation is not None and generation.model is self:
-            exit_rule, exit_policy = generation.rule, generation.policy
-        check_policy(exit_policy)
-        cycles = self.config.cycles if cycles is None else cycles
-        self._check_options(cycles, past_key_values, exit_depth, exit_rule, every_cycle)
-        run = CycleRun(
-            config=self.config,
-            layers=self.layers,
-            parts=self._parts,
-            zero_keys={} if self.zero_tokens is None else self.zero_tokens(),
-            gates=self.cycle_gates,
-            rotary=rotary_module(self._family, self._parts.path),
-            cache=past_key_values,
-            cycles=cycles,
-            every_cycle=every_cycle,
-            keep_mass=output_zero_mass,
-            depth=exit_depth,
-            rule=exit_rule,
-            policy=exit_policy,
-            real=_real_tokens(attention_mask, length),
-            readout=self.readout,
-        )
-        with run.drives():
-            out = self._family(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-                **kwargs,
-            )
-        if generation is not None and run.exit_depth is not None:
-            generation.note(start, run.exit_depth)
-        return out, run
-
-    def _stack_mass(self, run: CycleRun) -> Tensor | None:
-        masses = [mass for mass in run.masses if mass is not None]
-        if not masses:
-            return None
-        stacked = torch.stack(masses, 2)
-        if self.config.schedule == "layer":
-            by_layer = stacked.unflatten(2, (self.config.shared_layers, -1))
-            return by_layer.transpose(2, 3)
-        return stacked.unflatten(2, (-1, self.config.shared_layers))
-
-
-def _real_tokens(attention_mask: Any, length: int) -> Bool[Tensor, "b t"] | None:
-    """Which of this pass's tokens are no padding; None if the mask does not say or there is none."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -length:].bool()
 
 
 class ZttModel(ZttPreTrainedModel):
@@ -448,12 +203,12 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             yield
             return
         check_policy(policy)
-        generation = _Generation(self, rule, policy)
-        token = _generation.set(generation)
+        generation = ExitRecord(self, rule, policy)
+        token = current_generation.set(generation)
         try:
             yield
         finally:
-            _generation.reset(token)
+            current_generation.reset(token)
 
     def generate(
         self, *args: Any, exit_rule: ExitRule | None = None, exit_policy: ExitPolicy = "propagate", **kwargs: Any
