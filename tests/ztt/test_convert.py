@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.ztt.tiny import FAMILIES, LAYERS, WINDOWS, base_config, randomise, tiny_plain, tokens
-from zerodraft import ZerodraftError, ZttConfig, ZttForCausalLM
+from zerodraft import FixedExit, ZerodraftError, ZttConfig, ZttForCausalLM
 from zerodraft.ztt.convert import best_low_rank, from_base, to_base
 from zerodraft.ztt.loading import load_pretrained
 from zerodraft.ztt.lora import matrix, projections
@@ -246,6 +246,20 @@ def test_lora_gradients_under_checkpointing(reentrant: bool) -> None:
     assert plain.keys() == again.keys()
     for name, grad in plain.items():
         torch.testing.assert_close(again[name], grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@torch.no_grad()
+def test_exited_tokens_get_the_keys_of_every_cycle(depth: int) -> None:
+    """Cycles with LoRA of their own make other keys of the same frozen state, also when nobody runs any more."""
+    model = from_base(build(), cycles=4, cycle_lora_rank=2)
+    randomise(model)
+    inputs = tokens()
+    exited: Any = model(inputs, exit_rule=FixedExit(cycles=depth))
+    oracle: Any = model(inputs, exit_depth=torch.full_like(inputs, depth))
+    for ours, theirs in zip(exited.past_key_values.layers, oracle.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-5)
 
 
 # -- back to the base family --------------------------------------------------------------------------------------

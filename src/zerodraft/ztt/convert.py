@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import Step, ZttConfig
@@ -299,7 +299,14 @@ def _empty(model_class: Any, config: PreTrainedConfig, like: PreTrainedModel) ->
     """A model whose weights are still to be loaded; all else (dtype, device, generation settings) is as in `like`."""
     attention = like.config._attn_implementation
     options = {"attn_implementation": attention} if attention in BACKENDS else {}
-    model = model_class._from_config(config, dtype=like.dtype, **options).to(like.device)
+    with initialization.no_init_weights():  # they come from the base: seconds for nothing
+        model = model_class._from_config(config, dtype=like.dtype, **options)
+    model.tie_weights()
+    if model_class is ZttForCausalLM:
+        for own in (model.zero_tokens, model.cycle_lora):
+            if own is not None:
+                model._init_weights(own)
+    model = model.to(like.device)
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.train(like.training)
 

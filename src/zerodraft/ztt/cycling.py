@@ -185,7 +185,12 @@ class CycleRun(Recorder):
                     continue
                 view = SlotView(self.cache, step.slot, memory, grid)
                 states = self.run_layer(step, states, view, grid, masses)
-            if cycle + 1 == self.cycles or (grid is not None and not grid.index.numel()):
+            if cycle + 1 == self.cycles:
+                continue
+            following = [step for step in shared if step.cycle == cycle + 1]
+            if grid is not None and not grid.index.numel():
+                if self.policy == "propagate" and self.config.cycle_lora_rank:
+                    self.freeze(memory, following, hidden, TokenGrid(exited.nonzero()[:, 0], b, t))
                 continue
             index = torch.arange(b * t, device=hidden.device) if grid is None else grid.index
             flat, flat_before = states.flatten(0, 1), before.flatten(0, 1)
@@ -204,7 +209,7 @@ class CycleRun(Recorder):
             if self.policy == "propagate":
                 # With per-cycle LoRA the states differ by cycle, else those of the newly exited hold for all of them.
                 frozen = exited.nonzero()[:, 0] if self.config.cycle_lora_rank else index[stops]
-                self.freeze(memory, [s for s in shared if s.cycle == cycle + 1], hidden, TokenGrid(frozen, b, t))
+                self.freeze(memory, following, hidden, TokenGrid(frozen, b, t))
             grid = TokenGrid(index[~stops], b, t)
             states = grid.pack(hidden)
         self.exit_depth = depth.view(b, t)
