@@ -1,4 +1,4 @@
-"""One of several processes of `torchrun` that train a recipe sharded on the CPU, for `test_sharded.py`.
+"""One of several processes of `torchrun` that train a recipe sharded on the CPU, in two parts, for `test_sharded.py`.
 
 accelerate turns FSDP on for accelerators only. Here it is told that the processes have GPUs; everything after that is
 the path that GPUs take: fully_shard, DTensor parameters, gathered checkpoints.
@@ -32,5 +32,6 @@ def check_sharding(self: ZttTrainer, model: Any, *args: Any) -> Any:
 
 PartialState.__init__ = claim_gpus
 ZttTrainer.training_step = check_sharding
-resume, path, *overrides = sys.argv[1:]
-pretrain(load_recipe(path, overrides), resume=resume == "resume", callbacks=[])
+path, *overrides = sys.argv[1:]
+pretrain(load_recipe(path, [*overrides, "training.steps=3"]), callbacks=[])
+pretrain(load_recipe(path, overrides), resume=True, callbacks=[])
