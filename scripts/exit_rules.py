@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
         {name: points(rule["curve"]) for name, rule in measured["rules"].items()},
         fixed=points(measured["fixed"]),
         chosen=points([measured["chosen"]])[0],
-        title=f"{options.name.removesuffix('-exit-rules')} on {measured['text']['name']}",
+        title=f"{options.name.removesuffix('-exit-rules')} on {short(measured['text'])}",
     )
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
@@ -62,6 +62,11 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     return [Point(**{**row, "depths": tuple(row["depths"])}) for row in rows]
 
 
+def short(text: Mapping[str, Any]) -> str:
+    """The last two parts of the text's path: `wikitext2/valid.txt`."""
+    return "/".join(Path(text["name"]).parts[-2:])
+
+
 def tables(measured: Mapping[str, Any], name: str) -> str:
     """What was measured, in Markdown."""
     full, fixed = points([measured["full"]])[0], points(measured["fixed"])
@@ -69,7 +74,7 @@ def tables(measured: Mapping[str, Any], name: str) -> str:
     lines = [
         f"`{measured['command']}`",
         "",
-        f"{measured['tokens']:,} tokens of `{text['name']}` in blocks of {measured['block_length']}, policy "
+        f"{measured['tokens']:,} tokens of `{short(text)}` in blocks of {measured['block_length']}, policy "
         f"`{measured['policy']}`; torch {measured['versions']['torch']}, transformers "
         f"{measured['versions']['transformers']}; all measurements: [results/{name}.json](../results/{name}.json).",
         "",

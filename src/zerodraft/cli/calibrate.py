@@ -189,7 +189,9 @@ class Calibrate(Command):
         packed = PackedBlocks(np.array(ids), self.block_length, self.blocks)
         digest = hashlib.sha256("".join(documents).encode()).hexdigest()
         rows = torch.stack([packed[row]["input_ids"] for row in range(len(packed))])
-        return rows, {"name": Path(self.text).name, "sha256": digest, "blocks": len(rows)}
+        anywhere = not self.text.startswith(("/", "~"))
+        name = self.text if anywhere else Path(self.text).name
+        return rows, {"name": name, "sha256": digest, "blocks": len(rows)}
 
     def _write(
         self,
@@ -215,7 +217,7 @@ class Calibrate(Command):
         write_text(folder / "calibration.json", json.dumps({**report, **provenance}, indent=1) + "\n")
         names = ["calibration.json"]
         try:
-            title = f"{path.name} on {report['text']['name']}"
+            title = f"{path.name} on {'/'.join(Path(report['text']['name']).parts[-2:])}"
             plot_trade_off(folder / "calibration.png", curves, fixed=fixed, chosen=chosen, title=title)
             names.append("calibration.png")
         except ZerodraftError as error:
