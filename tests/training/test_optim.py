@@ -60,11 +60,13 @@ def test_schedule(schedule):
 
 def test_only_matrices_decay():
     model = Toy()
-    decayed, rest = build_optimizer(model, TrainingRecipe(weight_decay=0.3)).param_groups
-    assert decayed["weight_decay"] == 0.3
-    assert rest["weight_decay"] == 0.0
+    recipe = TrainingRecipe(weight_decay=0.3, learning_rate=0.1, ztt_learning_rate=0.2)
+    decayed, own, rest = build_optimizer(model, recipe).param_groups
+    assert [group["weight_decay"] for group in (decayed, own, rest)] == [0.3, 0.0, 0.0]
+    assert [group["lr"] for group in (decayed, own, rest)] == [0.1, 0.2, 0.1]
     assert {id(p) for p in decayed["params"]} == {id(model.up.weight), id(model.down.weight)}
-    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert {id(p) for p in own["params"]} == {id(model.cycle_gates), id(model.zero_tokens.keys)}
+    assert sum(len(group["params"]) for group in (decayed, own, rest)) == len(list(model.parameters()))
 
 
 def test_frozen_parameters_are_left_out():
@@ -105,4 +107,4 @@ def test_joined_optimizer_follows_a_scheduler():
     train(model, optimizer, 1)
     scheduler.step()
     rates = [group["lr"] for member in optimizer.members for group in member.param_groups]
-    assert rates == pytest.approx([0.025, 0.05])
+    assert rates == pytest.approx([0.025, 0.05, 0.05])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from zerodraft.training.muon import Muon
 from zerodraft.training.recipe import TrainingRecipe
 
-NEVER_DECAYED = ("zero_tokens", "cycle_gates")
+OWN_PARTS = ("zero_tokens", "cycle_gates")
 
 
 def learning_rate_scale(recipe: TrainingRecipe, step: int, elapsed: float = 0.0) -> float:
@@ -48,7 +49,11 @@ def learning_rate_scale(recipe: TrainingRecipe, step: int, elapsed: float = 0.0)
 
 def is_decayed(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool:
     """Whether weight decay acts on a parameter: matrices do, unless they are embeddings, zero tokens or gates."""
-    return parameter.ndim == 2 and id(parameter) not in embeddings and not any(part in name for part in NEVER_DECAYED)
+    return parameter.ndim == 2 and id(parameter) not in embeddings and not _is_own(name)
+
+
+def _is_own(name: str) -> bool:
+    return any(part in name.split(".") for part in OWN_PARTS)
 
 
 def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
@@ -59,15 +64,20 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Opt
         embeddings.add(id(output.weight))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if is_decayed(name, p, embeddings)]
-    rest = [p for name, p in trained if not is_decayed(name, p, embeddings)]
-    # parameter groups may not be empty everywhere (adapters have nothing without decay)
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}] if decayed else []
-    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
+    own = [p for name, p in trained if _is_own(name)]
+    rest = [p for name, p in trained if not is_decayed(name, p, embeddings) and not _is_own(name)]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": own, "weight_decay": 0.0, "lr": recipe.ztt_learning_rate or recipe.learning_rate},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    # not every model has parameters of every kind
+    undecayed = [group for group in groups[1:] if group["params"]]
+    adamw = partial(torch.optim.AdamW, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
     if recipe.optimizer == "adamw" or not decayed:
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
+        return adamw([group for group in groups if group["params"]])
     muon = Muon(decayed, lr=recipe.muon_learning_rate or recipe.learning_rate, weight_decay=recipe.weight_decay)
-    adamw = torch.optim.AdamW(groups[1:], lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
-    return JoinedOptimizer([muon, adamw] if rest else [muon])
+    return JoinedOptimizer([muon, adamw(undecayed)] if undecayed else [muon])
 
 
 class JoinedOptimizer(torch.optim.Optimizer):

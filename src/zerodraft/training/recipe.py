@@ -136,6 +136,8 @@ class TrainingRecipe:
     """Peak learning rate."""
     muon_learning_rate: float = 0.0
     """Peak learning rate of the Muon matrices; 0 means the same as `learning_rate`."""
+    ztt_learning_rate: float = 0.0
+    """Peak learning rate of zero tokens and cycle gates; 0 means the same as `learning_rate`."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
     """After the warm-up: cosine decay, a plateau with a linear decay at the end, or a plateau."""
     warmup_steps: int = 50
