@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ztt.tiny import tiny, tokens
 
+from tests.ztt.tiny import tiny, tokens
 from zerodraft import (
     ConfidenceExit,
     FixedExit,

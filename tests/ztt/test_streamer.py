@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ztt.tiny import tiny, tokens
 from transformers import DynamicCache
 
+from tests.ztt.tiny import tiny, tokens
 from zerodraft import ConfidenceExit, ZerodraftError, ZeroMassExit
 from zerodraft.training.tokenizer import train_tokenizer
 from zerodraft.ztt.streamer import DepthStreamer
