@@ -14,8 +14,9 @@ import jaxtyping
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("zerodraft", CHECKER)
 
-from zerodraft import ZttConfig  # noqa: E402  # only now, so that the hook sees it
+from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402  # only now, so that the hook sees them
 
-# A configuration takes keys that its signature does not name (transformers keeps them for the family); the check of its
-# arguments goes by the signature, so this one class is created without it.
-ZttConfig.__init__ = inspect.unwrap(ZttConfig.__init__, stop=lambda f: "jaxtyp" not in f.__code__.co_filename)
+# A configuration takes keys that its signature does not name (transformers keeps them for the family), an output can
+# be made from one mapping (accelerate does); arguments are checked by the signature, so these are created without it.
+for unchecked in (ZttConfig, ZttCausalLMOutput):
+    unchecked.__init__ = inspect.unwrap(unchecked.__init__, stop=lambda f: "jaxtyp" not in f.__code__.co_filename)

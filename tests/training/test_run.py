@@ -70,6 +70,14 @@ def test_baselines_train_through_the_same_code(make_recipe, overrides):
     }
 
 
+@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing"])
+def test_cheaper_arithmetic_learns_the_same(make_recipe, tmp_path, option):
+    common = ("loss.kind=weighted", "loss.token_depths=0")
+    pretrain(make_recipe(*common, f"output={tmp_path / 'a'}"), callbacks=[])
+    pretrain(make_recipe(*common, f"training.{option}=true", f"output={tmp_path / 'b'}"), callbacks=[])
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=2e-2 if option == "bf16" else 1e-6)
+
+
 def test_plain_and_vanilla_are_the_same_model(make_recipe, tmp_path):
     for name, kind in (("a", "plain"), ("b", "ztt")):
         pretrain(

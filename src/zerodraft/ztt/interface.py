@@ -133,6 +133,9 @@ def _zero_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Choose the fastest form that the backend, the device and the inputs allow; all of them are equal."""
     assert call.key is not None
+    if torch.is_autocast_enabled(q.device.type):
+        # Autocast brings torch's attention to one dtype (rotated q and k are float32, v is not), not its kernels.
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend == "flex_attention":
         return zero.zero_attention_flex(q, k, v, zero.zero_scores(q, call.key, scale), block_mask=mask, scale=scale)
     forms = {"mask": mask, "is_causal": causal, "scale": scale}
