@@ -201,7 +201,8 @@ def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
     All processes run the same number of forward passes, as sharded models need; a process without a block of its own
     repeats one with weight zero.
     """
-    model: Any = trainer.model_wrapped
+    # not the compiled one: a few batches are not worth a compilation
+    model: Any = trainer.model
     accelerator = trainer.accelerator
     cycles, size = trainer.cycle_loss.cycles, trainer.args.per_device_eval_batch_size
     sums: Any = torch.zeros(cycles + 1, dtype=torch.float64)
