@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     LlamaForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 
 from tests.ztt.tiny import FAMILIES, LAYERS, WINDOWS, base_config, randomise, tiny_plain, tokens
 from zerodraft import FixedExit, ZerodraftError, ZttConfig, ZttForCausalLM
+from zerodraft.targets import resolve
 from zerodraft.ztt.convert import best_low_rank, from_base, to_base
 from zerodraft.ztt.loading import load_pretrained
 from zerodraft.ztt.lora import matrix, projections
@@ -111,6 +113,25 @@ def test_from_a_directory(tmp_path: Path) -> None:
     base = build()
     base.save_pretrained(tmp_path)
     assert torch.equal(logits(ZttForCausalLM.from_base(tmp_path)), logits(base))
+
+
+@pytest.mark.real_model
+def test_deepened_smollm2_is_smollm2() -> None:
+    """Logits and greedy text bit for bit; the loss falls as soon as the gates may move."""
+    base: Any = load_pretrained(AutoModelForCausalLM, resolve("smollm2"), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2"))
+    deep: Any = ZttForCausalLM.from_base(base, cycles=2)
+    assert deep.config.num_hidden_layers == 58
+    prompt = tokenizer("The Seine runs through Paris and into the", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(deep(**prompt).logits, base(**prompt).logits)
+    greedy = {"max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(deep.generate(**prompt, **greedy), base.generate(**prompt, **greedy))
+    before = deep(**prompt, labels=prompt["input_ids"]).loss
+    before.backward()
+    with torch.no_grad():
+        deep.cycle_gates -= 1e-3 * deep.cycle_gates.grad.sign()
+        assert deep(**prompt, labels=prompt["input_ids"]).loss < before
 
 
 # -- compress -----------------------------------------------------------------------------------------------------
@@ -376,7 +397,7 @@ def with_adapter() -> Any:
         (with_adapter, "are not those of a plain LlamaForCausalLM"),
         (lambda: from_base(build()), "is a Zero Token Transformer already"),
         (lambda: torch.nn.Linear(2, 2), "is no transformers model"),
-        (lambda: "no/such/model", "'no/such/model' could not be loaded"),
+        (lambda: "no/such/model", "'no/such/model' is no model directory"),
     ],
     ids=["bert", "t5", "headless", "nan", "adapter", "ztt", "module", "name"],
 )

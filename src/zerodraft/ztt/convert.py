@@ -47,7 +47,7 @@ def from_base(
     """A Zero Token Transformer from a causal language model; the given model is not changed, its weights are copied.
 
     Args:
-        model: A model with an LM head, or the directory or hub id of one.
+        model: A model with an LM head, or the directory, hub id or short name (`smollm2`) of one.
         mode: `"deepen"` keeps all layers and adds cycles; `"compress"` keeps the depth and shares layers.
         head_layers: First layers, run once.
         tail_layers: Last layers, run once.
@@ -64,7 +64,9 @@ def from_base(
     _check_choice("init", init, get_args(Init))
     _check_settings(settings)
     if not isinstance(model, nn.Module):
-        model = load_pretrained(AutoModelForCausalLM, model)
+        from zerodraft.targets import resolve  # not at the top: the core needs no downloads
+
+        model = load_pretrained(AutoModelForCausalLM, resolve(model))
     model = check_base(model)
     cycling: dict[str, Any] = {"head_layers": head_layers, "tail_layers": tail_layers, "cycles": cycles}
     base_config = copy.deepcopy(model.config)
