@@ -1,4 +1,4 @@
-"""The one exception type for mistakes that a user can mend: a single clear sentence, shown as it is by the CLI (exit code 2)."""
+"""The one exception type for mistakes that a user can mend: one clear sentence, which the CLI shows as it is."""
 
 
 class ZerodraftError(ValueError):

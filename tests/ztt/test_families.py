@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ztt.tiny import FAMILIES, SIZES, base_config, gap, randomise, tiny, tiny_plain, tokens
-from tests.ztt.unrolled import attention_of, layers_of, unroll
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     BloomConfig,
@@ -20,6 +18,8 @@ from transformers import (
     T5Config,
 )
 
+from tests.ztt.tiny import FAMILIES, SIZES, base_config, gap, randomise, tiny, tiny_plain, tokens
+from tests.ztt.unrolled import attention_of, layers_of, unroll
 from zerodraft import ZerodraftError, ZttConfig, ZttForCausalLM
 from zerodraft.ztt.families import ffn_output_of
 
