@@ -120,13 +120,13 @@ def write(console: Console, model: Any, tokenizer: Any, rule: Any, new_tokens: i
 
 
 def speed(
-    console: Console, model: Any, tokenizer: Any, rule: Any, new_tokens: int, batches: Sequence[int] = (1, 16)
+    console: Console, model: Any, tokenizer: Any, rule: Any, new_tokens: int, batches: Sequence[int] = (1, 16, 64)
 ) -> list[dict[str, Any]]:
     """Tokens per second with exits off and on: a warm-up, then turns, and the median."""
     console.rule("Tokens per second, exits off and on")
     results = []
     for batch in batches:
-        prompts = book_blocks(tokenizer, batch, 32)
+        prompts, length = book_blocks(tokenizer, batch, 32), new_tokens if batch == 1 else max(1, new_tokens // 2)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         cycles = 0.0
         for turn in range(4):
@@ -135,8 +135,8 @@ def speed(
                 model.generate(
                     prompts,
                     attention_mask=prompts.new_ones(prompts.shape),
-                    min_new_tokens=new_tokens,
-                    max_new_tokens=new_tokens,
+                    min_new_tokens=length,
+                    max_new_tokens=length,
                     do_sample=False,
                     exit_rule=rule if exits else None,
                 )
@@ -145,7 +145,7 @@ def speed(
                 if exits:
                     # the depth of a token is that of the position before it
                     cycles = model.last_exit[:, prompts.shape[1] - 1 :].double().mean().item()
-        off, on = (batch * new_tokens / statistics.median(seconds[exits]) for exits in (False, True))
+        off, on = (batch * length / statistics.median(seconds[exits]) for exits in (False, True))
         results.append({"batch": batch, "off": off, "on": on, "speedup": on / off, "mean_cycles": cycles})
         verdict = "faster" if on >= off else "slower: deciding costs more here than the cycles saved"
         console.print(

@@ -70,7 +70,7 @@ def test_it_writes_measures_trains_and_sums_up(
     result = json.loads(json.dumps(result))
 
     assert [len(text["depths"]) for text in result["texts"]] == [4]
-    assert [row["batch"] for row in result["speed"]] == [1, 16]
+    assert [row["batch"] for row in result["speed"]] == [1, 16, 64]
     assert all(row["on"] > 0 and 1 <= row["mean_cycles"] <= 3 for row in result["speed"])
     on, off = result["text"]["on"], result["text"]["off"]
     assert result["text"]["flops_saved"] == pytest.approx(1 - on["flops_per_token"] / off["flops_per_token"])
