@@ -76,6 +76,7 @@ class ZttConfig(PreTrainedConfig):
             kwargs.pop(name, None)
         # The attention settings below are written into the base configuration: never into the caller's object.
         self.base_config = copy.deepcopy(self.base_config)
+        check_counts(self)  # first: transformers asks for the unrolled depth
         super().__post_init__(**kwargs)
         check_cycling(self)
 
@@ -136,6 +137,14 @@ class ZttConfig(PreTrainedConfig):
         return self.head_layers <= layer < self.head_layers + self.shared_layers
 
 
+def check_counts(config: ZttConfig) -> None:
+    """Raise `ZerodraftError` unless the numbers of layers and cycles are such numbers at all."""
+    for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("cycle_lora_rank", 0)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < least:
+            raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+
 def check_cycling(config: ZttConfig) -> None:
     """Raise `ZerodraftError` unless head, tail, cycles and choices fit the base configuration."""
     stored = getattr(config.family, "num_hidden_layers", None)
@@ -144,10 +153,6 @@ def check_cycling(config: ZttConfig) -> None:
             f"The base configuration ({config.family.model_type!r}) has no num_hidden_layers; expected the text "
             "configuration of a decoder-only model."
         )
-    for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("cycle_lora_rank", 0)):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < least:
-            raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")
     if config.head_layers + config.tail_layers > stored or (config.shared_layers == 0 and config.cycles > 1):
         raise ZerodraftError(
             f"head_layers={config.head_layers} and tail_layers={config.tail_layers} leave no layer to cycle in a model "

@@ -170,7 +170,7 @@ class CycleRun(Recorder):
         assert self.rule is not None
         assert self.readout is not None
         b, t, _ = hidden.shape
-        real = torch.ones(b, t, dtype=torch.bool, device=hidden.device) if self.real is None else self.real
+        real = hidden.new_ones(b, t, dtype=torch.bool) if self.real is None else self.real.expand(b, t)
         depth = real.long().flatten()
         memory, grid, states = KvMemory(), None, hidden
         exited = real.new_zeros(b * t)

@@ -145,7 +145,7 @@ def _zero_attention(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, call.key))
     if zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
         return zero.zero_attention_lse(q, k, v, call.key, need_mass=call.need_mass, **forms)
-    if call.key.ndim == 2:
+    if call.key.ndim == 2 and not (dropout > 0 and call.need_mass):  # dropout there would fall on the mass, too
         return zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=call.need_mass, **forms)
     s0 = zero.zero_scores(q, call.key, scale)
     return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)

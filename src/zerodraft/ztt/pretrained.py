@@ -179,7 +179,8 @@ class ZttPreTrainedModel(PreTrainedModel):
         if every_cycle and cache is not None:
             raise ZerodraftError("cycle_weights is for training; it cannot be used with a cache.")
         if cache is not None and cache.get_seq_length():
-            deepest = max(step.slot for step in config.steps() if step.cycle < cycles and config.is_shared(step.layer))
+            shared = [s.slot for s in config.steps() if s.cycle < cycles and config.is_shared(s.layer)]
+            deepest = max(shared, default=0)
             if cache.get_seq_length(deepest) != cache.get_seq_length():
                 raise ZerodraftError(
                     f"The cache was filled with fewer than {cycles} cycles; use exit_rule=FixedExit(cycles=...) for "
@@ -231,7 +232,7 @@ class ZttPreTrainedModel(PreTrainedModel):
             depth=exit_depth,
             rule=exit_rule,
             policy=exit_policy,
-            real=_real_tokens(attention_mask, length),
+            real=_real_tokens(attention_mask, start, length),
             readout=self.readout,
         )
         with run.drives():
@@ -258,8 +259,15 @@ class ZttPreTrainedModel(PreTrainedModel):
         return stacked.unflatten(2, (-1, self.config.shared_layers))
 
 
-def _real_tokens(attention_mask: Any, length: int) -> Bool[Tensor, "b t"] | None:
+def _real_tokens(mask: Any, start: int, length: int) -> Bool[Tensor, "b t"] | None:
     """Which of this pass's tokens are no padding; None if the mask does not say or there is none."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+    if isinstance(mask, dict):  # one for each kind of layer, all with the same padding
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         return None
-    return attention_mask[:, -length:].bool()
+    if mask.ndim == 2:
+        return mask[:, -length:].bool()
+    # `generate` prepares these for static caches: a token that may not attend to itself is padding.
+    first = min(start, mask.shape[-1] - length)
+    own = mask[:, 0, :, first : first + length].diagonal(dim1=1, dim2=2)
+    return own if own.dtype == torch.bool else own >= 0
