@@ -141,7 +141,7 @@ class Calibrate(Command):
         return {**report, "written": files}
 
     def _names(self) -> list[str]:
-        known = list(NAMES)
+        known: list[str] = list(NAMES)
         for name in self.rules:
             if name not in (*known, "all"):
                 from zerodraft.training.strict import did_you_mean
