@@ -1,6 +1,7 @@
 """Conversion from and to plain models: exact where it can be, the best fit where layers are shared, else refused."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,18 @@ def test_unrolled_model_can_be_saved_and_loaded_as_plain(tmp_path: Path) -> None
     model = from_base(build(), mode="compress", cycles=2, zero_tokens=False)
     to_base(model, unroll=True).save_pretrained(tmp_path)
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="needs the peft extra")
+    page = Path(__file__).parents[2] / "docs" / "convert.md"
+    monkeypatch.chdir(tmp_path)
+    build(6).save_pretrained("my-model")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "convert"})
+    tuned: Any = load_pretrained(AutoModelForCausalLM, tmp_path / "my-ztt-tuned")
+    assert bool((tuned.cycle_gates != 0).all())
 
 
 # -- refusals: one clear sentence ---------------------------------------------------------------------------------
