@@ -107,6 +107,8 @@ def main(words: Sequence[str] | None = None) -> None:
     draw_curve(log, partial / "curve.png")
     card = write_card(results, options, sample(partial))
     (partial / "README.md").write_text(card, encoding="utf-8")
+    for file in partial.iterdir():
+        file.chmod(0o644)
     shutil.rmtree(options.model, ignore_errors=True)
     os.replace(partial, options.model)
     temporary = options.results.with_suffix(".partial")
