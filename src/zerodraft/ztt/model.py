@@ -225,4 +225,9 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         """
         with self._exits(exit_rule, exit_policy):
             # pyright takes the protocol that `generate` annotates its self with for a class that we are not.
-            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            out = super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.last_exit is not None and "inputs_embeds" not in kwargs:
+            # Assisted decoding ends with guesses that it computed and then rejected: no positions of the text.
+            text = out if isinstance(out, Tensor) else out.sequences
+            self.last_exit = self.last_exit[:, : text.shape[1] - 1]
+        return out
