@@ -23,7 +23,7 @@ from transformers import Cache
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
-from zerodraft.ztt.config import Step, ZttConfig
+from zerodraft.ztt.config import Plan, Step
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule
 from zerodraft.ztt.families import DecoderParts, rotary_of
 from zerodraft.ztt.interface import LayerCall, TokenGrid, current_call
@@ -85,7 +85,7 @@ class CycleRun(Recorder):
     """One forward pass.
 
     Args:
-        config: The schedule.
+        plan: The schedule.
         layers: The family's layers.
         parts: How they are called.
         zero_keys: Keys of the zero tokens by step.
@@ -102,7 +102,7 @@ class CycleRun(Recorder):
         readout: Logits of states, for rules that want them.
     """
 
-    config: ZttConfig
+    plan: Plan
     layers: list[nn.Module]
     parts: DecoderParts
     zero_keys: dict[Step, Tensor]
@@ -126,29 +126,26 @@ class CycleRun(Recorder):
         kwargs.update(zip(self.parts.arguments, args, strict=False))
         kwargs.pop(self.parts.cache_argument, None)
         self.inputs.append(kwargs)
-        return self.execute(hidden) if len(self.inputs) == self.config.stored_layers else hidden
+        return self.execute(hidden) if len(self.inputs) == self.plan.stored_layers else hidden
 
     # -- schedules ------------------------------------------------------------------------------------------------
 
     def execute(self, hidden: Tensor) -> Tensor:
         """Head, cycles and tail over the hidden states `(b, t, d)` that the family's embedding made."""
-        steps = [step for step in self.config.steps() if step.cycle < self.cycles]
-        shared = [step for step in steps if self.config.is_shared(step.layer)]
-        edges = [step for step in steps if not self.config.is_shared(step.layer)]
-        head, tail = edges[: self.config.head_layers], edges[self.config.head_layers :]
-        for step in head:
+        shared = [step for step in self.plan.shared if step.cycle < self.cycles]
+        for step in self.plan.head:
             hidden = self.run_layer(step, hidden)
         if self.rule is not None:
             hidden = self.run_exits(shared, hidden)
         else:
-            hidden = self.run_all(shared, tail, hidden)
+            hidden = self.run_all(shared, hidden)
             if self.every_cycle:
                 return hidden
-        for step in tail:
+        for step in self.plan.tail:
             hidden = self.run_layer(step, hidden)
         return hidden
 
-    def run_all(self, shared: list[Step], tail: list[Step], hidden: Tensor) -> Tensor:
+    def run_all(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Every token through every cycle, or selected by `depth`; the states after the tail if `every_cycle`."""
         memory = KvMemory() if self.depth is not None and self.policy == "latest" else None
         results = []
@@ -160,7 +157,7 @@ class CycleRun(Recorder):
             last_of_cycle = index + 1 == len(shared) or shared[index + 1].cycle != step.cycle
             if self.every_cycle and last_of_cycle:
                 result = hidden
-                for tail_step in tail:
+                for tail_step in self.plan.tail:
                     result = self.run_layer(tail_step, result)
                 results.append(result)
         return torch.cat(results) if self.every_cycle else hidden
@@ -189,7 +186,7 @@ class CycleRun(Recorder):
                 continue
             following = [step for step in shared if step.cycle == cycle + 1]
             if grid is not None and not grid.index.numel():
-                if self.policy == "propagate" and self.config.cycle_lora_rank:
+                if self.policy == "propagate" and self.plan.cycle_lora:
                     self.freeze(memory, following, hidden, TokenGrid(exited.nonzero()[:, 0], b, t))
                 continue
             index = torch.arange(b * t, device=hidden.device) if grid is None else grid.index
@@ -208,7 +205,7 @@ class CycleRun(Recorder):
             depth[index[~stops]] += 1
             if self.policy == "propagate":
                 # With per-cycle LoRA the states differ by cycle, else those of the newly exited hold for all of them.
-                frozen = exited.nonzero()[:, 0] if self.config.cycle_lora_rank else index[stops]
+                frozen = exited.nonzero()[:, 0] if self.plan.cycle_lora else index[stops]
                 self.freeze(memory, following, hidden, TokenGrid(frozen, b, t))
             grid = TokenGrid(index[~stops], b, t)
             states = grid.pack(hidden)
@@ -239,16 +236,16 @@ class CycleRun(Recorder):
         masses: list[Tensor] | None = None,
     ) -> Tensor:
         """One execution of a stored layer, with its slot, zero token and gate."""
-        config, layer = self.config, self.layers[step.layer]
+        layer, place = self.layers[step.layer], step.layer - self.plan.head_layers
         if view is None and self.cache is not None:
             view = SlotView(self.cache, step.slot)
-        is_shared = config.is_shared(step.layer)
+        is_shared = 0 <= place < self.plan.shared_layers
         wants_mass = is_shared and (self.keep_mass or masses is not None)
         call = LayerCall(
             cycle=step.cycle,
             key=self.zero_key(step, hidden),
             grid=grid,
-            need_mass=wants_mass or config.ffn_gate,
+            need_mass=wants_mass or self.plan.ffn_gate,
         )
         kwargs = self.layer_inputs(step, grid) | {self.parts.cache_argument: view}
         out = layer(hidden, layer_call=call, **kwargs)
@@ -262,7 +259,7 @@ class CycleRun(Recorder):
         if masses is not None and call.mass is not None:
             masses.append(call.mass)
         if self.gates is not None and is_shared and step.cycle > 0:
-            gate = self.gates[step.cycle - 1, step.layer - config.head_layers]
+            gate = self.gates[step.cycle - 1, place]
             out = hidden + gate.to(hidden.dtype) * (out - hidden)
         return out
 
@@ -273,19 +270,19 @@ class CycleRun(Recorder):
             return kwargs
         packed = {name: kwargs[name] for name in _PER_TOKEN if kwargs.get(name) is not None}
         for name, value in packed.items():
-            packed[name] = grid.pack(value) if isinstance(value, Tensor) else tuple(grid.pack(x) for x in value)
+            packed[name] = grid.pack_once(value)
         return kwargs | packed
 
     def zero_key(self, step: Step, hidden: Tensor) -> Tensor | None:
         """The zero key of a step: `(kv, d)`, or `(b, kv, t, d)` where it is rotated along with the queries."""
         key = self.zero_keys.get(step)
-        if key is None or self.config.zero_rope == "origin":
+        if key is None or self.plan.zero_rope == "origin":
             return key
         rotate = rotary_of(self.layers[step.layer])
         embeddings = self.inputs[step.layer].get("position_embeddings")
         if rotate is None or embeddings is None:
             return key
-        if self.config.zero_rope == "relative":
+        if self.plan.zero_rope == "relative":
             embeddings = self.rotary_at(step.layer, hidden, self.inputs[step.layer]["position_ids"] - 1)
         cos, sin = embeddings
         per_query = key.to(cos.dtype)[None, :, None].expand(cos.shape[0], -1, cos.shape[1], -1)
@@ -297,6 +294,5 @@ class CycleRun(Recorder):
             raise ZerodraftError(
                 'zero_rope="relative" needs a family with a rotary_emb module; use "origin" or "none".'
             )
-        layer_types = getattr(self.config.base_config, "layer_types", None)
-        by_type = (layer_types[layer],) if self.parts.rotary_by_type and layer_types else ()
+        by_type = () if self.parts.layer_types is None else (self.parts.layer_types[layer],)
         return self.rotary(hidden, positions, *by_type)

@@ -30,13 +30,13 @@ class DecoderParts:
         path: Dotted name of the list of decoder layers.
         cache_argument: Name of the layers' cache argument.
         arguments: Names of the layers' arguments after the hidden states, in order.
-        rotary_by_type: Whether the rotary module takes the layer type (Gemma 3).
+        layer_types: Type of each stored layer where the rotary module wants it (Gemma 3), else None.
     """
 
     path: str
     cache_argument: str
     arguments: tuple[str, ...]
-    rotary_by_type: bool
+    layer_types: tuple[str, ...] | None
 
 
 def build_family(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
@@ -91,11 +91,12 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
     assert cache_argument is not None
     positional = tuple(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
     rotary = rotary_module(model, path)
+    by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
     return DecoderParts(
         path=path,
         cache_argument=cache_argument,
         arguments=positional[1:],
-        rotary_by_type=rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters,
+        layer_types=tuple(model.config.layer_types) if by_type else None,
     )
 
 

@@ -9,7 +9,7 @@ row, and the attention puts their queries back in their places in the batch.
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,16 +32,26 @@ class TokenGrid:
 
     Attributes:
         index: `(n,)`, `row * time + column` of each running token.
+        packed: What `pack_once` has packed.
     """
 
     index: Int[Tensor, " n"]
     batch: int
     time: int
+    packed: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def pack(self, x: Tensor) -> Tensor:
         """`(batch or 1, time, ...)` -> `(1, n, ...)`: the running tokens in one row."""
         x = x.expand(self.batch, self.time, *x.shape[2:])
         return x.reshape(self.batch * self.time, *x.shape[2:])[self.index][None]
+
+    def pack_once(self, value: Tensor | tuple[Tensor, ...]) -> Any:
+        """`pack` of arguments that all layers share (rotary embeddings, positions), done for the first of them."""
+        if id(value) not in self.packed:
+            new = self.pack(value) if isinstance(value, Tensor) else tuple(self.pack(x) for x in value)
+            # The value is kept as well: as long as it lives, nothing else has its id.
+            self.packed[id(value)] = value, new
+        return self.packed[id(value)][1]
 
     def unpack(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """`(1, n, ...)` -> `(batch, time, ...)`; the other places keep `into`, or are zero."""

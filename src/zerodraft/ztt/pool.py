@@ -24,29 +24,19 @@ class ZeroTokenPool(nn.Module):
 
     def __init__(self, config: ZttConfig, kv_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.config = config
-        cycles = config.cycles - config.zero_token_start + 1
+        plan, cycles = config.plan(), config.cycles - config.zero_token_start + 1
         self.keys = nn.Parameter(torch.zeros(cycles, config.shared_layers, kv_heads, head_dim))
-        edges = config.head_layers + config.tail_layers
-        self.edge_keys = nn.Parameter(torch.zeros(edges, kv_heads, head_dim)) if config.edge_zero_tokens else None
+        edges = plan.head + plan.tail if config.edge_zero_tokens else ()
+        self.edge_keys = nn.Parameter(torch.zeros(len(edges), kv_heads, head_dim)) if edges else None
+        # The steps in the order of the keys: by cycle, then by layer, whatever the schedule.
+        by_cycle = sorted(plan.shared, key=lambda step: (step.cycle, step.layer))
+        self.steps = (*(step for step in by_cycle if step.cycle + 1 >= config.zero_token_start), *edges)
 
     def forward(self) -> dict[Step, Float[Tensor, "kv d"]]:
         """The zero key of every execution of a layer that has one."""
-        config = self.config
-        # A view of a parameter requires gradients even under no_grad, and torch's FLOP counter trips over that.
-        keys, edge_keys = (
-            p if p is None or torch.is_grad_enabled() else p.detach() for p in (self.keys, self.edge_keys)
-        )
-        assert keys is not None
-        shared, edges = keys.flatten(0, 1).unbind(), () if edge_keys is None else edge_keys.unbind()
-        taken = {}
-        for step in config.steps():
-            cycle = step.cycle - (config.zero_token_start - 1)
-            if config.is_shared(step.layer):
-                if cycle >= 0:
-                    taken[step] = shared[cycle * config.shared_layers + step.layer - config.head_layers]
-            elif edges:
-                taken[step] = edges[
-                    step.layer if step.layer < config.head_layers else step.layer - config.shared_layers
-                ]
-        return taken
+        parts = [self.keys.flatten(0, 1)] + ([] if self.edge_keys is None else [self.edge_keys])
+        if not torch.is_grad_enabled():
+            # A view of a parameter requires gradients even under no_grad, and torch's FLOP counter trips over that.
+            parts = [part.detach() for part in parts]
+        keys = [key for part in parts for key in part.unbind()]
+        return dict(zip(self.steps, keys, strict=True))

@@ -77,7 +77,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         parent, name = family.get_submodule(parts.path.rpartition(".")[0]), parts.path.rpartition(".")[2]
         setattr(parent, name, CycledLayers(getattr(parent, name)))
         self.base = base
-        self._parts = parts
+        self._parts, self._plan = parts, config.plan()
         self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
         kv_heads, head_dim = kv_shape(config.family, self.layers[0])
         self.zero_tokens = ZeroTokenPool(config, kv_heads, head_dim) if config.zero_tokens else None
@@ -179,8 +179,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         if every_cycle and cache is not None:
             raise ZerodraftError("cycle_weights is for training; it cannot be used with a cache.")
         if cache is not None and cache.get_seq_length():
-            shared = [s.slot for s in config.steps() if s.cycle < cycles and config.is_shared(s.layer)]
-            deepest = max(shared, default=0)
+            deepest = max((step.slot for step in self._plan.shared if step.cycle < cycles), default=0)
             if cache.get_seq_length(deepest) != cache.get_seq_length():
                 raise ZerodraftError(
                     f"The cache was filled with fewer than {cycles} cycles; use exit_rule=FixedExit(cycles=...) for "
@@ -219,7 +218,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         cycles = self.config.cycles if cycles is None else cycles
         self._check_options(cycles, past_key_values, exit_depth, exit_rule, every_cycle)
         run = CycleRun(
-            config=self.config,
+            plan=self._plan,
             layers=self.layers,
             parts=self._parts,
             zero_keys={} if self.zero_tokens is None else self.zero_tokens(),
