@@ -10,11 +10,13 @@ import argparse
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from zerodraft.ztt.calibrate import write_text
+from zerodraft import ZttForCausalLM, exit_rule_from_dict
+from zerodraft.ztt.calibrate import LossBound, write_exit_rule, write_text
 from zerodraft.ztt.plot import plot_trade_off
 from zerodraft.ztt.tradeoff import Point
 
@@ -28,14 +30,23 @@ def main(words: Sequence[str] | None = None) -> None:
     """Copies a new measurement into results/ if one is given, then writes everything that follows from it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("calibration", type=Path, nargs="?", help="calibration.json of `zerodraft calibrate`")
+    parser.add_argument(
+        "--max-loss-increase", type=float, help="choose again among the measured points, for this bound"
+    )
+    parser.add_argument("--model", type=Path, help="write the chosen rule into this model's config.json")
     parser.add_argument("--name", default="ztt-tiny-exit-rules", help="of the files in results/ and docs/figures/")
     options = parser.parse_args(words)
     stored = ROOT / "results" / f"{options.name}.json"
     if options.calibration is not None:
         measured = json.loads(options.calibration.read_text(encoding="utf-8"))
+        if options.max_loss_increase is not None:
+            choose_again(measured, options.max_loss_increase)
         stored.parent.mkdir(exist_ok=True)
         write_text(stored, json.dumps({**measured, "commit": commit()}, indent=1) + "\n")
     measured = json.loads(stored.read_text(encoding="utf-8"))
+    if options.model is not None:
+        rule = exit_rule_from_dict(measured["rule"])
+        write_exit_rule(ZttForCausalLM.from_pretrained(options.model), rule, options.model)
     figure = ROOT / "docs" / "figures" / f"{options.name}.png"
     figure.parent.mkdir(exist_ok=True)
     plot_trade_off(
@@ -49,6 +60,20 @@ def main(words: Sequence[str] | None = None) -> None:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     write_text(PAGE, before + BEGIN + "\n\n" + tables(measured, options.name) + "\n" + END + after)
+
+
+def choose_again(measured: dict[str, Any], bound: float) -> None:
+    """Put the best measured points for another bound in place; nothing is measured."""
+    target = LossBound(relative=bound)
+    found = []
+    for rule in measured["rules"].values():
+        met = [point for point in points(rule["curve"]) if target.met_by(point)]
+        found += [target.best(met)] if met else []
+        rule["chosen"] = asdict(target.best(met)) if met else None
+    measured["chosen"] = asdict(target.best(found))
+    measured["rule"] = measured["chosen"]["rule"]
+    measured["target"] = {"relative": bound}
+    measured["command"] += f", then scripts/exit_rules.py --max-loss-increase {bound:g}"
 
 
 def commit() -> str:
@@ -94,7 +119,7 @@ def tables(measured: Mapping[str, Any], name: str) -> str:
         lines.append(row(f"`{rule}:{point.rule['threshold']:.4g}`", point, on_line(fixed, point.flops)))
     lines += [
         "",
-        f"Each rule is shown at the threshold that calibration found for the target {target(measured)}. *Against fixed "
+        f"Each rule is shown at its best measured threshold for the target {target(measured)}. *Against fixed "
         "depths*: its loss minus that of the straight line between the fixed depths at the same FLOPs; below zero, "
         "choosing the depth for each token pays.",
         "",
