@@ -5,6 +5,8 @@ import os
 # before transformers is imported: tests never ask a hub, whatever the machine can reach
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# before torch is imported: on tiny tensors a second OpenMP thread costs several times what it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import inspect
 
