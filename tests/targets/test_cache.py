@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,21 @@ def build(staging):
 build_once(directory, build)
 """
 
+PATIENCE = 280.0
+"""Seconds within which a child process starts on the slowest machine; passed only when something hangs."""
 
-def start_builder(directory: Path, seconds: float) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(directory), str(seconds)])
+
+@contextmanager
+def builders(number: int, directory: Path, seconds: float) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Processes that build `directory`; none of them outlives the test."""
+    command = [sys.executable, "-c", BUILDER, str(directory), str(seconds)]
+    started = [subprocess.Popen(command) for _ in range(number)]
+    try:
+        yield started
+    finally:
+        for builder in started:
+            builder.kill()
+            builder.wait()
 
 
 def write_weights(staging: Path) -> dict[str, Any]:
@@ -50,21 +64,19 @@ def test_second_call_finds_the_first(tmp_path: Path) -> None:
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
     directory = tmp_path / "model"
-    builders = [start_builder(directory, 0.5) for _ in range(2)]
-    assert [builder.wait(60) for builder in builders] == [0, 0]
+    with builders(2, directory, 0.5) as started:
+        assert [builder.wait(PATIENCE) for builder in started] == [0, 0]
     assert is_built(directory)
     assert (tmp_path / "builds.txt").read_text() == "built\n"
 
 
 def test_killed_builder_leaves_nothing_that_counts(tmp_path: Path) -> None:
     directory = tmp_path / "model"
-    builder = start_builder(directory, 600)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("model.staging-*/model.safetensors")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    builder.kill()
-    builder.wait(60)
+    with builders(1, directory, 600):
+        deadline = time.monotonic() + PATIENCE
+        while not list(tmp_path.glob("model.staging-*/model.safetensors")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
     assert not is_built(directory)
     build_once(directory, write_weights)
     assert is_built(directory)
