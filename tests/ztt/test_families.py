@@ -140,6 +140,8 @@ def test_backends_agree(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+# torch's inductor warns of its own use of TorchScript when it is imported
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @torch.no_grad()
 def test_flex_attention_agrees() -> None:
     """With a block mask made here, as making transformers' own compiles for seconds."""
