@@ -1,0 +1,102 @@
+"""The two things that the engine talks to: a target that scores drafts and a drafter that makes them.
+
+Both are protocols: `decoding` knows no model. A target is anything that can score a tree of tokens after what it has
+cached; a drafter is anything that fills the next k positions. What passes between them (the target's hidden states that
+a drafter asked for) goes through the engine untouched.
+
+Legend: B rows of the batch, T tokens of one call, V vocabulary, H hidden size, F tapped hidden states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .lattice import Lattice
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """One forward pass of the target: scores of the token after each position, and the hidden states that were tapped."""
+
+    logits: Float[Tensor, "B T V"]
+    taps: Float[Tensor, "B T F H"] | None
+
+
+class Target(Protocol):
+    """A causal language model with its cache, for one call of generate.
+
+    `device` is where ids and masks are expected. The cache starts empty.
+    """
+
+    device: torch.device
+
+    def prefill(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], taps: Sequence[int]) -> TargetOutput:
+        """Cache the prompts (left-padded, `mask` false on padding). `logits` are of the last position only: (B, 1, V);
+        `taps` cover all T positions. A tap i is `hidden_states[i]` of transformers: 0 the embeddings, i the output of
+        layer i. Prompts may come in several calls; each continues the cache."""
+        ...
+
+    def score(
+        self,
+        ids: Int[Tensor, "B T"],
+        depth: Int[Tensor, "B T"],
+        visible: Bool[Tensor, "B T T"],
+        taps: Sequence[int],
+    ) -> TargetOutput:
+        """Score T more tokens, each seeing all that its row has cached and those of `ids` that `visible[b, query, key]`
+        allows. `depth` is the distance from the row's cached end (0 for the first), which gives rotary positions."""
+        ...
+
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Of the tokens of the last `score`, keep in the cache those at these indices (one list a row, rising), forget the rest."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What became known of one row: `tokens` (new ones, accepted and then the target's own), and the hidden states of
+    the positions whose forward pass is done.
+
+    Over a whole session `taps` trail `tokens` by one position: the last token has not been through the target yet. At the first call
+    `tokens` are the prompt and the first new token, `taps` those of the prompt.
+    """
+
+    tokens: Int[Tensor, "n"]
+    taps: Float[Tensor, "m F H"] | None
+
+
+@runtime_checkable
+class DraftSession(Protocol):
+    """A drafter at work on the rows of one generate call."""
+
+    def observe(self, progress: Sequence[Progress]) -> None:
+        """Take note of what became known, one entry a row, before the next `propose`. A finished row has empty tokens."""
+        ...
+
+    def propose(self, lengths: Sequence[int]) -> Sequence[Lattice]:
+        """Candidates for the next `lengths[b]` positions of each row (0: none wanted). A shorter lattice is allowed."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Anything that fills the next k positions.
+
+    `taps` are the target's hidden states that it wants to see (numbered as in `Target.prefill`), `max_length` the most
+    positions that it can fill at once.
+    """
+
+    taps: Sequence[int]
+    max_length: int
+
+    def check(self, config: Any) -> None:
+        """Raise `ZerodraftError` where this drafter does not fit a target with this transformers config."""
+        ...
+
+    def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> DraftSession:
+        """A session for `batch` rows."""
+        ...
