@@ -20,8 +20,8 @@ class Lattice:
     """Candidates per drafted position, the likeliest first.
 
     **Fields:** `ids` holds token ids of the target's vocabulary, `log_q` the drafter's log-probabilities (natural
-    logarithm, over its whole vocabulary, so a row need not sum to one). Rows with fewer candidates are padded at the end
-    with `NO_TOKEN` and minus infinity. k may be 0: nothing to draft.
+    logarithm, over its whole vocabulary, so a row need not sum to one). Rows with fewer candidates are padded at the
+    end with `NO_TOKEN` and minus infinity. k may be 0: nothing to draft.
 
     `chain` says that each row was computed given the first candidate of the row before (an autoregressive drafter, a
     prompt lookup), so that only the first candidates form a path and the others are alternatives to its next token.
@@ -34,8 +34,8 @@ class Lattice:
     def __post_init__(self) -> None:
         if self.ids.shape != self.log_q.shape or self.ids.ndim != 2:
             raise ZerodraftError(
-                f"A lattice has candidates of shape {self.ids.shape} and log-probabilities of shape {self.log_q.shape}; "
-                "give two arrays of the same shape (positions, candidates)."
+                f"A lattice has candidates of shape {self.ids.shape} but log-probabilities of shape "
+                f"{self.log_q.shape}; give two arrays of the same shape (positions, candidates)."
             )
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ from .lattice import Lattice
 
 @dataclass(frozen=True, slots=True)
 class TargetOutput:
-    """One forward pass of the target: scores of the token after each position, and the hidden states that were tapped."""
+    """One forward pass of the target: scores of the token after each position, and the tapped hidden states."""
 
     logits: Float[Tensor, "B T V"]
     taps: Float[Tensor, "B T F H"] | None
@@ -52,7 +52,7 @@ class Target(Protocol):
         ...
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Of the tokens of the last `score`, keep in the cache those at these indices (one list a row, rising), forget the rest."""
+        """Of the last `score`'s tokens keep in the cache those at these indices (one rising list a row) alone."""
         ...
 
 
@@ -61,8 +61,8 @@ class Progress:
     """What became known of one row: `tokens` (new ones, accepted and then the target's own), and the hidden states of
     the positions whose forward pass is done.
 
-    Over a whole session `taps` trail `tokens` by one position: the last token has not been through the target yet. At the first call
-    `tokens` are the prompt and the first new token, `taps` those of the prompt.
+    Over a whole session `taps` trail `tokens` by one position: the last token has not been through the target yet. At
+    the first call `tokens` are the prompt and the first new token, `taps` those of the prompt.
     """
 
     tokens: Int[Tensor, "n"]
@@ -74,7 +74,7 @@ class DraftSession(Protocol):
     """A drafter at work on the rows of one generate call."""
 
     def observe(self, progress: Sequence[Progress]) -> None:
-        """Take note of what became known, one entry a row, before the next `propose`. A finished row has empty tokens."""
+        """Take note of what became known, one entry a row, before the next `propose`; a finished row's is empty."""
         ...
 
     def propose(self, lengths: Sequence[int]) -> Sequence[Lattice]:
