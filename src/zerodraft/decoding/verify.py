@@ -1,0 +1,144 @@
+"""Which drafted tokens the target keeps: exact, whatever the draft.
+
+A draft chosen deterministically is a point mass at each node: take the target's own token x, drawn from its processed
+distribution p (or its argmax); if a child of the node equals x, go on from there, else emit x and stop. What is emitted
+is then always the target's own draw. When the draft was itself drawn from q, accept it with probability min(1, p/q) and
+replace it by a draw from the rest (p - q)+ otherwise (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318);
+several draws at one node are tried in turn, each against what the ones before left of p (SpecInfer, 2305.09781).
+
+Nothing here knows a model. `probs(node)` is asked for the nodes on the accepted path alone, so that processors that
+look at the tokens so far see each node's own prefix and cost nothing elsewhere.
+
+Legend: p target, q draft; nodes as in `tree`: ROOT is the last known token, node i is at index i + 1 of arrays.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
+from zerodraft.errors import ZerodraftError
+
+Probabilities = Callable[[int], Any]
+"""The target's processed distribution over the token after a node: a tensor of shape (V,) that sums to one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one verification yields: the nodes of the accepted path, in order, and the target's own token after them.
+
+    A drafted EOS can be among the kept; whatever follows it is the caller's to cut.
+    """
+
+    kept: list[int]
+    token: int
+
+
+@runtime_checkable
+class Randomness(Protocol):
+    """The three random choices that drafting and verifying make."""
+
+    def draw(self, p: Float[Tensor, " V"]) -> int:
+        """A token from p."""
+        ...
+
+    def accept(self, p: Float[Tensor, ""], q: float) -> bool:
+        """True with probability min(1, p / q)."""
+        ...
+
+    def pick(self, q: Float64[np.ndarray, "k m"]) -> Int64[np.ndarray, " k"]:
+        """One column for each row, drawn from the row."""
+        ...
+
+
+class Dice:
+    """Randomness from a torch generator (None: the device's global one)."""
+
+    def __init__(self, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> None:
+        self.device = device
+        self.generator = generator
+
+    def draw(self, p: Float[Tensor, " V"]) -> int:
+        try:
+            return int(torch.multinomial(p, 1, generator=self.generator))
+        except RuntimeError as error:
+            raise ZerodraftError(
+                f"The target's probabilities are no distribution ({error}); check its weights and logits processors."
+            ) from None
+
+    def accept(self, p: Float[Tensor, ""], q: float) -> bool:
+        return bool(torch.rand((), generator=self.generator, device=p.device) * q < p)
+
+    def pick(self, q: Float64[np.ndarray, "k m"]) -> Int64[np.ndarray, " k"]:
+        u = torch.rand(len(q), 1, generator=self.generator, device=self.device, dtype=torch.float64).cpu().numpy()
+        edges = q.cumsum(1)
+        # scaled by the last edge, so that rounding never lands on padding
+        return (edges > u * edges[:, -1:]).argmax(1)
+
+
+def choices(logits: Float[Tensor, "*batch V"]) -> Int64[np.ndarray, "*batch"]:
+    """The greedy token at every node of every row: one argmax over all and one transfer to the host."""
+    best = logits.argmax(-1, keepdim=True)
+    # argmax points at a NaN where there is one, so looking at its value is enough
+    best = torch.where(logits.gather(-1, best).isnan(), -1, best).squeeze(-1).cpu().numpy()
+    if (best < 0).any():
+        raise ZerodraftError("The target's logits hold NaN; check its weights, or run it in a wider dtype.")
+    return best
+
+
+def walk(tree: DraftTree, choose: Callable[[int], int]) -> Verdict:
+    """Follow the target's own tokens through the tree: `choose(node)` is the one after a node, asked once for each node
+    of the accepted path. Exact for every deterministic draft if `choose` draws from the target's distribution."""
+    children = tree.children()
+    kept: list[int] = []
+    node = ROOT
+    while True:
+        token = choose(node)
+        child = children[node + 1].get(token)
+        if child is None:
+            return Verdict(kept, token)
+        kept.append(child)
+        node = child
+
+
+def greedy(tree: DraftTree, best: Sequence[int] | Int64[np.ndarray, " n+1"]) -> Verdict:
+    """Greedy decoding; `best` holds the target's token after the root and after each node (see `choices`)."""
+    return walk(tree, lambda node: int(best[node + 1]))
+
+
+def point_mass(tree: DraftTree, probs: Probabilities, dice: Randomness) -> Verdict:
+    """Sampling, for a draft that was chosen deterministically."""
+    return walk(tree, lambda node: dice.draw(probs(node)))
+
+
+def sampled(draft: SampledDraft, probs: Probabilities, dice: Randomness) -> Verdict:
+    """Sampling, for a draft that was drawn from q."""
+    tokens = draft.tree.tokens.tolist()
+    kept: list[int] = []
+    node = ROOT
+    while True:
+        p = probs(node)
+        for child in draft.attempts[node + 1]:
+            ids, q = draft.ids[len(kept)], draft.q[len(kept)]
+            if dice.accept(p[tokens[child]], float(q[ids == tokens[child]].sum())):
+                kept.append(child)
+                node = child
+                break
+            p = residual(p, ids, q)
+        else:
+            return Verdict(kept, dice.draw(p))
+
+
+def residual(p: Float[Tensor, " V"], ids: Int64[np.ndarray, " m"], q: Float64[np.ndarray, " m"]) -> Float[Tensor, " V"]:
+    """(p - q)+, normalised: what p has left where q proposed too much."""
+    real = q > 0
+    at = torch.as_tensor(ids[real], device=p.device)
+    rest = p.index_add(0, at, torch.as_tensor(-q[real], device=p.device).to(p.dtype)).clamp_min(0)
+    total = rest.sum()
+    # p = q leaves nothing; a rejection is then a matter of rounding, and p itself is the right answer
+    return torch.where(total > 0, rest / total, p)
