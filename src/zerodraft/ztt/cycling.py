@@ -23,8 +23,8 @@ from transformers import Cache
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
-from zerodraft.ztt.config import Plan, Step
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule
+from zerodraft.ztt.config import Plan, Step, ZttConfig
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import DecoderParts, rotary_of
 from zerodraft.ztt.interface import LayerCall, TokenGrid, current_call
 
@@ -80,11 +80,44 @@ class Readout(Recorder):
         return self.hidden
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CycleOptions:
+    """What the caller of a forward pass asks of the cycles.
+
+    Args:
+        cycles: Cycles to run for every token; None for all that the model has.
+        every_cycle: Run the tail after each cycle; the result has `cycles` times the batch, one after another.
+        keep_mass: Collect the zero-token mass of the shared layers.
+        depth: `(b, t)`, cycles of each token (from 1): run everything and select. The oracle, and for training.
+        rule: Early exit, decided after each cycle.
+        policy: What deeper cycles see of an exited token.
+    """
+
+    cycles: int | None = None
+    every_cycle: bool = False
+    keep_mass: bool = False
+    depth: Tensor | None = None
+    rule: ExitRule | None = None
+    policy: ExitPolicy = "propagate"
+
+    def check(self, config: ZttConfig) -> None:
+        """Raise `ZerodraftError` for options that exclude each other or that the model cannot follow."""
+        if self.cycles is not None and not 1 <= self.cycles <= config.cycles:
+            raise ZerodraftError(f"cycles={self.cycles} must lie between 1 and the model's {config.cycles}.")
+        check_policy(self.policy)
+        chosen = (self.rule is not None, self.depth is not None, self.every_cycle)
+        if sum(chosen) > 1:
+            raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")
+        if any(chosen[:2]) and config.schedule != "block":
+            raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
+
+
 @dataclass(kw_only=True)
 class CycleRun(Recorder):
     """One forward pass.
 
     Args:
+        options: What the caller asks of it.
         plan: The schedule.
         layers: The family's layers.
         parts: How they are called.
@@ -93,15 +126,11 @@ class CycleRun(Recorder):
         rotary: The family's rotary module, or None.
         cache: Cache of the unrolled model, or None.
         cycles: Cycles to run for every token.
-        every_cycle: Run the tail after each cycle; the result has `cycles` times the batch, one after another.
-        keep_mass: Collect the zero-token mass of the shared layers.
-        depth: `(b, t)`, cycles of each token (from 1): run everything and select. The oracle, and for training.
-        rule: Early exit, decided after each cycle.
-        policy: What deeper cycles see of an exited token.
         real: `(b, t)` bool, False for padding, or None.
         readout: Logits of states, for rules that want them.
     """
 
+    options: CycleOptions
     plan: Plan
     layers: list[nn.Module]
     parts: DecoderParts
@@ -110,11 +139,6 @@ class CycleRun(Recorder):
     rotary: nn.Module | None
     cache: Cache | None
     cycles: int
-    every_cycle: bool = False
-    keep_mass: bool = False
-    depth: Tensor | None = None
-    rule: ExitRule | None = None
-    policy: ExitPolicy = "propagate"
     real: Tensor | None = None
     readout: Callable[[Tensor], Tensor] | None = None
 
@@ -135,11 +159,11 @@ class CycleRun(Recorder):
         shared = [step for step in self.plan.shared if step.cycle < self.cycles]
         for step in self.plan.head:
             hidden = self.run_layer(step, hidden)
-        if self.rule is not None:
+        if self.options.rule is not None:
             hidden = self.run_exits(shared, hidden)
         else:
             hidden = self.run_all(shared, hidden)
-            if self.every_cycle:
+            if self.options.every_cycle:
                 return hidden
         for step in self.plan.tail:
             hidden = self.run_layer(step, hidden)
@@ -147,24 +171,24 @@ class CycleRun(Recorder):
 
     def run_all(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Every token through every cycle, or selected by `depth`; the states after the tail if `every_cycle`."""
-        memory = KvMemory() if self.depth is not None and self.policy == "latest" else None
+        memory = KvMemory() if self.options.depth is not None and self.options.policy == "latest" else None
         results = []
         for index, step in enumerate(shared):
-            running = None if self.depth is None or step.cycle == 0 else step.cycle < self.depth
+            running = None if self.options.depth is None or step.cycle == 0 else step.cycle < self.options.depth
             view = SlotView(self.cache, step.slot, memory, running=running)
             out = self.run_layer(step, hidden, view if memory or self.cache is not None else None)
             hidden = out if running is None else torch.where(running[..., None], out, hidden)
             last_of_cycle = index + 1 == len(shared) or shared[index + 1].cycle != step.cycle
-            if self.every_cycle and last_of_cycle:
+            if self.options.every_cycle and last_of_cycle:
                 result = hidden
                 for tail_step in self.plan.tail:
                     result = self.run_layer(tail_step, result)
                 results.append(result)
-        return torch.cat(results) if self.every_cycle else hidden
+        return torch.cat(results) if self.options.every_cycle else hidden
 
     def run_exits(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
-        assert self.rule is not None
+        assert self.options.rule is not None
         assert self.readout is not None
         b, t, _ = hidden.shape
         real = hidden.new_ones(b, t, dtype=torch.bool) if self.real is None else self.real.expand(b, t)
@@ -186,7 +210,7 @@ class CycleRun(Recorder):
                 continue
             following = [step for step in shared if step.cycle == cycle + 1]
             if grid is not None and not grid.index.numel():
-                if self.policy == "propagate" and self.plan.cycle_lora:
+                if self.options.policy == "propagate" and self.plan.cycle_lora:
                     self.freeze(memory, following, hidden, TokenGrid(exited.nonzero()[:, 0], b, t))
                 continue
             index = torch.arange(b * t, device=hidden.device) if grid is None else grid.index
@@ -196,14 +220,14 @@ class CycleRun(Recorder):
                 kept = real.flatten().nonzero()[:, 0]
                 index, flat, flat_before = index[kept], flat[kept], flat_before[kept]
                 mass = None if mass is None else mass[kept]
-            stops = self.rule(CycleOutput(cycle + 1, flat, flat_before, mass, self.readout))
+            stops = self.options.rule(CycleOutput(cycle + 1, flat, flat_before, mass, self.readout))
             if grid is None and not bool(stops.any()) and len(index) == b * t:
                 depth[index] += 1
                 continue
             hidden = states if grid is None else grid.unpack(states, into=hidden)
             exited[index[stops]] = True
             depth[index[~stops]] += 1
-            if self.policy == "propagate":
+            if self.options.policy == "propagate":
                 # With per-cycle LoRA the states differ by cycle, else those of the newly exited hold for all of them.
                 frozen = exited.nonzero()[:, 0] if self.plan.cycle_lora else index[stops]
                 self.freeze(memory, following, hidden, TokenGrid(frozen, b, t))
@@ -240,7 +264,7 @@ class CycleRun(Recorder):
         if view is None and self.cache is not None:
             view = SlotView(self.cache, step.slot)
         is_shared = 0 <= place < self.plan.shared_layers
-        wants_mass = is_shared and (self.keep_mass or masses is not None)
+        wants_mass = is_shared and (self.options.keep_mass or masses is not None)
         call = LayerCall(
             cycle=step.cycle,
             key=self.zero_key(step, hidden),
@@ -254,7 +278,7 @@ class CycleRun(Recorder):
                 f"{type(layer).__name__} did not hand its keyword arguments to the attention function or returned no "
                 "tensor; this family cannot be cycled."
             )
-        if is_shared and self.keep_mass:
+        if is_shared and self.options.keep_mass:
             self.masses.append(call.mass)
         if masses is not None and call.mass is not None:
             masses.append(call.mass)

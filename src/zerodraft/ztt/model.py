@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
+from zerodraft.ztt.cycling import CycleOptions
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import build_family
 from zerodraft.ztt.pretrained import ExitRecord, ZttPreTrainedModel, current_generation
@@ -70,16 +71,13 @@ class ZttModel(ZttPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm, `(b, t, d)`; the arguments are those of `ZttForCausalLM.forward`."""
         out, run = self._cycle(
+            CycleOptions(cycles=cycles, depth=exit_depth, rule=exit_rule, policy=exit_policy),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            cycles=cycles,
-            exit_depth=exit_depth,
-            exit_rule=exit_rule,
-            exit_policy=exit_policy,
             **kwargs,
         )
         out.past_key_values = run.cache
@@ -157,19 +155,22 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         if cycle_weights is not None and (labels is None or len(cycle_weights) != (cycles or self.config.cycles)):
             raise ZerodraftError(f"cycle_weights={list(cycle_weights)} needs labels and one weight for each cycle run.")
         loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        options = CycleOptions(
+            cycles=cycles,
+            every_cycle=cycle_weights is not None,
+            keep_mass=output_zero_mass,
+            depth=exit_depth,
+            rule=exit_rule,
+            policy=exit_policy,
+        )
         out, run = self._cycle(
+            options,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=False if cycle_weights is not None else use_cache,
-            cycles=cycles,
-            exit_depth=exit_depth,
-            exit_rule=exit_rule,
-            exit_policy=exit_policy,
-            output_zero_mass=output_zero_mass,
-            every_cycle=cycle_weights is not None,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )

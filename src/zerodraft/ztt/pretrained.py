@@ -5,8 +5,9 @@ besides that there are the zero tokens, the cycle gates, the per-cycle LoRA and 
 """
 
 import copy
+from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
-from zerodraft.ztt.cycling import CycledLayers, CycleRun, Readout
-from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy, exit_rule_from_dict
+from zerodraft.ztt.cycling import CycledLayers, CycleOptions, CycleRun, Readout
+from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict
 from zerodraft.ztt.families import attention_of, ffn_output_of, find_parts, kv_shape, rotary_module
 from zerodraft.ztt.interface import announce_call, attention_name, current_call
 from zerodraft.ztt.lora import CycleLora
@@ -157,67 +158,32 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-        """The number of tokens that this pass gets."""
-        given = [tokens for tokens in (input_ids, inputs_embeds) if tokens is not None]
-        if len(given) != 1:
-            raise ZerodraftError("Give exactly one of input_ids and inputs_embeds.")
-        if given[0].shape[1] == 0:
-            raise ZerodraftError("The prompt is empty; give at least one token.")
-        return given[0].shape[1]
-
-    def _check_options(
-        self, cycles: int, cache: Cache | None, depth: Tensor | None, rule: ExitRule | None, every_cycle: bool
-    ) -> None:
-        config = self.config
-        if not 1 <= cycles <= config.cycles:
-            raise ZerodraftError(f"cycles={cycles} must lie between 1 and the model's {config.cycles}.")
-        if (rule is not None or depth is not None) and config.schedule != "block":
-            raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
-        if sum((rule is not None, depth is not None, every_cycle)) > 1:
-            raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")
-        if every_cycle and cache is not None:
-            raise ZerodraftError("cycle_weights is for training; it cannot be used with a cache.")
-        if cache is not None and cache.get_seq_length():
-            deepest = max((step.slot for step in self._plan.shared if step.cycle < cycles), default=0)
-            if cache.get_seq_length(deepest) != cache.get_seq_length():
-                raise ZerodraftError(
-                    f"The cache was filled with fewer than {cycles} cycles; use exit_rule=FixedExit(cycles=...) for "
-                    "depths that change within a sequence."
-                )
-
     def _cycle(
         self,
+        options: CycleOptions,
         *,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Any,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        cycles: int | None,
-        exit_depth: Tensor | None,
-        exit_rule: ExitRule | None,
-        exit_policy: ExitPolicy,
-        output_zero_mass: bool = False,
-        every_cycle: bool = False,
-        **kwargs: Any,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **inputs: Any,
     ) -> tuple[Any, CycleRun]:
         """Run the family's forward pass over the cycled layers; its output, and the run with what it collected."""
-        length = self._check_inputs(input_ids, inputs_embeds)
+        length = _length_of(inputs)
         start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         if not use_cache:
             past_key_values = None
-        elif past_key_values is None and not every_cycle:
+        elif past_key_values is None and not options.every_cycle:
             past_key_values = DynamicCache(config=self.config)
         generation = current_generation.get()
         if generation is not None and generation.model is self:
-            exit_rule, exit_policy = generation.rule, generation.policy
-        check_policy(exit_policy)
-        cycles = self.config.cycles if cycles is None else cycles
-        self._check_options(cycles, past_key_values, exit_depth, exit_rule, every_cycle)
+            options = replace(options, rule=generation.rule, policy=generation.policy)
+        options.check(self.config)
+        cycles = self.config.cycles if options.cycles is None else options.cycles
+        if past_key_values is not None:
+            self._check_cache(past_key_values, options, cycles)
         run = CycleRun(
+            options=options,
             plan=self._plan,
             layers=self.layers,
             parts=self._parts,
@@ -226,26 +192,25 @@ class ZttPreTrainedModel(PreTrainedModel):
             rotary=rotary_module(self._family, self._parts.path),
             cache=past_key_values,
             cycles=cycles,
-            every_cycle=every_cycle,
-            keep_mass=output_zero_mass,
-            depth=exit_depth,
-            rule=exit_rule,
-            policy=exit_policy,
-            real=_real_tokens(attention_mask, start, length),
+            real=_real_tokens(inputs.get("attention_mask"), start, length),
             readout=self.readout,
         )
         with run.drives():
-            out = self._family(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
-                **kwargs,
-            )
+            out = self._family(past_key_values=past_key_values, use_cache=past_key_values is not None, **inputs)
         if generation is not None and run.exit_depth is not None:
             generation.note(start, run.exit_depth)
         return out, run
+
+    def _check_cache(self, cache: Cache, options: CycleOptions, cycles: int) -> None:
+        if options.every_cycle:
+            raise ZerodraftError("cycle_weights is for training; it cannot be used with a cache.")
+        if cache.get_seq_length():
+            deepest = max((step.slot for step in self._plan.shared if step.cycle < cycles), default=0)
+            if cache.get_seq_length(deepest) != cache.get_seq_length():
+                raise ZerodraftError(
+                    f"The cache was filled with fewer than {cycles} cycles; use exit_rule=FixedExit(cycles=...) for "
+                    "depths that change within a sequence."
+                )
 
     def _stack_mass(self, run: CycleRun) -> Tensor | None:
         masses = [mass for mass in run.masses if mass is not None]
@@ -256,6 +221,20 @@ class ZttPreTrainedModel(PreTrainedModel):
             by_layer = stacked.unflatten(2, (self.config.shared_layers, -1))
             return by_layer.transpose(2, 3)
         return stacked.unflatten(2, (-1, self.config.shared_layers))
+
+
+def _length_of(inputs: Mapping[str, Any]) -> int:
+    """The number of tokens that a forward pass gets.
+
+    Raises:
+        ZerodraftError: none, or no statement which.
+    """
+    given = [tokens for name in ("input_ids", "inputs_embeds") if (tokens := inputs.get(name)) is not None]
+    if len(given) != 1:
+        raise ZerodraftError("Give exactly one of input_ids and inputs_embeds.")
+    if given[0].shape[1] == 0:
+        raise ZerodraftError("The prompt is empty; give at least one token.")
+    return given[0].shape[1]
 
 
 def _real_tokens(mask: Any, start: int, length: int) -> Bool[Tensor, "b t"] | None:
