@@ -50,6 +50,12 @@ class ProxySession(Protocol):
         """The state one token further. Pure."""
         ...
 
+    def table(self, ids: Int64[np.ndarray, "k m"]) -> Float32[np.ndarray, "k m m m"] | None:
+        """All scores of a lattice at once, where the proxy looks back at most two tokens (None elsewhere): entry
+        [i, a, b, c] is that of candidate c of position i after candidates a and b of the two positions before it.
+        Known tokens stand in before position 0, so [0] is the same for all a and b, [1] for all a."""
+        ...
+
 
 @runtime_checkable
 class CausalProxy(Protocol):

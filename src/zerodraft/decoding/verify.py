@@ -85,9 +85,9 @@ def choices(logits: Float[Tensor, "*batch V"]) -> Int64[np.ndarray, "*batch"]:
     """The greedy token at every node of every row: one argmax over all and one transfer to the host."""
     best = logits.argmax(-1, keepdim=True)
     # argmax points at a NaN where there is one, so looking at its value is enough
-    best = torch.where(logits.gather(-1, best).isnan(), -1, best).squeeze(-1).cpu().numpy()
+    best = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).cpu().numpy()
     if (best < 0).any():
-        raise ZerodraftError("The target's logits hold NaN; check its weights, or run it in a wider dtype.")
+        raise ZerodraftError("The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype.")
     return best
 
 

@@ -1,0 +1,244 @@
+"""How many positions to draft next.
+
+`AdaptiveLength` is the published controller of DiffuSpec (ADL, arXiv 2510.02358): moving averages of what the drafter
+fills before its EOS and of what the target accepts. `CostAwareLength` is ours: it knows what a step of k positions
+costs on this machine, because the engine tells it, and takes the k that promises the most tokens per second.
+
+A controller is one row's. `fresh` gives another row, or the next call, its own with the same settings; what was learnt
+about costs is shared.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from zerodraft.errors import ZerodraftError
+
+CostKind = Literal["draft", "verify"]
+
+
+@runtime_checkable
+class DraftLength(Protocol):
+    """Decides the length of each draft of one row."""
+
+    def fresh(self) -> "DraftLength":
+        """A controller for another row or call, with the same settings."""
+        ...
+
+    def next_length(self) -> int:
+        """Positions to ask the drafter for; 0 means a plain step of the target."""
+        ...
+
+    def update(self, drafted: int, generated: int, accepted: int) -> None:
+        """Take note of a step: positions asked for, those that the drafter filled before its EOS, and those that the
+        target accepted."""
+        ...
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        """Take note of what a step cost whose row asked for k positions (of a batch: the most of any row)."""
+        ...
+
+
+@dataclass(slots=True)
+class FixedLength:
+    """Always k positions."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise ZerodraftError(f"k={self.k} is no draft length; give 0 or more.")
+
+    def fresh(self) -> "FixedLength":
+        return self
+
+    def next_length(self) -> int:
+        return self.k
+
+    def update(self, drafted: int, generated: int, accepted: int) -> None:
+        """Nothing to learn."""
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        """Nothing to learn."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdaptiveLength:
+    """k = clip(floor(EMA of generated) + delta * [EMA of accepted >= EMA of generated], k_min, k_max).
+
+    How the averages start is not public: here the first draft has k_min positions and the first step sets both.
+
+    Attributes:
+        k_min: Fewest positions.
+        k_max: Most positions.
+        delta: Positions added while the target accepts all that is generated.
+        rho: Weight of the newest step in the averages.
+    """
+
+    k_min: int = 20
+    k_max: int = 30
+    delta: int = 10
+    rho: float = 0.5
+    _generated: float | None = field(default=None, init=False)
+    _accepted: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k_min <= self.k_max:
+            raise ZerodraftError(f"k_min={self.k_min}, k_max={self.k_max}: give 1 <= k_min <= k_max.")
+        if not 0 < self.rho <= 1:
+            raise ZerodraftError(f"rho={self.rho} is out of range; give a number above 0 and at most 1.")
+
+    def fresh(self) -> "AdaptiveLength":
+        return replace(self)
+
+    def next_length(self) -> int:
+        if self._generated is None:
+            return self.k_min
+        more = self.delta if self._accepted >= self._generated else 0
+        return min(max(int(self._generated) + more, self.k_min), self.k_max)
+
+    def update(self, drafted: int, generated: int, accepted: int) -> None:
+        if self._generated is None:
+            self._generated, self._accepted = float(generated), float(accepted)
+        else:
+            self._generated += self.rho * (generated - self._generated)
+            self._accepted += self.rho * (accepted - self._accepted)
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        """The published rule knows no costs."""
+
+
+@dataclass(slots=True)
+class Costs:
+    """What steps of k positions cost: the median of the last few measurements at each k that was tried."""
+
+    seconds: dict[CostKind, dict[int, deque[float]]] = field(default_factory=lambda: {"draft": {}, "verify": {}})
+
+    def observe(self, kind: CostKind, k: int, seconds: float) -> None:
+        # a median, since the first step of a shape often pays for its kernels
+        self.seconds[kind].setdefault(k, deque(maxlen=9)).append(seconds)
+
+    def measured(self, k: int) -> bool:
+        """Whether a step of k positions was ever timed."""
+        return k in self.seconds["verify"]
+
+    def curve(self, k_max: int) -> Float64[np.ndarray, " k"]:
+        """Seconds of a step for k = 0..k_max: straight lines between what was measured, never falling."""
+        total = np.zeros(k_max + 1)
+        for tried in self.seconds.values():
+            if tried:
+                medians = [sorted(tried[k])[len(tried[k]) // 2] for k in sorted(tried)]
+                total += _interpolate(np.array(sorted(tried)), np.array(medians), k_max)
+        # nothing known yet: a step costs much the same whatever its length
+        return total if total.any() else 1 + SLOPE * np.arange(k_max + 1)
+
+
+SLOPE = 0.02
+"""What one more position is taken to cost, of a whole step, until two lengths were measured."""
+
+
+def _interpolate(
+    k: Int64[np.ndarray, " n"], seconds: Float64[np.ndarray, " n"], k_max: int
+) -> Float64[np.ndarray, " k"]:
+    seconds = np.maximum.accumulate(seconds)
+    grid = np.arange(k_max + 1)
+    slope = SLOPE * seconds[-1] if len(k) == 1 else (seconds[-1] - seconds[0]) / (k[-1] - k[0])
+    return np.interp(grid, k, seconds) + slope * np.maximum(grid - k[-1], 0)
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """How often each position was accepted when all before it were: counts that fade by `keep` with each step."""
+
+    size: int
+    keep: float
+    hits: Float64[np.ndarray, " k"] = field(init=False)
+    tries: Float64[np.ndarray, " k"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hits = np.zeros(self.size)
+        self.tries = np.zeros(self.size)
+
+    def update(self, drafted: int, accepted: int) -> None:
+        self.hits *= self.keep
+        self.tries *= self.keep
+        self.hits[:accepted] += 1
+        self.tries[: min(drafted, accepted + 1)] += 1
+
+    def rates(self, prior: Float64[np.ndarray, " k"] | float, weight: float) -> Float64[np.ndarray, " k"]:
+        """The rates, with the prior counting as much as `weight` tries."""
+        return (self.hits + weight * prior) / (self.tries + weight)
+
+
+@dataclass(kw_only=True, slots=True)
+class CostAwareLength:
+    """The k with the most expected tokens per second, `(1 + sum_i prod_{j<=i} a_j) / seconds(k)`.
+
+    a_j, the chance that position j is accepted after all before it were, comes from the row's own steps, on a prior of
+    all rows' steps, on a prior of all positions. Lengths that are powers of two are tried now and then, so that costs
+    and chances stay known for lengths that are not the choice of the day.
+
+    Attributes:
+        k_min: Fewest positions. 0 allows plain steps where drafting does not pay.
+        k_max: Most positions.
+        explore: One step in so many tries another length.
+        keep: Factor by which old statistics fade with each step of their row.
+    """
+
+    k_min: int = 0
+    k_max: int = 32
+    explore: int = 24
+    keep: float = 0.97
+    _costs: Costs = field(default_factory=Costs, init=False)
+    _all: Acceptance = field(init=False)
+    _row: Acceptance = field(init=False)
+    _clock: list[int] = field(default_factory=lambda: [0], init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k_min <= self.k_max or not self.k_max:
+            raise ZerodraftError(
+                f"k_min={self.k_min}, k_max={self.k_max}: give 0 <= k_min <= k_max, and k_max above 0."
+            )
+        if self.explore < 2:
+            raise ZerodraftError(f"explore={self.explore} would never use the best length; give at least 2.")
+        if not 0 < self.keep <= 1:
+            raise ZerodraftError(f"keep={self.keep} is out of range; give a number above 0 and at most 1.")
+        self._all = Acceptance(self.k_max, keep=0.998)
+        self._row = Acceptance(self.k_max, self.keep)
+
+    def fresh(self) -> "CostAwareLength":
+        other = replace(self)
+        other._costs, other._all, other._clock = self._costs, self._all, self._clock
+        return other
+
+    def best_length(self) -> int:
+        """The k that promises the most tokens per second, exploration aside."""
+        pooled = (self._all.hits.sum() + 1) / (self._all.tries.sum() + 2)
+        rates = self._row.rates(self._all.rates(pooled, weight=4), weight=4)
+        tokens = np.concatenate([[1.0], 1 + rates.cumprod().cumsum()])
+        promise = tokens / self._costs.curve(self.k_max)
+        return self.k_min + int(promise[self.k_min :].argmax())
+
+    def next_length(self) -> int:
+        self._clock[0] += 1
+        step = self._clock[0]
+        grid = [k for k in sorted({self.k_max, *(1 << i for i in range(6)), 0}) if self.k_min <= k <= self.k_max]
+        unknown = [k for k in grid if not self._costs.measured(k)]
+        # long drafts first: they say something about every position
+        if unknown and step % 2:
+            return unknown[-1]
+        best = self.best_length()
+        if step % self.explore:
+            return best
+        near = [k for k in grid if k != best and k <= 2 * best + 4]
+        return near[step // self.explore % len(near)] if near else best
+
+    def update(self, drafted: int, generated: int, accepted: int) -> None:
+        self._row.update(drafted, accepted)
+        self._all.update(drafted, accepted)
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        self._costs.observe(kind, min(k, self.k_max), seconds)

@@ -1,0 +1,178 @@
+"""Draft lengths: the published rule against a trace worked out by hand and its formula; the cost-aware one finds the
+best length of a simulated machine."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zerodraft.decoding.lengths import (
+    Acceptance,
+    AdaptiveLength,
+    CostAwareLength,
+    Costs,
+    DraftLength,
+    FixedLength,
+)
+from zerodraft.errors import ZerodraftError
+
+
+@pytest.mark.parametrize("length", [FixedLength(4), AdaptiveLength(), CostAwareLength()])
+def test_all_follow_the_protocol(length: DraftLength) -> None:
+    assert isinstance(length, DraftLength)
+    row = length.fresh()
+    for _ in range(3):
+        k = row.next_length()
+        assert k >= 0
+        row.observe_cost("draft", k, 0.001)
+        row.observe_cost("verify", k, 0.01)
+        row.update(k, k, k // 2)
+
+
+def test_the_published_rule_by_hand() -> None:
+    length = AdaptiveLength()
+    assert length.next_length() == 20
+    length.update(20, 20, 20)  # averages 20 and 20: the target keeps up
+    assert length.next_length() == 30
+    length.update(30, 30, 3)  # 25 and 11.5
+    assert length.next_length() == 25
+    length.update(25, 4, 4)  # 14.5 and 7.75
+    assert length.next_length() == 20
+    length.update(20, 20, 20)  # 17.25 and 13.875
+    length.update(20, 16, 20)  # 16.625 and 16.9375
+    assert length.next_length() == 26
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=20),
+    k_min=st.integers(1, 10),
+    width=st.integers(0, 20),
+    delta=st.integers(0, 12),
+    rho=st.sampled_from([0.25, 0.5, 1.0]),
+)
+def test_the_published_rule_is_its_formula(
+    steps: list[tuple[int, int]], k_min: int, width: int, delta: int, rho: float
+) -> None:
+    length = AdaptiveLength(k_min=k_min, k_max=k_min + width, delta=delta, rho=rho)
+    ema_g, ema_a = map(float, steps[0])
+    length.update(30, *steps[0])
+    for generated, accepted in steps[1:]:
+        ema_g = (1 - rho) * ema_g + rho * generated
+        ema_a = (1 - rho) * ema_a + rho * accepted
+        length.update(30, generated, accepted)
+    k = np.floor(ema_g) + delta * (ema_a >= ema_g)
+    assert length.next_length() == np.clip(k, k_min, k_min + width)
+
+
+def test_rows_learn_apart_and_share_costs() -> None:
+    first = AdaptiveLength()
+    first.update(20, 20, 20)
+    assert (first.next_length(), first.fresh().next_length()) == (30, 20)
+
+    parent = CostAwareLength(k_max=8)
+    one, two = parent.fresh(), parent.fresh()
+    one.observe_cost("verify", 8, 1.0)
+    one.observe_cost("verify", 0, 0.5)
+    for _ in range(20):
+        one.update(8, 8, 0)
+        two.update(8, 8, 8)
+    assert one._costs is two._costs is parent._costs
+    assert one.best_length() < two.best_length() == 8
+
+
+def simulate(
+    length: CostAwareLength, rates: np.ndarray, seconds: np.ndarray, steps: int, seed: int = 0
+) -> tuple[list[int], float]:
+    """The lengths chosen, and the tokens per second, on a machine with these chances and costs."""
+    rng = np.random.default_rng(seed)
+    chosen, tokens, spent = [], 0, 0.0
+    for _ in range(steps):
+        k = length.next_length()
+        accepted = int((rng.random(k) < rates[:k]).cumprod().sum())
+        length.observe_cost("draft", k, 0.1 * seconds[k])
+        # now and then the machine is busy with something else
+        length.observe_cost("verify", k, 0.9 * seconds[k] * (5 if rng.random() < 0.05 else 1))
+        length.update(k, k, accepted)
+        chosen.append(k)
+        tokens += accepted + 1
+        spent += seconds[k]
+    return chosen, tokens / spent
+
+
+def promise(rates: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    return np.concatenate([[1.0], 1 + rates.cumprod().cumsum()]) / seconds
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("slope", [0.002, 0.05, 0.5])
+def test_it_finds_nearly_the_best_length(rate: float, slope: float) -> None:
+    rates = np.full(16, rate)
+    seconds = 0.05 * (1 + slope * np.arange(17))
+    length = CostAwareLength(k_max=16)
+    simulate(length, rates, seconds, 300)
+    best = promise(rates, seconds)
+    assert best[length.best_length()] >= 0.93 * best.max()
+    _, speed = simulate(length.fresh(), rates, seconds, 400, seed=1)
+    assert speed >= 0.9 * best.max()
+
+
+def test_plain_steps_where_drafting_never_pays_and_back_again() -> None:
+    seconds = 0.05 * (1 + 0.3 * np.arange(9))
+    length = CostAwareLength(k_max=8, explore=8)
+    chosen, _ = simulate(length, np.zeros(8), seconds, 200)
+    assert np.mean(np.array(chosen[50:]) == 0) > 0.8
+    chosen, _ = simulate(length, np.full(8, 0.97), seconds, 600)
+    assert np.mean(np.array(chosen[-100:]) >= 4) > 0.8
+
+
+def test_a_cost_that_jumps_is_seen() -> None:
+    # a kernel that suddenly needs a second block above 4 rows
+    seconds = np.where(np.arange(17) <= 4, 0.02, 0.1)
+    length = CostAwareLength(k_max=16)
+    simulate(length, np.full(16, 0.7), seconds, 200)
+    assert length.best_length() == 4
+
+
+def test_every_length_of_the_grid_gets_measured() -> None:
+    length = CostAwareLength(k_min=2, k_max=20)
+    chosen, _ = simulate(length, np.full(20, 0.5), np.full(21, 0.05), 40)
+    assert {2, 4, 8, 16, 20} <= set(chosen)
+    assert min(chosen) >= 2
+    assert max(chosen) <= 20
+
+
+def test_cost_curve() -> None:
+    costs = Costs()
+    assert (np.diff(costs.curve(4)) > 0).all()
+    for seconds in (1.0, 9.0, 1.0):  # the first is an outlier
+        costs.observe("verify", 0, seconds)
+    costs.observe("verify", 4, 3.0)
+    costs.observe("draft", 4, 0.5)
+    np.testing.assert_allclose(costs.curve(6), [1.5, 2, 2.5, 3, 3.5, 4.01, 4.52])
+    costs.observe("verify", 2, 0.1)  # noise: a longer step is never cheaper
+    assert (np.diff(costs.curve(6)) >= 0).all()
+
+
+def test_acceptance_counts_what_was_tried() -> None:
+    stats = Acceptance(4, keep=1.0)
+    stats.update(drafted=3, accepted=1)
+    stats.update(drafted=2, accepted=2)
+    assert stats.hits.tolist() == [2, 1, 0, 0]
+    assert stats.tries.tolist() == [2, 2, 0, 0]
+    np.testing.assert_allclose(stats.rates(0.5, weight=2), [3 / 4, 2 / 4, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: FixedLength(-1), "k=-1"),
+        (lambda: AdaptiveLength(k_min=9, k_max=8), "k_min=9"),
+        (lambda: AdaptiveLength(rho=0.0), "rho=0"),
+        (lambda: CostAwareLength(k_min=3, k_max=2), "k_max=2"),
+        (lambda: CostAwareLength(explore=1), "explore=1"),
+        (lambda: CostAwareLength(keep=1.5), "keep=1.5"),
+    ],
+)
+def test_bad_settings_are_named(make: object, named: str) -> None:
+    with pytest.raises(ZerodraftError, match=named):
+        make()  # type: ignore[operator]  # each is a constructor call
