@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.base import last_checkpoint
 from zerodraft.training.callbacks import read_log
 from zerodraft.training.run import finetune, pretrain
 from zerodraft.training.tokenizer import load_tokenizer
-from zerodraft.training.trainer import last_checkpoint
 
 # a callback that sleeps, so that the kill hits the middle of the run
 SLOW_RUN = """

@@ -30,8 +30,9 @@ COMMANDS = {
     "convert": "Convert",
     "info": "Info",
     "calibrate": "Calibrate",
+    "train-drafter": "TrainDrafter",
 }
-"""Each command lives in the module of its name."""
+"""Each command lives in the module of its name, with `_` for `-`."""
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -91,7 +92,7 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
 
 
 def _load(name: str) -> type[Command]:
-    return getattr(import_module(f"zerodraft.cli.{name}"), COMMANDS[name])
+    return getattr(import_module(f"zerodraft.cli.{name.replace('-', '_')}"), COMMANDS[name])
 
 
 def _log_to_stderr() -> None:

@@ -44,10 +44,16 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class ProgressBar(TrainerCallback):
-    """One line on the terminal: steps, loss, tokens per second; instead of the Trainer's, which prints dictionaries."""
+    """One line on the terminal: steps, loss, tokens per second; instead of the Trainer's, which prints dictionaries.
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    Args:
+        items_per_step: what one optimizer step trains on.
+        unit: what these items are.
+    """
+
+    def __init__(self, items_per_step: int, unit: str = "tokens") -> None:
+        self.items_per_step, self.unit = items_per_step, unit
+        self.evaluation = ""
         self.bar: Any = None
 
     def on_train_begin(
@@ -67,10 +73,14 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """Shows the latest loss and the throughput since the start."""
-        if self.bar is not None and logs and "loss" in logs:
-            tokens = (state.global_step - self.first_step) * self.tokens_per_step
-            rate = tokens / (time.perf_counter() - self.start)
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} tokens/s")
+        if self.bar is None or not logs:
+            return
+        if "eval_mat" in logs:
+            self.evaluation = f", {logs['eval_mat']:.2f} tokens/pass"
+        if "loss" in logs:
+            items = (state.global_step - self.first_step) * self.items_per_step
+            rate = items / (time.perf_counter() - self.start)
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} {self.unit}/s{self.evaluation}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

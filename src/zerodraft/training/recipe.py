@@ -10,12 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.strict import did_you_mean, from_mapping
+
+T = TypeVar("T")
 
 Weights = tuple[float, ...] | Literal["uniform", "linear"]
 
@@ -216,11 +218,16 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping
     Raises:
         ZerodraftError: no such file, not YAML, unknown keys or values of the wrong type.
     """
-    mapping = _read(Path(path))
+    return read_recipe(Recipe, path, overrides)
+
+
+def read_recipe(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] | Mapping[str, Any]) -> T:
+    """Any dataclass from a YAML file (or none) and dotted keys that win over it; errors as in `load_recipe`."""
+    mapping = _read(Path(path)) if path is not None else {}
     pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
     for dotted, value in pairs:
         _set(mapping, dotted, value)
-    return from_mapping(Recipe, mapping)
+    return from_mapping(cls, mapping)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import zerodraft
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.adapters import add_adapters
+from zerodraft.training.base import RecipeTrainer, last_checkpoint, training_arguments
 from zerodraft.training.callbacks import JsonLog, ProgressBar
 from zerodraft.training.data import TextData, build_data, read_documents, split_documents
 from zerodraft.training.losses import CycleLoss
@@ -33,7 +34,7 @@ from zerodraft.training.models import build_from_scratch, build_from_start, numb
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.strict import from_mapping, to_mapping
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
-from zerodraft.training.trainer import ZttTrainer, last_checkpoint, training_arguments
+from zerodraft.training.trainer import ZttTrainer
 
 MAY_CHANGE = (
     "steps",
@@ -46,6 +47,9 @@ MAY_CHANGE = (
     "tensorboard",
 )
 """Fields of `training` that a resumed run may have other values of."""
+
+PLACES = ("output", "out", "cache")
+"""Where a run lives may change too."""
 
 
 def pretrain(
@@ -80,7 +84,7 @@ def finetune(
 
 def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | None) -> dict[str, Any]:
     folder = Path(recipe.output)
-    checkpoint = _check_folder(folder, recipe, resume)
+    checkpoint = check_folder(folder, recipe, resume)
     set_seed(recipe.seed)
     documents = read_documents(recipe.data.train, recipe.data)
     tokenizer = _tokenizer(recipe, documents)
@@ -97,12 +101,7 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
 
     resumed_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     arguments = training_arguments(recipe.training, str(folder), recipe.seed, **_environment(recipe, model))
-    if arguments.process_index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "recipe.json", to_mapping(recipe))
-        log = JsonLog(folder, resumed_step)
-    else:
-        log = None
+    log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
     tokens = (
         recipe.training.batch_size * recipe.training.accumulation * arguments.world_size * recipe.data.context_length
     )
@@ -129,8 +128,6 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
     trained: Any = trainer.model
     steps = trainer.state.global_step
     results = {
-        "command": _command(),
-        "seed": recipe.seed,
         "parameters": parameters,
         "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "steps": steps,
@@ -139,14 +136,23 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
         "tokens_per_second": (steps - resumed_step) * tokens / seconds,
         "resumed_from": checkpoint and Path(checkpoint).name,
         "evaluation": trainer.evaluate(),
+        **provenance(recipe),
+    }
+    save_model(trainer, folder, tokenizer, adapters=bool(recipe.peft.rank))
+    if trainer.is_world_process_zero():
+        write_json(folder / "results.json", results)
+    return results
+
+
+def provenance(recipe: Any) -> dict[str, Any]:
+    """What is needed to repeat a run: command, seed, versions, machine and recipe."""
+    return {
+        "command": _command(),
+        "seed": recipe.seed,
         "versions": versions(),
         "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "recipe": to_mapping(recipe),
     }
-    _save(trainer, tokenizer, folder, recipe)
-    if trainer.is_world_process_zero():
-        _write_json(folder / "results.json", results)
-    return results
 
 
 def versions() -> dict[str, str]:
@@ -159,8 +165,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> str | None:
-    """The checkpoint to resume from; raises if the folder's state and `resume` do not fit together."""
+def check_folder(folder: Path, recipe: Any, resume: bool) -> str | None:
+    """The checkpoint to resume from; raises if the folder's state, `recipe` and `resume` do not fit together."""
     checkpoint = last_checkpoint(folder)
     if not resume:
         if checkpoint or (folder / "results.json").exists():
@@ -168,12 +174,19 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> str | None:
         return None
     if checkpoint is None:
         raise ZerodraftError(f"nothing to resume: '{folder}' has no checkpoint (set training.save_every to write some)")
-    old = from_mapping(Recipe, json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    old = from_mapping(type(recipe), json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
     changed = _differences(to_mapping(old), to_mapping(recipe))
-    changed = [key for key in changed if key != "output" and key not in {f"training.{name}" for name in MAY_CHANGE}]
+    changed = [key for key in changed if key not in {*PLACES, *(f"training.{name}" for name in MAY_CHANGE)}]
     if changed:
         raise ZerodraftError(f"'{folder}' holds a run with another {', '.join(changed)}: a resumed run must keep it")
     return checkpoint
+
+
+def start_folder(folder: Path, recipe: Any, resumed_step: int) -> JsonLog:
+    """Notes the recipe in a run's folder and opens its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "recipe.json", to_mapping(recipe))
+    return JsonLog(folder, resumed_step)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
@@ -238,15 +251,15 @@ def _environment(recipe: Recipe, model: Any) -> dict[str, Any]:
     return arguments
 
 
-def _save(trainer: ZttTrainer, tokenizer: Any, folder: Path, recipe: Recipe) -> None:
-    """Writes `model/` beside its place and renames it."""
+def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, adapters: bool = False) -> None:
+    """Writes `model/` beside its place and renames it; `adapters` are kept apart and merged."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     # the Trainer switches the cache off in the config; whoever loads the model will want to generate
     model.config.use_cache = True
     partial, final = folder / ".model", folder / "model"
     shutil.rmtree(partial, ignore_errors=True) if trainer.args.should_save else None
     trainer.accelerator.wait_for_everyone()
-    if recipe.peft.rank:
+    if adapters:
         trainer.save_model(str(partial / "adapter"))
         if trainer.args.should_save:
             (partial / "adapter" / "training_args.bin").unlink()
@@ -261,7 +274,8 @@ def _save(trainer: ZttTrainer, tokenizer: Any, folder: Path, recipe: Recipe) -> 
         os.replace(partial, final)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside the place, then renames."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

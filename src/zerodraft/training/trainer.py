@@ -1,136 +1,44 @@
-"""`ZttTrainer`: transformers' Trainer with a loss over cycles, perplexity per number of cycles, and whole checkpoints.
+"""`ZttTrainer`: a loss over cycles, perplexity per number of cycles, and checkpoints with a model's own extra parts.
 
-What differs from the Trainer, and why:
-- the loss gets its cycles from `CycleLoss`; every step's loss goes to `log.jsonl`;
-- `evaluate` gives the loss after every cycle in one pass;
-- a checkpoint is written beside its place and renamed, so a killed run never leaves a half-written one to resume from;
-- a loss that is not finite stops the run at once.
+The loss gets its cycles from `CycleLoss`; `evaluate` gives the loss after every cycle in one pass.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from zerodraft.errors import ZerodraftError
 from zerodraft.training.adapters import load_own_parameters, save_own_parameters
-from zerodraft.training.callbacks import JsonLog
+from zerodraft.training.base import RecipeTrainer
 from zerodraft.training.data import PackedBlocks
 from zerodraft.training.losses import CycleLoss
-from zerodraft.training.optim import build_optimizer, learning_rate_scale
-from zerodraft.training.recipe import TrainingRecipe
-
-PARTIAL = ".partial"
 
 
-class ZttTrainer(Trainer):
+class ZttTrainer(RecipeTrainer):
     """Trains a ZTT (or a plain causal language model, which counts as one cycle).
 
     Args:
-        recipe: optimizer and schedule.
         cycle_loss: how many cycles each forward pass runs.
-        log: where every step's loss goes; only the first process needs one.
         evaluations: block sets by name; `evaluate` measures all of them.
-        **kwargs: of the transformers Trainer.
+        **kwargs: of `RecipeTrainer`.
     """
 
-    def __init__(
-        self,
-        *,
-        recipe: TrainingRecipe,
-        cycle_loss: CycleLoss,
-        log: JsonLog | None,
-        evaluations: Mapping[str, PackedBlocks],
-        **kwargs: Any,
-    ) -> None:
-        self.recipe, self.cycle_loss, self.json_log, self.evaluations = recipe, cycle_loss, log, dict(evaluations)
-        self._micro_step = 0
-        self._saving = False
+    logged_arguments = ("cycles",)
+
+    def __init__(self, *, cycle_loss: CycleLoss, evaluations: Mapping[str, PackedBlocks], **kwargs: Any) -> None:
+        self.cycle_loss, self.evaluations = cycle_loss, dict(evaluations)
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
-        self._unwritten: list[tuple[dict[str, Any], torch.Tensor]] = []
         super().__init__(**kwargs)
 
-    # --- optimisation ---
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Parameter groups of `training.optim` instead of the Trainer's."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(model or self.model, self.recipe)  # type: ignore[arg-type]  # set by Trainer
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The recipe's schedule, which knows the number of steps itself."""
-        if self.lr_scheduler is None:
-            self._started = time.monotonic()
-            # a lambda: the scheduler's state leaves functions out, but would pickle a bound method's attributes
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: self._scale(step))  # type: ignore[arg-type]  # set by Trainer
-            self._created_lr_scheduler = True
-        return self.lr_scheduler  # type: ignore[return-value]  # the Trainer declares a wider type
-
-    def _elapsed(self) -> float:
-        """Share of the time limit that has passed, by the clock of the first process."""
-        if not self.recipe.max_minutes:
-            return 0.0
-        elapsed = (time.monotonic() - self._started) / 60 / self.recipe.max_minutes
-        return broadcast_object_list([elapsed])[0] if self.args.world_size > 1 else elapsed
-
-    def _scale(self, step: int) -> float:
-        elapsed = self._elapsed()
-        if elapsed >= 1:
-            self.control.should_training_stop = True
-        return learning_rate_scale(self.recipe, step, elapsed)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """One forward and backward pass, logged with the number of cycles that it ran."""
-        arguments = self.cycle_loss.forward_arguments(
+    def step_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """How many cycles to run."""
+        return self.cycle_loss.forward_arguments(
             self.state.global_step, self._micro_step, inputs["input_ids"].shape, self.args.process_index
         )
-        loss = super().training_step(model, {**inputs, **arguments}, num_items_in_batch)
-        if not math.isfinite(loss.item()):
-            raise ZerodraftError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate "
-                "(or check the weights that the run started from); checkpoints up to here are kept"
-            )
-        if self._micro_step == 0:
-            rate = self.optimizer.param_groups[-1]["lr"]  # type: ignore[union-attr]  # there is one in training
-            row = {"step": self.state.global_step + 1, "learning_rate": rate, "cycles": arguments.get("cycles")}
-            self._unwritten.append((row, loss))
-        else:
-            row, earlier = self._unwritten[-1]
-            self._unwritten[-1] = ({**row, "cycles": None}, earlier + loss)
-        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Also writes what has been trained since the last log to `log.jsonl`."""
-        self.write_losses()
-        super().log(logs, *args, **kwargs)
-
-    def write_losses(self) -> None:
-        """Writes the losses of the steps since the last call, averaged over processes."""
-        if not self._unwritten:
-            return
-        losses: Any = torch.stack([loss for _, loss in self._unwritten])
-        if self.args.world_size > 1:
-            losses = self.accelerator.reduce(losses, "mean")
-        if self.json_log is not None:
-            for (row, _), loss in zip(self._unwritten, losses.tolist(), strict=True):
-                self.json_log.write(**{key: value for key, value in row.items() if value is not None}, loss=loss)
-        self._unwritten = []
 
     # --- evaluation ---
 
@@ -155,10 +63,6 @@ class ZttTrainer(Trainer):
 
     # --- checkpoints ---
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, PARTIAL) if self._saving else folder
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._has_adapters() and self.args.should_save:
@@ -172,26 +76,6 @@ class ZttTrainer(Trainer):
 
     def _has_adapters(self) -> bool:
         return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.write_losses()
-        folder = Path(super()._get_output_dir(trial))
-        if self.args.should_save:
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            name = f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder / PARTIAL / name, folder / name)
-            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
-            rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
@@ -220,36 +104,3 @@ def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
         reduced: Any = accelerator.reduce(sums.float().to(accelerator.device), "sum")
         sums = reduced.cpu().double()
     return (sums[:-1] / sums[-1]).tolist()
-
-
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Path of the newest complete checkpoint in a run's folder."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
-
-
-def training_arguments(recipe: TrainingRecipe, output: str, seed: int, **kwargs: Any) -> TrainingArguments:
-    """The recipe in the Trainer's own words."""
-    return TrainingArguments(
-        output_dir=output,
-        seed=seed,
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=recipe.bf16,
-        activation_checkpointing=recipe.gradient_checkpointing,
-        torch_compile=recipe.compile,
-        use_cpu=recipe.use_cpu,
-        logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if recipe.eval_every else "no",
-        eval_steps=recipe.eval_every or None,
-        save_strategy="steps" if recipe.save_every else "no",
-        save_steps=recipe.save_every or recipe.steps,
-        save_total_limit=recipe.keep_checkpoints,
-        dataloader_drop_last=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **kwargs,
-    )

@@ -1,0 +1,300 @@
+"""The block-diffusion drafter's network: a few decoder layers that fill a block of masks in one pass.
+
+A block is [last token, mask, mask, ...]. Its slots see each other in both directions, as in a diffusion language model
+with one denoising step (DiffuSpec, arXiv 2510.02358), and besides the target's own hidden states at all positions up to
+it (the conditioning of DFlash, arXiv 2602.06036). What is ours: drafter layer i stands in for the target layer
+whose input it is fed with. It starts from that layer's weights, its context is exactly what that layer saw in the
+target, and the block enters as the hidden state of the last known position plus a projection of the newest token's
+embedding, so that before any training the drafter already computes nearly what the target's upper layers would.
+
+Slot j of a block after position t predicts the token at position t + 2 + j: slot 0 holds the known token t + 1.
+
+Legend: B rows, N context positions, A blocks (anchors), K slots of a block, F tapped states, H hidden size, nq query
+heads, nk key/value heads, D head size, V draft vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from zerodraft.errors import ZerodraftError
+
+
+class BlockDrafterConfig(PreTrainedConfig):
+    """Shape of a block-diffusion drafter.
+
+    Args:
+        target_config: the target's config (or its dictionary): sizes, norms and rotary positions are the target's.
+        layers: the target layers that the drafter's stand in for, rising; their inputs are the taps.
+        block_size: slots of a block, the known token included; as many tokens are drafted.
+        draft_vocab_size: size of the reduced vocabulary, 0 for the target's whole one.
+        qk_norm: RMS norms on queries and keys, as in Qwen3.
+        attention_bias: biases of the query, key and value projections, as in Qwen2.
+    """
+
+    model_type = "zerodraft_block_drafter"
+
+    def __init__(
+        self,
+        target_config: PreTrainedConfig | dict[str, Any] | None = None,
+        layers: Sequence[int] = (),
+        block_size: int = 8,
+        draft_vocab_size: int = 0,
+        qk_norm: bool = False,
+        attention_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target_config, PreTrainedConfig):
+            target_config = target_config.to_dict()
+        self.target_config = dict(target_config or {})
+        self.layers = list(layers)
+        self.block_size = block_size
+        self.draft_vocab_size = draft_vocab_size
+        self.qk_norm = qk_norm
+        self.attention_bias = attention_bias
+        super().__init__(**kwargs)
+
+    def target(self) -> Any:
+        """The target's config as transformers' own class."""
+        fields = dict(self.target_config)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+class BlockAttention(nn.Module):
+    """Attention of a block's slots to the target's states before it and to each other."""
+
+    def __init__(self, target: Any, qk_norm: bool, bias: bool) -> None:
+        super().__init__()
+        self.num_heads = target.num_attention_heads
+        self.num_kv_heads = getattr(target, "num_key_value_heads", None) or self.num_heads
+        self.head_dim = getattr(target, "head_dim", None) or target.hidden_size // self.num_heads
+        self.q_proj = nn.Linear(target.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(target.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(target.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, target.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=target.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=target.rms_norm_eps) if qk_norm else nn.Identity()
+
+    def keys_values(
+        self, x: Float[Tensor, "B T H"], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "B nk T D"], Float[Tensor, "B nk T D"]]:
+        """Keys, at their rotary positions, and values of normalised states."""
+        shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        _, k = apply_rotary_pos_emb(k, k, *rotary)
+        return k, self.v_proj(x).view(shape).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q H"],
+        rotary: tuple[Tensor, Tensor],
+        context: tuple[Float[Tensor, "B nk N D"], Float[Tensor, "B nk N D"]],
+        mask: Bool[Tensor, "B 1 Q M"] | None,
+    ) -> Float[Tensor, "B Q H"]:
+        """Q slots against N context positions and then the slots themselves (M = N + Q)."""
+        q = self.q_norm(self.q_proj(x).view(*x.shape[:2], self.num_heads, self.head_dim)).transpose(1, 2)
+        q, _ = apply_rotary_pos_emb(q, q, *rotary)
+        k, v = self.keys_values(x, rotary)
+        k, v = torch.cat([context[0], k], dim=2), torch.cat([context[1], v], dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.num_heads != self.num_kv_heads)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class BlockMlp(nn.Module):
+    """The target's gated feed-forward block."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(target.hidden_size, target.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(target.hidden_size, target.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(target.intermediate_size, target.hidden_size, bias=False)
+        self.activation = ACT2FN[target.hidden_act]
+
+    def forward(self, x: Float[Tensor, "*s H"]) -> Float[Tensor, "*s H"]:
+        """Gated up, then down."""
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BlockLayer(nn.Module):
+    """A pre-norm decoder layer with the parameter names of Llama, Mistral, Qwen2 and Qwen3."""
+
+    def __init__(self, target: Any, qk_norm: bool, bias: bool) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(target.hidden_size, eps=target.rms_norm_eps)
+        self.self_attn = BlockAttention(target, qk_norm, bias)
+        self.post_attention_layernorm = nn.RMSNorm(target.hidden_size, eps=target.rms_norm_eps)
+        self.mlp = BlockMlp(target)
+
+    def context(
+        self, tap: Float[Tensor, "B N H"], rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Float[Tensor, "B nk N D"], Float[Tensor, "B nk N D"]]:
+        """Keys and values of the target's states."""
+        return self.self_attn.keys_values(self.input_layernorm(tap), rotary)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q H"],
+        rotary: tuple[Tensor, Tensor],
+        context: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "B 1 Q M"] | None,
+    ) -> Float[Tensor, "B Q H"]:
+        """One layer over the slots."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, context, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class BlockDrafterModel(PreTrainedModel):
+    """The drafter's trainable part; embeddings and LM head stay the target's and are not stored.
+
+    `draft_ids` maps the draft vocabulary to the target's.
+    """
+
+    config_class = BlockDrafterConfig
+    draft_ids: Tensor
+    base_model_prefix = "drafter"
+    _supports_sdpa = True
+
+    def __init__(self, config: BlockDrafterConfig) -> None:
+        super().__init__(config)
+        target = config.target()
+        check_target_config(target)
+        size = target.hidden_size
+        self.layers = nn.ModuleList(BlockLayer(target, config.qk_norm, config.attention_bias) for _ in config.layers)
+        self.token_proj = nn.Linear(size, size, bias=False)
+        self.slots = nn.Parameter(torch.zeros(config.block_size, size))
+        self.norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
+        self.rotary = LlamaRotaryEmbedding(target)
+        vocabulary = config.draft_vocab_size or target.vocab_size
+        self.register_buffer("draft_ids", torch.arange(vocabulary))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def rotate(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions."""
+        return self.rotary(self.slots, positions)
+
+    def enter(self, state: Float[Tensor, "B A H"], embedding: Float[Tensor, "B A H"]) -> Float[Tensor, "B A*K H"]:
+        """The slots' first inputs, from the first tap at the last known position and the newest token's embedding."""
+        known = state + self.token_proj(embedding)
+        blank = state[:, :, None] + self.slots[1:]
+        return torch.cat([known[:, :, None] + self.slots[0], blank], dim=2).flatten(1, 2)
+
+    def forward(
+        self,
+        taps: Float[Tensor, "B N F H"],
+        kept: Bool[Tensor, "B N"],
+        anchors: Int[Tensor, "B A"],
+        embeddings: Float[Tensor, "B A H"],
+    ) -> Float[Tensor, "B A K H"]:
+        """Final states of several blocks per sequence, under one attention mask; the LM head makes them logits.
+
+        Args:
+            taps: the target's hidden states at the inputs of `config.layers`.
+            kept: false on padding.
+            anchors: the last known position t of each block; the block sees the context up to it.
+            embeddings: of the token at t + 1, by the target's embedding.
+        """
+        k = self.config.block_size
+        rows = torch.arange(len(taps), device=taps.device)[:, None]
+        x = self.enter(taps[rows, anchors, 0], embeddings)
+        here = torch.arange(taps.shape[1], device=taps.device)
+        slots = (anchors[:, :, None] + 1 + torch.arange(k, device=taps.device)).flatten(1)
+        mask = training_mask(kept, anchors, k)
+        context_rotary, block_rotary = self.rotate(here[None]), self.rotate(slots)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, BlockLayer)
+            x = layer(x, block_rotary, layer.context(taps[:, :, i], context_rotary), mask)
+        return self.norm(x).unflatten(1, (-1, k))
+
+
+def training_mask(kept: Bool[Tensor, "B N"], anchors: Int[Tensor, "B A"], k: int) -> Bool[Tensor, "B 1 Q M"]:
+    """What each of the A x K slots sees: the context up to its anchor, and all slots of its own block."""
+    blocks = torch.arange(anchors.shape[1], device=kept.device).repeat_interleave(k)
+    last = anchors.repeat_interleave(k, dim=1)
+    context = kept[:, None] & (torch.arange(kept.shape[1], device=kept.device) <= last[:, :, None])
+    own = (blocks[:, None] == blocks).expand(len(kept), -1, -1)
+    return torch.cat([context, own], dim=2)[:, None]
+
+
+def check_target_config(target: Any) -> None:
+    """Raises `ZerodraftError` unless the target has what a drafter's layers take over from it."""
+    missing = [
+        name
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps", "hidden_act")
+        if getattr(target, name, None) is None
+    ]
+    if missing:
+        raise ZerodraftError(
+            f"A block drafter takes its sizes from the target, but the config of '{target.model_type}' has no "
+            f"{', '.join(missing)}: use a target with RMS norms and a gated feed-forward block, or another drafter."
+        )
+
+
+def drafter_from_target(
+    target: PreTrainedModel,
+    num_layers: int = 4,
+    block_size: int = 8,
+    draft_ids: Int[Tensor, "V"] | None = None,
+) -> BlockDrafterModel:
+    """A new drafter whose layers are copies of the target's last `num_layers`.
+
+    Where the target's layers have other parameters than ours (Gemma's extra norms, OLMo's post-norms) the parts that
+    agree by name and shape are copied.
+
+    Args:
+        target: any causal language model with RMS norms; not changed.
+        num_layers: drafter layers.
+        block_size: slots of a block, the known token included.
+        draft_ids: target ids that can be drafted, all of them if None.
+
+    Raises:
+        ZerodraftError: the target has fewer layers, or is of a kind that gives no layer to start from.
+    """
+    config: Any = target.config.get_text_config()
+    check_target_config(config)
+    count = config.num_hidden_layers
+    if not 1 <= num_layers <= count:
+        raise ZerodraftError(
+            f"A drafter of {num_layers} layers was asked for, the target has {count}: choose 1 to {count}."
+        )
+    decoder: Any = target.get_decoder()
+    sources = list(decoder.layers)[-num_layers:] if hasattr(decoder, "layers") else []
+    names = {name for name, _ in sources[0].named_parameters()} if sources else set()
+    drafter_config = BlockDrafterConfig(
+        target_config=config,
+        layers=range(count - num_layers, count),
+        block_size=block_size,
+        draft_vocab_size=0 if draft_ids is None else len(draft_ids),
+        qk_norm="self_attn.q_norm.weight" in names,
+        attention_bias="self_attn.q_proj.bias" in names,
+    )
+    drafter = BlockDrafterModel(drafter_config)
+    if draft_ids is not None:
+        drafter.draft_ids.copy_(draft_ids)
+    with torch.no_grad():
+        for layer, source in zip(drafter.layers, sources, strict=False):
+            weights = source.state_dict()
+            for name, parameter in layer.named_parameters():
+                if name in weights and weights[name].shape == parameter.shape:
+                    parameter.copy_(weights[name])
+        if hasattr(decoder, "norm"):
+            drafter.norm.weight.copy_(decoder.norm.weight)
+        drafter.token_proj.weight.copy_(torch.eye(config.hidden_size))
+    return drafter
+
+
+AutoConfig.register(BlockDrafterConfig.model_type, BlockDrafterConfig, exist_ok=True)
