@@ -1,0 +1,158 @@
+"""A small causal language model as the drafter: the classic of speculative decoding (arXiv 2211.17192, 2302.01318).
+
+It drafts one token after another with a cache of its own, so its lattices are chains: each row is its distribution
+after the first candidates of the rows before. Every row of a batch has its own cache, since rows accept different
+numbers of tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from zerodraft.decoding.lattice import Lattice
+from zerodraft.decoding.protocols import Progress
+from zerodraft.errors import ZerodraftError
+
+
+class AutoregressiveDrafter:
+    """Drafts with a causal language model of the target's vocabulary.
+
+    Args:
+        model: Any Hugging Face causal language model whose cache can be rolled back; it is not changed.
+        candidates: Candidates per position; the first one is on the path.
+        max_length: The most positions drafted at once.
+        temperature: 0 puts the most probable token on the path; above 0 it is drawn from the candidates at this
+            temperature, with the log-probabilities that go with it.
+    """
+
+    taps: Sequence[int] = ()
+
+    def __init__(
+        self, model: PreTrainedModel, *, candidates: int = 4, max_length: int = 8, temperature: float = 0.0
+    ) -> None:
+        if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+            raise ZerodraftError(
+                f"A {model.config.model_type} model cannot draft: expected a causal language model whose cache can be "
+                "rolled back when a draft is rejected."
+            )
+        if candidates < 1 or max_length < 1 or temperature < 0:
+            raise ZerodraftError(
+                f"Autoregressive drafts with {candidates} candidates, at most {max_length} positions and temperature "
+                f"{temperature}: expected at least 1, at least 1 and 0 or more."
+            )
+        self.model, self.temperature = model, temperature
+        self.candidates, self.max_length = candidates, max_length
+        text = model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.head_options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+
+    def check(self, config: Any) -> None:
+        """Target and drafter must have one vocabulary."""
+        target = config.get_text_config().vocab_size
+        if target != self.vocab_size:
+            raise ZerodraftError(
+                f"The drafter's vocabulary has {self.vocab_size} tokens, the target's {target}: take a drafter of the "
+                "target's family, with the same tokenizer."
+            )
+
+    def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "AutoregressiveSession":
+        """A session for `batch` rows."""
+        return AutoregressiveSession([DraftRow(self, generator) for _ in range(batch)])
+
+
+class AutoregressiveSession:
+    """One `DraftRow` a row."""
+
+    def __init__(self, rows: list["DraftRow"]) -> None:
+        self.rows = rows
+
+    def observe(self, progress: Sequence[Progress]) -> None:
+        """Keeps of each cache what became true."""
+        for row, news in zip(self.rows, progress, strict=True):
+            row.observe(news.tokens.tolist())
+
+    def propose(self, lengths: Sequence[int]) -> list[Lattice]:
+        """Drafts row by row."""
+        return [row.propose(length) for row, length in zip(self.rows, lengths, strict=True)]
+
+
+class DraftRow:
+    """One text being drafted: the cache covers what is known but for the last tokens, and what was drafted on it."""
+
+    def __init__(self, drafter: AutoregressiveDrafter, generator: torch.Generator | None) -> None:
+        self.drafter, self.generator = drafter, generator
+        # without the model's config every layer keeps all its positions, so all of them can be rolled back
+        self.cache = DynamicCache()
+        self.cached: list[int] = []
+        self.known: list[int] = []
+
+    def observe(self, tokens: list[int]) -> None:
+        """Roll the cache back to where it agrees with what is known now."""
+        if not tokens:
+            return
+        before = min(len(self.known), len(self.cached))
+        self.known += tokens
+        # the last token is always fed again: its logits are what the next draft starts from
+        limit = min(len(self.cached), len(self.known) - 1)
+        agree = before
+        while agree < limit and self.cached[agree] == self.known[agree]:
+            agree += 1
+        agree = min(agree, limit)
+        self.cache.crop(agree - len(self.cached))
+        del self.cached[agree:]
+
+    @torch.no_grad()
+    def propose(self, length: int) -> Lattice:
+        """Draft up to `length` tokens; fewer at an end-of-text token or at the end of the drafter's context."""
+        drafter = self.drafter
+        length = min(length, drafter.max_length)
+        if drafter.context is not None:
+            length = min(length, drafter.context - len(self.known))
+        if length < 1 or not self.known:
+            return Lattice.empty()
+        ids, log_q = [], []
+        pending = self.known[len(self.cached) :]
+        for _ in range(length):
+            candidates, scores = self._choose(self._feed(pending))
+            ids.append(candidates)
+            log_q.append(scores)
+            pending = [int(candidates[0])]
+            if pending[0] in drafter.eos_ids:
+                break
+        return Lattice(np.stack(ids), np.stack(log_q), chain=True)
+
+    def _feed(self, tokens: list[int]) -> Float[Tensor, "v"]:
+        """Scores of the token after these."""
+        model = self.drafter.model
+        out = model(
+            input_ids=torch.tensor([tokens], device=model.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            **self.drafter.head_options,
+        )
+        self.cached += tokens
+        return out.logits[0, -1]
+
+    def _choose(self, logits: Float[Tensor, "v"]) -> tuple[Int64[np.ndarray, "m"], Float32[np.ndarray, "m"]]:
+        """The candidates of one position, that of the path first."""
+        temperature = self.drafter.temperature
+        scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+        top, ids = scores.topk(min(self.drafter.candidates, len(scores)))
+        if temperature > 0:
+            drawn = torch.multinomial(top.exp().cpu(), 1, generator=self.generator).item()
+            order = torch.tensor([drawn, *(i for i in range(len(ids)) if i != drawn)], device=ids.device)
+            top, ids = top[order], ids[order]
+        return ids.cpu().numpy(), top.cpu().numpy()
+
+
+def _keeps_logits(model: Any) -> bool:
+    """Whether the model can leave out the scores of all positions but the last."""
+    return model._supports_logits_to_keep()
