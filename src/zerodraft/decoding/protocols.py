@@ -22,7 +22,7 @@ from .lattice import Lattice
 class TargetOutput:
     """One forward pass of the target: scores of the token after each position, and the tapped hidden states."""
 
-    logits: Float[Tensor, "B T V"]
+    logits: Float[Tensor, "B scored V"]
     taps: Float[Tensor, "B T F H"] | None
 
 

@@ -1,0 +1,177 @@
+"""Any causal language model of transformers as a target, unchanged: forward passes with trees for drafts.
+
+A tree is scored in one pass: each node has the position of its depth and a mask that shows it the cached text and its
+own ancestors (SpecInfer, arXiv 2305.09781). Masks are made here in the form that the model's attention takes, one for
+each kind of layer; where a layer has a sliding window, they apply it, as the cache (`cache.py`) holds the whole text.
+
+Legend: B rows, T tokens of this pass, S columns of the cache.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+
+from zerodraft.decoding.cache import DraftCache
+from zerodraft.decoding.protocols import TargetOutput
+from zerodraft.errors import ZerodraftError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class HfTarget:
+    """A `Target` over a transformers causal language model.
+
+    Args:
+        model: The model; neither it nor its configuration is changed.
+        capacity: Tokens to have room for from the start (a static cache).
+        inputs: More arguments for each forward pass.
+
+    Raises:
+        ZerodraftError: a model that cannot score a tree.
+    """
+
+    def __init__(self, model: Any, *, capacity: int = 0, inputs: Mapping[str, Any] | None = None) -> None:
+        self.model = model
+        self.device: torch.device = model.device if model.device.type != "meta" else torch.device("cpu")
+        self.cache = DraftCache(capacity)
+        self._inputs = dict(inputs or {})
+        self._config = model.config.get_text_config(decoder=True)
+        self._kinds, self._window = attention_kinds(self._config)
+        self._additive = takes_additive_mask(self._config)
+        parameters = inspect.signature(model.forward).parameters
+        if "position_ids" not in parameters:
+            raise ZerodraftError(
+                f"{type(model).__name__} takes no position_ids (ALiBi or recurrent?), so a draft tree cannot be "
+                "placed; choose a model with rotary or learned positions."
+            )
+        self._keeps_logits = "logits_to_keep" in parameters
+        # Which columns are text; beyond the cache's end of a row they are false.
+        self._text = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
+        self._padded = False
+        self._positions: list[int] = []
+
+    def prefill(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], taps: Sequence[int]) -> TargetOutput:
+        """See `Target.prefill`."""
+        rows, columns = ids.shape
+        known = self._text[:, : self.cache.extent.start] if self.cache.extent.start else mask[:, :0]
+        text = torch.cat([known, mask], 1)
+        self._padded = not bool(text.all())
+        positions = (text.cumsum(1) - 1).clamp_min(0)[:, -columns:]
+        out = self._forward(ids, text.long() if self._padded else None, positions, taps, last_only=True)
+        self.cache.append(rows, columns)
+        self._text = text
+        self._positions = text.sum(1).tolist()
+        return TargetOutput(out.logits[:, -1:], self._taps(out, taps))
+
+    def score(
+        self, ids: Int[Tensor, "B T"], depth: Int[Tensor, "B T"], visible: Bool[Tensor, "B T T"], taps: Sequence[int]
+    ) -> TargetOutput:
+        """See `Target.score`."""
+        positions = depth + torch.tensor(self._positions, device=depth.device)[:, None]
+        out = self._forward(ids, self.masks(depth, visible), positions, taps)
+        return TargetOutput(out.logits, self._taps(out, taps))
+
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """See `Target.keep`."""
+        before = self.cache.lengths
+        self.cache.keep(kept)
+        self._positions = [position + len(nodes) for position, nodes in zip(self._positions, kept, strict=True)]
+        if self._padded or len(kept) > 1:
+            missing = self.cache.extent.start - self._text.shape[1]
+            if missing > 0:
+                # some room more, so that not every step allocates
+                self._text = torch.nn.functional.pad(self._text, (0, missing + 64))
+            for row, (start, end) in enumerate(zip(before, self.cache.lengths, strict=True)):
+                self._text[row, start:end] = True
+
+    def masks(self, depth: Int[Tensor, "B T"], visible: Bool[Tensor, "B T T"]) -> Any:
+        """What the model takes as its attention mask: of shape (B, 1, T, S + T), or one such for each kind of layer."""
+        start, lengths = self.cache.extent.start, self.cache.lengths
+        rows, count = depth.shape
+        full = torch.ones(rows, 1, count, start + count, dtype=torch.bool, device=depth.device)
+        full[:, 0, :, start:] = visible
+        if self._padded or rows > 1:
+            full[:, 0, :, :start] = self._text[:, None, :start]
+        made = {FULL: full}
+        if SLIDING in self._kinds:
+            own = depth + torch.tensor(lengths, device=depth.device)[:, None]
+            column = torch.arange(start, device=depth.device).expand(rows, start)
+            distance = own[:, :, None] - torch.cat([column, own], 1)[:, None]
+            made[SLIDING] = full & (distance < self._window)[:, None]
+        if self._additive:
+            lowest = torch.finfo(self.model.dtype).min
+            made = {
+                kind: torch.zeros_like(mask, dtype=self.model.dtype).masked_fill_(~mask, lowest)
+                for kind, mask in made.items()
+            }
+        if getattr(self._config, "layer_types", None) is None:
+            return made[self._kinds[0]]
+        return {kind: made[kind] for kind in self._kinds}
+
+    def export(self, cache: Cache) -> None:
+        """Hand the text's keys and values over to a caller's empty cache."""
+        self.cache.copy_to(cache)
+
+    def _forward(
+        self, ids: Tensor, mask: Any, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
+    ) -> Any:
+        more = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=bool(taps),
+            return_dict=True,
+            **more,
+            **self._inputs,
+        )
+
+    def _taps(self, out: Any, taps: Sequence[int]) -> Tensor | None:
+        if not taps:
+            return None
+        return torch.stack([out.hidden_states[i].to(self.device) for i in taps], 2)
+
+
+def attention_kinds(config: Any) -> tuple[list[str], int]:
+    """The kinds of attention that a text model's layers have, and their sliding window (0: none).
+
+    Raises:
+        ZerodraftError: a kind for which a draft tree cannot be masked.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        chunked = getattr(config, "attention_chunk_size", None) is not None
+        sliding = getattr(config, "sliding_window", None) is not None
+        kinds = [SLIDING if sliding else "chunked_attention" if chunked else FULL]
+    found = sorted(set(kinds))
+    for kind in found:
+        if kind not in (FULL, SLIDING):
+            raise ZerodraftError(
+                f"The target ({config.model_type!r}) has layers of kind {kind!r}, whose state cannot drop rejected "
+                f"tokens; only {FULL!r} and {SLIDING!r} can be verified."
+            )
+    return found, int(config.sliding_window) if SLIDING in found else 0
+
+
+def takes_additive_mask(config: Any) -> bool:
+    """Whether masks are added to the scores (eager attention) rather than boolean (torch's fused attention).
+
+    Raises:
+        ZerodraftError: an attention implementation that takes no mask of a tree.
+    """
+    name = config._attn_implementation or "eager"
+    made_by = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if made_by not in (eager_mask, sdpa_mask):
+        raise ZerodraftError(
+            f"attn_implementation={name!r} takes no mask of a draft tree; load the target with "
+            "attn_implementation='sdpa' (or 'eager')."
+        )
+    return made_by is eager_mask
