@@ -7,9 +7,9 @@ renamed into place after the tokens, so a shard without an index is not there ye
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,16 @@ from zerodraft.errors import ZerodraftError
 
 WIDTHS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 """Bytes a token to its type on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sequence: a prompt and what the target made of it."""
+
+    tokens: list[int]
+    prompt_length: int
+    temperature: float
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +83,13 @@ class Completions:
         return int((self.lengths - self.prompt_lengths).sum())
 
 
-def read_completions(paths: str | PathLike[str] | Iterable[str | PathLike[str]]) -> Completions:
+def read_completions(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Completions:
     """Reads shards: directories (all shards in them, by name) or single `.bin` or `.jsonl` files.
 
     Raises:
         ZerodraftError: nothing there, an index that is not one, or tokens and index that do not belong together.
     """
-    if isinstance(paths, (str, PathLike)):
+    if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     shards = [read_shard(file) for path in paths for file in _indices(Path(path).expanduser())]
     if not any(len(shard.lengths) for shard in shards):
@@ -119,6 +129,36 @@ def read_shard(index: Path) -> Shard:
         temperatures=np.array(temperatures, np.float32),
         sources=tuple(sources),
     )
+
+
+def write_shard(folder: Path, name: str, rows: Sequence[Completion], vocab_size: int) -> None:
+    """Writes one shard whole: the tokens first, then the index that makes it count."""
+    dtype = WIDTHS[2 if vocab_size <= 1 << 16 else 4]
+    data = b"".join(np.array(row.tokens, dtype).tobytes() for row in rows)
+    index = [{"n": len(row.tokens), "p": row.prompt_length, "temp": row.temperature, "src": row.source} for row in rows]
+    write_whole(folder / f"{name}.bin", data)
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in index).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file as a whole or not at all, and on the disk before it has its name.
+
+    Raises:
+        ZerodraftError: the disk is full, or another reason why it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ZerodraftError(
+            f"'{path}' could not be written ({error.strerror or error}): make room and run the same command again; "
+            "what was finished before is kept."
+        ) from error
 
 
 def _map(path: Path, count: int) -> Shaped[np.ndarray, "t"]:

@@ -1,0 +1,136 @@
+"""Prompts for distillation: read from text and JSONL files, put into the target's chat template, or left to the target.
+
+A target that was tuned on chats can invent prompts: given the chat template up to where a user starts to speak, it
+writes what users write (Magpie, arXiv 2406.08464).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zerodraft.errors import ZerodraftError
+
+FORMATS = (".txt", ".jsonl")
+
+FIELDS = ("instruction", "question", "prompt", "text")
+"""Where the prompt of a JSONL row is, the first of these that it has."""
+
+CONTEXTS = ("input", "context")
+"""What an instruction is about, in a field of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a user says, and the name of the file that it is from."""
+
+    text: str
+    source: str
+
+
+def read_prompts(files: Sequence[str]) -> list[Prompt]:
+    """All prompts of text files (one a line) and JSONL files (one a row), each once.
+
+    Raises:
+        ZerodraftError: a file that is missing or of another format, a row without a prompt, or no prompt at all.
+    """
+    seen: dict[str, Prompt] = {}
+    for name in files:
+        path = Path(name).expanduser()
+        if path.suffix not in FORMATS:
+            raise ZerodraftError(f"'{name}' has an unknown format: expected prompts in one of {', '.join(FORMATS)}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ZerodraftError(f"The prompt file '{name}' cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise ZerodraftError(f"The prompt file '{name}' is not UTF-8 text.") from error
+        for prompt in _texts(text, path):
+            if prompt:
+                seen.setdefault(prompt, Prompt(prompt, path.stem))
+    if files and not seen:
+        raise ZerodraftError(f"No prompt in {', '.join(files)}.")
+    return list(seen.values())
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of all prompts in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(hashlib.sha256(prompt.text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _texts(text: str, path: Path) -> Iterator[str]:
+    # split on "\n" only: strings may hold characters that str.splitlines takes for line ends
+    for number, line in enumerate(text.split("\n"), 1):
+        if path.suffix == ".txt":
+            yield line.strip()
+        elif line.strip():
+            yield _of_row(_row(line, path, number), path, number)
+
+
+def _row(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ZerodraftError(f"'{path}' line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ZerodraftError(f"'{path}' line {number} must be an object with fields, got {type(row).__name__}.")
+    return row
+
+
+def _of_row(row: dict[str, Any], path: Path, number: int) -> str:
+    field = next((field for field in FIELDS if isinstance(row.get(field), str)), None)
+    if field is None:
+        raise ZerodraftError(f"'{path}' line {number} has no prompt: expected one of the fields {', '.join(FIELDS)}.")
+    text = _unwrap(row[field])
+    # self-instruct's seed tasks keep the inputs in a list of instances
+    instances = row.get("instances") or [{}]
+    contexts = [str(source.get(key) or "").strip() for source in (row, instances[0]) for key in CONTEXTS]
+    context = next((context for context in contexts if context), "")
+    return f"{text}\n\n{context}" if field == "instruction" and context else text
+
+
+def _unwrap(text: str) -> str:
+    """Takes off Alpaca's template, which some data sets wrap their instructions in."""
+    _, found, inner = text.partition("### Instruction:\n")
+    return (inner.partition("### Response:")[0] if found else text).strip()
+
+
+class PromptEncoder:
+    """Text to the tokens that the target continues.
+
+    Args:
+        tokenizer: The target's.
+        chat: Put prompts into its chat template as the user's message; else they are continued as they are.
+    """
+
+    def __init__(self, tokenizer: Any, *, chat: bool = True) -> None:
+        if chat and not tokenizer.chat_template:
+            raise ZerodraftError(
+                "The target's tokenizer has no chat template: pass --no-chat to have the prompts continued as they are."
+            )
+        self.tokenizer, self.chat = tokenizer, chat
+
+    def __call__(self, text: str) -> list[int]:
+        """The prompt's tokens."""
+        if not self.chat:
+            return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return list(self.tokenizer(self._template(text), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def user_turn(self) -> list[int]:
+        """The tokens up to where the user starts to speak."""
+        if not self.chat:
+            raise ZerodraftError("Only a chat model can invent prompts: leave out either --invent or --no-chat.")
+        sentinel = "\N{SNOWMAN}zerodraft\N{SNOWMAN}"
+        before, found, _ = self._template(sentinel).partition(sentinel)
+        if not found:
+            raise ZerodraftError("The target's chat template changes the user's words, so it cannot invent prompts.")
+        return list(self.tokenizer(before, add_special_tokens=False)["input_ids"])
+
+    def _template(self, text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
