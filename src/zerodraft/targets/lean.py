@@ -1,0 +1,220 @@
+"""The lean decode path: a Llama-like model in float32 on a CPU, with little but the matrix products left in a step.
+
+Packed weights, queries, keys and values from one product, activations and sums inside the products, one key-value
+buffer that is allocated ahead. Same results as the model's own forward up to rounding; the model is only read.
+
+Legend: B rows of the batch, T tokens of one call, N = B*T, H hidden size, D head size, S slots of the buffer.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from zerodraft.decoding.protocols import TargetOutput
+
+from .lean_weights import LeanWeights, lean_weights, release_lean
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FIRST_SLOTS = 256
+
+
+def lean_target(model: nn.Module) -> "LeanTarget | None":
+    """A fresh target over the model's packed weights, or None for a model that this path cannot compute exactly:
+    another family, dtype or device, quantised layers, adapters, hooks, frequencies that depend on the length, dropout.
+
+    The first call packs the weights (a second copy of them in memory); it is kept for later calls until the weights
+    change, the model is gone, or `release` is called.
+    """
+    weights = lean_weights(model)
+    return None if weights is None else LeanTarget(weights, model)
+
+
+class LeanTarget:
+    """`zerodraft.decoding.protocols.Target` over packed weights.
+
+    A row's cached tokens lie in the slots 0, 1, ... of the buffer without holes, so a slot is a position. The tokens of
+    the last call lie behind the longest row until `keep` moves those that stay.
+    """
+
+    def __init__(self, weights: LeanWeights, model: nn.Module) -> None:
+        self.device = torch.device("cpu")
+        self._model = weakref.ref(model)
+        self._weights = weights
+        self._lengths: list[int] = []
+        self._rows = torch.empty(0, 1, dtype=torch.int64)
+        self._slots = 0
+        self._kv = torch.empty(0)
+        self._rope = torch.empty(0, dtype=torch.complex64)
+
+    def release(self) -> None:
+        """Give back the memory of the cache and of the model's packed weights. The target is of no use afterwards."""
+        if (model := self._model()) is not None:
+            release_lean(model)
+        del self._weights, self._kv, self._rope
+
+    @torch.no_grad()
+    def prefill(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], taps: Sequence[int]) -> TargetOutput:
+        """Cache prompts and score what follows them; see the protocol."""
+        batch, count = ids.shape
+        self._make_room(batch, count)
+        whole = bool(mask.all())
+        if whole and batch == 1:
+            depth, visible = torch.arange(count)[None], None
+        else:
+            # padding sees itself, so that its scores stay finite; nobody else sees it
+            depth = (mask.cumsum(-1) - 1).clamp_(min=0)
+            visible = (torch.ones(count, count, dtype=torch.bool).tril() & mask[:, None, :]).logical_or_(
+                torch.eye(count, dtype=torch.bool)
+            )
+        output = self._forward(ids, depth, visible, taps, last_only=True)
+        if whole:
+            kept = [range(count)] * batch
+        else:
+            kept = [row.nonzero().flatten().tolist() for row in mask]
+        self.keep(kept)
+        return output
+
+    @torch.no_grad()
+    def score(
+        self,
+        ids: Int[Tensor, "B T"],
+        depth: Int[Tensor, "B T"],
+        visible: Bool[Tensor, "B T T"],
+        taps: Sequence[int],
+    ) -> TargetOutput:
+        """Score more tokens after what is cached; see the protocol."""
+        self._make_room(*ids.shape)
+        return self._forward(ids, depth, visible, taps, last_only=False)
+
+    @torch.no_grad()
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep these of the last call's tokens, one rising list of indices a row; see the protocol."""
+        for row, indices in enumerate(kept):
+            count, end = len(indices), self._lengths[row]
+            if count and (end != self._slots or indices[-1] != count - 1):
+                source = torch.tensor(indices) + self._slots
+                self._kv[:, row, :, end : end + count] = self._kv[:, row].index_select(2, source)
+            self._lengths[row] = end + count
+        self._slots = max(self._lengths)
+        if len(kept) > 1:
+            self._rows = torch.tensor(self._lengths)[:, None]
+
+    def _make_room(self, batch: int, count: int) -> None:
+        weights = self._weights
+        if not self._lengths:
+            self._lengths = [0] * batch
+            self._rows = torch.zeros(batch, 1, dtype=torch.int64)
+        needed, capacity = self._slots + count, self._rope.shape[0]
+        if needed <= capacity:
+            return
+        capacity = max(2 * capacity, needed + _FIRST_SLOTS)
+        kv = torch.empty(len(weights.layers), batch, 2 * weights.kv_heads, capacity, weights.head_dim)
+        if self._slots:
+            kv[:, :, :, : self._slots] = self._kv[:, :, :, : self._slots]
+        self._kv = kv
+        angles = torch.arange(capacity)[:, None].float() * weights.frequencies
+        self._rope = torch.complex(angles.cos(), angles.sin()) * weights.rope_scale
+
+    def _turns(self, depth: Tensor) -> Tensor:
+        """What multiplies each pair of elements of queries, keys (a rotation) and values (one): (N, heads, D/2)."""
+        weights = self._weights
+        turning = weights.heads + weights.kv_heads
+        positions = (depth + self._rows if depth.shape[0] > 1 else depth + self._slots).flatten()
+        turns = torch.ones(len(positions), turning + weights.kv_heads, weights.head_dim // 2, dtype=torch.complex64)
+        turns[:, :turning] = self._rope.index_select(0, positions)[:, None]
+        return turns
+
+    def _bias(self, depth: Tensor, visible: Tensor | None, window: int | None) -> Tensor | None:
+        """What is added to the attention scores: (B, 1, T, S), 0 where a query sees a slot; None if it sees all, or
+        if `visible` is None and the attention is causal over nothing but these tokens."""
+        batch, count = depth.shape
+        past = self._slots
+        if window is not None and past + count <= window:
+            window = None
+        if window is None and batch == 1 and (count == 1 or (visible is None and past == 0)):
+            return None
+        bias = torch.zeros(batch, 1, count, past + count)
+        if visible is None:
+            visible = torch.ones(1, count, count, dtype=torch.bool).tril_()
+        bias[..., past:].masked_fill_(~visible[:, None], -torch.inf)
+        slots = torch.arange(past)
+        if batch > 1:
+            bias[..., :past].masked_fill_((slots >= self._rows)[:, None, None], -torch.inf)
+        if window is not None:
+            first = (depth + self._rows if batch > 1 else depth + past)[:, None, :, None] - window
+            bias[..., :past].masked_fill_(slots <= first, -torch.inf)
+            far = depth[:, :, None] - depth[:, None, :] >= window
+            bias[..., past:].masked_fill_(far[:, None], -torch.inf)
+        return bias
+
+    def _forward(
+        self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int], *, last_only: bool
+    ) -> TargetOutput:
+        weights = self._weights
+        batch, count = ids.shape
+        rows, past, end = batch * count, self._slots, self._slots + count
+        q_heads, all_heads, half = weights.heads, weights.heads + 2 * weights.kv_heads, weights.head_dim // 2
+        turning, floor, head_floor = q_heads + weights.kv_heads, weights.floor, weights.head_floor
+        scale = weights.score_scale
+        causal = visible is None and past == 0
+        biases = {w: self._bias(depth, visible, w) for w in {layer.window for layer in weights.layers}}
+        turns = self._turns(depth)
+        seen = self._kv[:, :, :, :end]
+        keys = seen[:, :, : weights.kv_heads].unbind(0)
+        values = seen[:, :, weights.kv_heads :].unbind(0)
+        fresh = seen[:, :, :, past:].unbind(0)
+        tapped: dict[int, Tensor] = {}
+
+        x = F.embedding(ids.flatten(), weights.embedding)
+        for index, layer in enumerate(weights.layers):
+            if index in taps:
+                tapped[index] = x
+            qkv = layer.qkv(_unit(x, floor))
+            if layer.qk_gain is not None:
+                qk = qkv.view(rows, all_heads, -1)[:, :turning]
+                qk.copy_(_unit(qk, head_floor).mul_(layer.qk_gain))
+            pairs = torch.view_as_complex(qkv.view(rows, all_heads, half, 2))
+            heads = torch.view_as_real(pairs * turns).view(batch, count, all_heads, -1).transpose(1, 2)
+            fresh[index].copy_(heads[:, q_heads:])
+            bias = biases[layer.window]
+            attended = _flash(
+                heads[:, :q_heads],
+                keys[index],
+                values[index],
+                0.0,
+                causal and bias is None and count > 1,
+                attn_mask=bias,
+                scale=scale,
+            )[0]
+            x = layer.out.add(attended.transpose(1, 2).reshape(rows, -1), x)
+            y = _unit(x, floor)
+            x = layer.down.add(layer.up.times(y, layer.gate.silu(y)), x)
+
+        wanted = self._tapped(taps, tapped, x, (batch, count))
+        if last_only:
+            x = x.view(batch, count, -1)[:, -1]
+        logits = weights.head(_unit(x, floor)).view(batch, 1 if last_only else count, -1)
+        return TargetOutput(logits=logits, taps=wanted)
+
+    def _tapped(
+        self, taps: Sequence[int], inputs: dict[int, Tensor], x: Tensor, shape: tuple[int, int]
+    ) -> Tensor | None:
+        """Stack the tapped states: (B, T, F, H). The last of transformers' hidden states is behind the final norm."""
+        if not taps:
+            return None
+        weights = self._weights
+        if len(weights.layers) in taps:
+            inputs[len(weights.layers)] = F.rms_norm(x, x.shape[-1:], weights.final_gain, weights.eps)
+        return torch.stack([inputs[tap] for tap in taps], dim=1).view(*shape, len(taps), -1)
+
+
+def _unit(x: Tensor, floor: Tensor) -> Tensor:
+    """RMS norm but for the gain and a factor of sqrt(width), which the weights have taken in: the hypotenuse is
+    sqrt(sum of squares + width * eps)."""
+    length: Any = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.hypot(length, floor)

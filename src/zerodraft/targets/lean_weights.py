@@ -1,0 +1,222 @@
+"""Recognising the models that the lean decode path computes exactly, and laying out their weights for it.
+
+A model qualifies only if every module in it is one that is known here: transformers' own classes of one Llama-like
+family, with plain linear layers and embeddings. Adapters, quantised layers, hooks and replaced forwards all show up as
+something else, and the answer is no.
+
+Three things are folded into the packed weights, all exact up to rounding: the gains of the norms before a linear layer,
+the square root of the norm's width (so that a norm is a division by a hypotenuse), and an order of each query and key
+head's elements in which a rotary pair is a complex number.
+"""
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .packed import PackedLinear
+
+_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
+# these compute their frequencies anew as the sequence grows
+_VARYING_ROPE = ("dynamic", "longrope")
+# transformers hooks every layer the first time that hidden states are asked for; the hooks only look
+_HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+
+@dataclass(frozen=True, slots=True)
+class LeanLayer:
+    """The packed weights of one decoder layer. `qk_gain` (heads, D) belongs to families that normalise queries and
+    keys; `window` is how far the attention looks back, None for all the way."""
+
+    qkv: PackedLinear
+    out: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    qk_gain: Tensor | None
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeanWeights:
+    """All that the lean path needs of a model.
+
+    **Fields:** `floor` and `head_floor` are sqrt(width * eps), what a norm's hypotenuse has beside the vector's length;
+    `frequencies` and `rope_scale` give the rotary angles; `score_scale` multiplies the attention scores; `mark` changes
+    when the model's weights do.
+    """
+
+    embedding: Tensor
+    layers: tuple[LeanLayer, ...]
+    final_gain: Tensor
+    eps: float
+    head: PackedLinear
+    floor: Tensor
+    head_floor: Tensor
+    frequencies: Tensor
+    rope_scale: float
+    score_scale: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mark: tuple[Any, ...]
+
+
+_packed: "WeakKeyDictionary[nn.Module, LeanWeights]" = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def lean_weights(model: nn.Module) -> LeanWeights | None:
+    """The packed weights of a model, shared by all calls until its weights change; None if the lean path cannot
+    compute it exactly.
+
+    Changes are noticed by the tensors' addresses and version counters, which optimizers and `load_state_dict` move.
+    An edit through `.data` moves neither: call `release_lean` after it.
+    """
+    if not _qualifies(model):
+        return None
+    mark = _mark(model)
+    with _lock:
+        found = _packed.get(model)
+        if found is None or found.mark != mark:
+            found = None
+            _packed.pop(model, None)
+            found = _packed[model] = _pack(model, mark)
+    return found
+
+
+def release_lean(model: nn.Module) -> None:
+    """Forget a model's packed weights; their memory is free when no `LeanTarget` uses them any more."""
+    with _lock:
+        _packed.pop(model, None)
+
+
+def _mark(model: nn.Module) -> tuple[Any, ...]:
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def _qualifies(model: Any) -> bool:
+    family = _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return (
+        family is not None
+        and _made_of_known_parts(model, model.config.model_type, family)
+        and _plain_float32(model)
+        and _computes_as_known(model)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _made_of_known_parts(model: nn.Module, model_type: str, family: str) -> bool:
+    home = f"transformers.models.{model_type}.modeling_{model_type}"
+    own = {f"{family}{part}" for part in _PARTS}
+    if type(model).__name__ != f"{family}ForCausalLM":
+        return False
+    for module in model.modules():
+        kind = type(module)
+        known = kind in _PLAIN or (kind.__module__ == home and kind.__name__ in own)
+        if not known and (kind.__module__, kind.__name__) != ("transformers.activations", "SiLUActivation"):
+            return False
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if "forward" in vars(module) or any(getattr(h, "__module__", "") != _HARMLESS_HOOKS for h in hooks):
+            return False
+    return True
+
+
+def _plain_float32(model: nn.Module) -> bool:
+    return all(
+        type(p) is nn.Parameter
+        and type(p.data) is Tensor
+        and p.dtype == torch.float32
+        and p.device.type == "cpu"
+        and p.layout == torch.strided
+        for p in model.parameters()
+    )
+
+
+def _computes_as_known(model: Any) -> bool:
+    config, decoder = model.config, model.model
+    rotary, layers = decoder.rotary_emb, decoder.layers[: config.num_hidden_layers]
+    attention = [layer.self_attn for layer in layers]
+    norms = [m for m in decoder.modules() if type(m).__name__.endswith("RMSNorm")]
+    return (
+        len(layers) > 0
+        and not (model.training and config.attention_dropout > 0)
+        and config._attn_implementation in ("eager", "sdpa")
+        and all("SiLU" in type(layer.mlp.act_fn).__name__ for layer in layers)
+        and rotary.rope_type not in _VARYING_ROPE
+        and all(2 * rotary.inv_freq.numel() == a.head_dim and a.scaling == attention[0].scaling for a in attention)
+        and len({norm.variance_epsilon for norm in norms}) == 1
+        and decoder.embed_tokens.max_norm is None
+    )
+
+
+@torch.no_grad()
+def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
+    config, decoder = model.config, model.model
+    layers = decoder.layers[: config.num_hidden_layers]
+    first = layers[0].self_attn
+    head_dim, eps = first.head_dim, decoder.norm.variance_epsilon
+    hidden = decoder.embed_tokens.embedding_dim
+    return LeanWeights(
+        embedding=decoder.embed_tokens.weight.detach(),
+        layers=tuple(_pack_layer(config, index, layer) for index, layer in enumerate(layers)),
+        final_gain=decoder.norm.weight.detach(),
+        eps=eps,
+        head=PackedLinear(model.lm_head.weight * _gain(decoder.norm), model.lm_head.bias),
+        floor=torch.tensor(math.sqrt(hidden * eps)),
+        head_floor=torch.tensor(math.sqrt(head_dim * eps)),
+        frequencies=decoder.rotary_emb.inv_freq.detach().float().clone(),
+        rope_scale=float(decoder.rotary_emb.attention_scaling),
+        score_scale=float(first.scaling),
+        heads=first.q_proj.out_features // head_dim,
+        kv_heads=first.k_proj.out_features // head_dim,
+        head_dim=head_dim,
+        mark=mark,
+    )
+
+
+def _pack_layer(config: Any, index: int, layer: Any) -> LeanLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    head_dim = attention.head_dim
+    before, after = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    weight = torch.cat((_pairs(q.weight, head_dim), _pairs(k.weight, head_dim), v.weight)) * before
+    bias = None
+    if q.bias is not None:
+        bias = torch.cat((_pairs(q.bias, head_dim), _pairs(k.bias, head_dim), v.bias))
+    qk_gain = None
+    if hasattr(attention, "q_norm"):
+        q_gain = _pairs(attention.q_norm.weight, head_dim).expand(q.out_features // head_dim, -1)
+        k_gain = _pairs(attention.k_norm.weight, head_dim).expand(k.out_features // head_dim, -1)
+        qk_gain = torch.cat((q_gain, k_gain)) * math.sqrt(head_dim)
+    return LeanLayer(
+        qkv=PackedLinear(weight, bias),
+        out=PackedLinear.of(attention.o_proj),
+        gate=PackedLinear(mlp.gate_proj.weight * after, mlp.gate_proj.bias),
+        up=PackedLinear(mlp.up_proj.weight * after, mlp.up_proj.bias),
+        down=PackedLinear.of(mlp.down_proj),
+        qk_gain=qk_gain,
+        window=_window(config, index),
+    )
+
+
+def _gain(norm: Any) -> Tensor:
+    return norm.weight * math.sqrt(norm.weight.numel())
+
+
+def _pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Within each head put element i and its rotary partner i + D/2 side by side."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _window(config: Any, index: int) -> int | None:
+    layer_types = getattr(config, "layer_types", None)
+    sliding = layer_types is None or layer_types[index] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if sliding else None

@@ -1,0 +1,48 @@
+"""A packed linear layer is the linear layer, with and without oneDNN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zerodraft.targets.packed import PackedLinear
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (3,), (17,), (2, 5)])
+@torch.no_grad()
+def test_equals_the_layer(onednn: bool, bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn:
+        monkeypatch.setattr("zerodraft.targets.packed._linear", None)
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias)
+    packed = PackedLinear.of(layer)
+    assert packed.packed == (onednn and torch.backends.mkldnn.is_available())
+    assert (packed.in_features, packed.out_features) == (24, 40)
+    x, other = torch.randn(*shape, 24), torch.randn(*shape, 40)
+    kept, expected = other.clone(), layer(x)
+    for found, wanted in (
+        (packed(x), expected),
+        (packed.silu(x), F.silu(expected)),
+        (packed.add(x, other), expected + other),
+        (packed.times(x, other), expected * other),
+    ):
+        torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
+    assert torch.equal(other, kept)
+
+
+def test_a_copy_is_held() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
+    packed, expected = PackedLinear.of(layer), layer(x).detach()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    torch.testing.assert_close(packed(x), expected)
+    assert not packed(x).requires_grad
+
+
+def test_other_dtypes_are_computed_plainly() -> None:
+    layer = nn.Linear(8, 8).double()
+    packed, x = PackedLinear.of(layer), torch.randn(2, 8, dtype=torch.float64)
+    assert not packed.packed
+    torch.testing.assert_close(packed(x), layer(x).detach())
