@@ -1,6 +1,7 @@
 """The contract of the program: exit codes, streams, help that fits a screen, and no torch before it is needed."""
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Echo(Command):
             raise OSError(28, "No space left on device")
         if self.fail == "interrupt":
             raise KeyboardInterrupt
+        logging.getLogger("zerodraft.targets.resolve").info("getting something")
         console.print("for people")
         return {"value": 1.5, "nothing": float("nan"), "list": (1, float("inf"))}
 
@@ -70,6 +72,31 @@ def test_json_is_the_last_line_of_stdout_and_the_rest_goes_to_stderr(capsys: pyt
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"value": 1.5, "nothing": None, "list": [1, None]}
     assert captured.err == "for people\n"
+
+
+def test_what_a_command_is_busy_with_goes_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own: with one, the program adds none
+    assert main(["echo"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "for people\n"
+    assert captured.err.strip() == "getting something"
+
+
+def test_of_several_processes_only_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setenv("RANK", "1")
+    assert main(["echo"]) == 0
+    assert main(["echo", "--json"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["echo", "--fail", "input"]) == 2
+    assert capsys.readouterr().err == "zerodraft: a sentence over two lines\n"
+    monkeypatch.setenv("RANK", "0")
+    assert main(["echo"]) == 0
+    assert capsys.readouterr().out == "for people\n"
 
 
 def test_with_json_an_error_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,12 +81,14 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
         return OK
     command = parse(cls, rest, name)
     command.check()
-    console = Console(stderr=command.json, highlight=False, soft_wrap=True)
-    _log_to_stderr()
+    # of several processes (accelerate launch, torchrun) the first one speaks
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=command.json, highlight=False, soft_wrap=True, quiet=not first)
+    _log_to_stderr(logging.INFO if first else logging.WARNING)
     prepare()
     _quiet_transformers()
     result = command.run(console)
-    if command.json:
+    if command.json and first:
         sys.stdout.write(json.dumps(_json_ready(result), allow_nan=False) + "\n")
     return OK
 
@@ -95,10 +97,10 @@ def _load(name: str) -> type[Command]:
     return getattr(import_module(f"zerodraft.cli.{name.replace('-', '_')}"), COMMANDS[name])
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(level: int) -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("zerodraft").setLevel(logging.INFO)
+    logging.getLogger("zerodraft").setLevel(level)
 
 
 def _quiet_transformers() -> None:
