@@ -15,12 +15,13 @@ drafts end before it.
 Legend: q drafter, p proxy, k positions, m candidates of a position, b states of the beam.
 """
 
+import heapq
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
 from zerodraft.decoding.tree import DraftTree, SampledDraft
@@ -28,6 +29,18 @@ from zerodraft.decoding.verify import Randomness
 from zerodraft.errors import ZerodraftError
 
 Expand = Literal["beam", "best_first"]
+
+
+class LatticeScores(NamedTuple):
+    """What a proxy that looks back two tokens at most says about a whole lattice: candidate c of position i, after
+    candidates a and b of the two positions before it, scores `pairs[i, b, c] + extra[i, a, b, c]`.
+
+    Known tokens stand in before position 0, so position 0 scores the same for all a and b, position 1 for all a. In two
+    parts because `extra` is mostly zero, and only what the search visits of it is ever read.
+    """
+
+    pairs: Float32[np.ndarray, "k m m"]
+    extra: Float32[np.ndarray, "k m m m"]
 
 
 @runtime_checkable
@@ -50,10 +63,8 @@ class ProxySession(Protocol):
         """The state one token further. Pure."""
         ...
 
-    def table(self, ids: Int64[np.ndarray, "k m"]) -> Float32[np.ndarray, "k m m m"] | None:
-        """All scores of a lattice at once, where the proxy looks back at most two tokens (None elsewhere): entry
-        [i, a, b, c] is that of candidate c of position i after candidates a and b of the two positions before it.
-        Known tokens stand in before position 0, so [0] is the same for all a and b, [1] for all a."""
+    def table(self, ids: Int64[np.ndarray, "k m"]) -> "LatticeScores | None":
+        """All scores of a lattice at once, where the proxy looks back at most two tokens (None elsewhere)."""
         ...
 
 
@@ -107,43 +118,189 @@ class ScoredPath(NamedTuple):
 def prune(lattice: Lattice, config: SearchConfig, eos_ids: Collection[int] = ()) -> Lattice:
     """The lattice with each position's smallest set of top candidates whose mass reaches `tau` (at most `m_max`, and
     every EOS among the candidates), up to the first position whose top candidate is an EOS."""
-    ids, log_q = lattice.ids, lattice.log_q.astype(np.float64)
-    if not len(lattice):
-        return lattice
-    eos = np.isin(ids, list(eos_ids))
-    k = int(eos[:, 0].argmax()) + 1 if eos[:, 0].any() else len(lattice)
-    ids, log_q, eos = ids[:k], log_q[:k], eos[:k]
-    mass = np.exp(log_q)
-    before = mass.cumsum(1) - mass
-    keep = (before < config.tau) & (np.arange(ids.shape[1]) < config.m_max) & (ids != NO_TOKEN)
-    keep[:, 0] |= ids[:, 0] != NO_TOKEN
-    keep |= eos
-    rows = [np.flatnonzero(row) for row in keep]
-    m = max(len(row) for row in rows)
-    pruned_ids = np.full((k, m), NO_TOKEN, np.int64)
-    pruned_q = np.full((k, m), -np.inf, np.float32)
-    for i, row in enumerate(rows):
-        pruned_ids[i, : len(row)] = ids[i, row]
-        pruned_q[i, : len(row)] = lattice.log_q[i, row]
-    return Lattice(pruned_ids, pruned_q, lattice.chain)
+    ids, log_q = lattice.ids, lattice.log_q
+    k = 0
+    for token, score in zip(ids[:, 0].tolist(), log_q[:, 0].tolist(), strict=True):
+        if token == NO_TOKEN or score == -np.inf:
+            break
+        k += 1
+        if token in eos_ids:
+            break
+    ids, log_q = ids[:k], log_q[:k]
+    if not k:
+        return Lattice(ids, log_q, lattice.chain)
+    mass = np.exp(log_q, dtype=np.float64).cumsum(1)
+    if np.isnan(mass[:, -1]).any():
+        raise ZerodraftError("The drafter's log-probabilities hold NaN; check its weights, or run it in a wider dtype.")
+    keep = np.empty(ids.shape, bool)
+    keep[:, 0] = True
+    keep[:, 1:] = mass[:, :-1] < config.tau
+    keep[:, config.m_max :] = False
+    for eos in eos_ids:
+        keep |= ids == eos
+    keep &= log_q > -np.inf
+    if (keep[:, 1:] > keep[:, :-1]).any():
+        # an EOS from further down moves up to the others
+        order = (~keep).argsort(1, kind="stable")
+        ids, log_q, keep = (np.take_along_axis(x, order, 1) for x in (ids, log_q, keep))
+    m = int(keep.sum(1).max())
+    keep = keep[:, :m]
+    return Lattice(
+        np.where(keep, ids[:, :m], NO_TOKEN), np.where(keep, log_q[:, :m], np.float32(-np.inf)), lattice.chain
+    )
+
+
+class _Scorer(Protocol):
+    """Costs (negated scores) of the candidates of a position, for each of several contexts; padding costs infinity."""
+
+    def root(self) -> Any: ...
+
+    def costs(self, i: int, contexts: Any) -> Float[np.ndarray, "b m"]: ...
+
+    def extend(self, i: int, contexts: Any, parents: Int64[np.ndarray, " b"], columns: Int64[np.ndarray, " b"]) -> Any:
+        """The contexts after a candidate (a column) of position i each."""
+        ...
+
+
+class _Independent:
+    """No proxy: a candidate costs the same after any path."""
+
+    def __init__(self, q_cost: Float64[np.ndarray, "k m"]) -> None:
+        self.q_cost = q_cost[:, None]
+
+    def root(self) -> None:
+        return None
+
+    def costs(self, i: int, contexts: None) -> Float[np.ndarray, "1 m"]:
+        return self.q_cost[i]
+
+    def extend(self, i: int, contexts: None, parents: Any, columns: Any) -> None:
+        return None
+
+
+class _Tabled:
+    """A proxy with a table; a context is the columns (a, b) of the two positions before."""
+
+    def __init__(self, q_cost: Float64[np.ndarray, "k m"], lam: float, table: LatticeScores) -> None:
+        self.weight = lam - 1
+        self.base = q_cost[:, None] + self.weight * table.pairs
+        self.extra = table.extra
+
+    def root(self) -> tuple[Int64[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
+        zero = np.zeros(1, np.int64)
+        return zero, zero
+
+    def costs(self, i: int, contexts: tuple) -> Float[np.ndarray, "b m"]:
+        a, b = contexts
+        return self.base[i].take(b, 0) + self.weight * self.extra[i][a, b]
+
+    def extend(self, i: int, contexts: tuple, parents: Any, columns: Any) -> tuple:
+        return contexts[1].take(parents), columns
+
+
+class _Stepped:
+    """A proxy that looks back further; a context is its own state."""
+
+    def __init__(
+        self, q_cost: Float64[np.ndarray, "k m"], lam: float, proxy: ProxySession, ids: Int64[np.ndarray, "k m"]
+    ) -> None:
+        self.q_cost, self.weight, self.proxy = q_cost, lam - 1, proxy
+        self.ids = [row[: int((row != NO_TOKEN).sum())] for row in ids]
+
+    def root(self) -> list[Hashable]:
+        return [self.proxy.root()]
+
+    def costs(self, i: int, contexts: list[Hashable]) -> Float[np.ndarray, "b m"]:
+        ids = self.ids[i]
+        return self.q_cost[i, : len(ids)] + self.weight * self.proxy.score(contexts, ids)
+
+    def extend(self, i: int, contexts: list[Hashable], parents: Any, columns: Any) -> list[Hashable]:
+        tokens = self.ids[i][columns].tolist()
+        return [self.proxy.advance(contexts[p], token) for p, token in zip(parents.tolist(), tokens, strict=True)]
+
+
+def _scorer(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None) -> _Scorer:
+    lam = config.lam if proxy is not None and not pruned.chain else 1.0
+    q_cost = np.full(pruned.ids.shape, np.inf)
+    # where: a weight of 0 times minus infinity would be NaN
+    np.multiply(pruned.log_q, -lam, out=q_cost, where=pruned.ids != NO_TOKEN)
+    if proxy is None or lam == 1:
+        return _Independent(q_cost)
+    table = proxy.table(pruned.ids)
+    return _Stepped(q_cost, lam, proxy, pruned.ids) if table is None else _Tabled(q_cost, lam, table)
 
 
 def beam(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None = None) -> list[ScoredPath]:
     """The `config.beam` best paths through a pruned lattice, best first; ties go to the drafter's order."""
-    paths: list[tuple[float, list[int]]] = [(0.0, [])]
-    states = [proxy.root()] if proxy else []
-    lam = config.lam if proxy else 1.0
-    for ids, log_q in zip(pruned.ids, pruned.log_q.astype(np.float64), strict=True):
-        ids, log_q = ids[ids != NO_TOKEN], log_q[ids != NO_TOKEN]
-        scores = np.array([score for score, _ in paths])[:, None] + lam * log_q
-        if proxy:
-            scores = scores + (1 - lam) * proxy.score(states, ids)
-        best = np.argsort(-scores, axis=None, kind="stable")[: config.beam].tolist()
-        m = len(ids)
-        if proxy:
-            states = [proxy.advance(states[at // m], int(ids[at % m])) for at in best]
-        paths = [(float(scores.flat[at]), [*paths[at // m][1], int(ids[at % m])]) for at in best]
-    return [ScoredPath(tokens, score) for score, tokens in paths]
+    if not len(pruned):
+        return [ScoredPath([], 0.0)]
+    scorer = _scorer(pruned, config, proxy)
+    candidates = (pruned.ids != NO_TOKEN).sum(1).tolist()
+    contexts = scorer.root()
+    totals = np.zeros((1, 1))
+    steps: list[tuple[list[int], list[int]]] = []
+    for i, m in enumerate(candidates):
+        costs = scorer.costs(i, contexts) + totals
+        best = costs.argsort(axis=None, kind="stable")[: min(config.beam, m * len(totals))]
+        parents, columns = np.divmod(best, costs.shape[1])
+        totals = costs.take(best)[:, None]
+        contexts = scorer.extend(i, contexts, parents, columns)
+        steps.append((parents.tolist(), columns.tolist()))
+    paths = []
+    ids = pruned.ids.tolist()
+    for rank, cost in enumerate(totals[:, 0].tolist()):
+        tokens = []
+        for i in range(len(steps) - 1, -1, -1):
+            parents, columns = steps[i]
+            tokens.append(ids[i][columns[rank]])
+            rank = parents[rank]
+        paths.append(ScoredPath(tokens[::-1], -cost))
+    return paths
+
+
+def best_first(
+    pruned: Lattice,
+    config: SearchConfig,
+    budget: int,
+    proxy: ProxySession | None = None,
+    eos_ids: Collection[int] = (),
+) -> DraftTree:
+    """The tree of the `budget` best prefixes of a pruned lattice. A prefix scores the sum over its positions, which only
+    falls along a path, so the best are found from the root outwards. In a chain first candidates alone have children.
+    """
+    scorer = _scorer(pruned, config, proxy)
+    ids = pruned.ids.tolist()
+    tokens: list[int] = []
+    parents: list[int] = []
+    # Of a node's children only the best that is not yet in the tree waits in the heap, with its siblings behind it. The
+    # counter settles ties by age.
+    heap: list[tuple[float, int, int, int, list[tuple[float, int]], Any]] = []
+    pushed = 0
+
+    def push(depth: int, parent: int, siblings: list[tuple[float, int]], contexts: Any) -> None:
+        nonlocal pushed
+        if siblings:
+            heapq.heappush(heap, (siblings[-1][0], pushed, depth, parent, siblings, contexts))
+            pushed += 1
+
+    def children(depth: int, cost: float, contexts: Any) -> list[tuple[float, int]]:
+        row = scorer.costs(depth, contexts)[0].tolist()
+        real = [(cost + c, at) for at, c in enumerate(row) if c < np.inf and ids[depth][at] not in eos_ids]
+        return sorted(real, reverse=True)
+
+    if len(pruned):
+        push(0, -1, children(0, 0.0, scorer.root()), scorer.root())
+    while heap and len(tokens) < budget:
+        _, _, depth, parent, siblings, contexts = heapq.heappop(heap)
+        cost, at = siblings.pop()
+        node = len(tokens)
+        tokens.append(ids[depth][at])
+        parents.append(parent)
+        push(depth, parent, siblings, contexts)
+        if depth + 1 < len(ids) and not (pruned.chain and at):
+            after = scorer.extend(depth, contexts, np.zeros(1, np.int64), np.array([at]))
+            push(depth + 1, node, children(depth + 1, cost, after), after)
+    return DraftTree.from_lists(tokens, parents)
 
 
 def build_tree(
@@ -154,14 +311,16 @@ def build_tree(
     *,
     tree: bool = True,
 ) -> DraftTree:
-    """The draft to verify: a tree of at most `config.budget` nodes, or (`tree=False`) the best path alone."""
+    """The draft to verify: a tree of at most `config.budget` nodes, or (`tree=False`) the best path alone. A chain's
+    best path is its first candidates, whatever a proxy says."""
     pruned = prune(lattice, config, eos_ids)
-    if not len(pruned):
-        return DraftTree.path([])
+    if tree and config.expand == "best_first":
+        return best_first(pruned, config, config.budget or len(lattice), proxy, eos_ids)
     if pruned.chain:
-        return DraftTree.path(cut(pruned.ids[:, 0].tolist(), eos_ids)[: config.budget])
-    paths = [cut(path.tokens, eos_ids) for path in beam(pruned, config, proxy)]
-    return DraftTree.from_paths(paths if tree else paths[:1], config.budget)
+        paths = [pruned.ids[:, 0].tolist()]
+    else:
+        paths = [path.tokens for path in beam(pruned, config, proxy)]
+    return DraftTree.from_paths([cut(path, eos_ids) for path in (paths if tree else paths[:1])], config.budget)
 
 
 def cut(tokens: list[int], eos_ids: Collection[int]) -> list[int]:

@@ -67,14 +67,14 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def depths(self) -> Int64[np.ndarray, " n+1"]:
+    def depths(self) -> Int64[np.ndarray, " nodes"]:
         """Distance of the root and of each node from the root."""
         depths = [0]
         for parent in self.parents.tolist():
             depths.append(depths[parent + 1] + 1)
         return np.array(depths, np.int64)
 
-    def visible(self) -> Bool[np.ndarray, "n+1 n+1"]:
+    def visible(self) -> Bool[np.ndarray, "nodes nodes"]:
         """The mask of the pass that scores the tree: `visible[query, key]` where the key is an ancestor of the query or
         the query itself, root included."""
         mask = np.eye(len(self) + 1, dtype=bool)

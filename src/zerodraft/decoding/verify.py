@@ -106,7 +106,7 @@ def walk(tree: DraftTree, choose: Callable[[int], int]) -> Verdict:
         node = child
 
 
-def greedy(tree: DraftTree, best: Sequence[int] | Int64[np.ndarray, " n+1"]) -> Verdict:
+def greedy(tree: DraftTree, best: Sequence[int] | Int64[np.ndarray, " nodes"]) -> Verdict:
     """Greedy decoding; `best` holds the target's token after the root and after each node (see `choices`)."""
     return walk(tree, lambda node: int(best[node + 1]))
 
