@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": "Convert",
     "info": "Info",
     "calibrate": "Calibrate",
+    "distill": "Distill",
     "train-drafter": "TrainDrafter",
 }
 """Each command lives in the module of its name, with `_` for `-`."""

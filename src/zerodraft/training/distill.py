@@ -165,6 +165,7 @@ def distill(
             f"None of the {len(prompts)} prompts fits into the {room} tokens that --max-prompt-tokens and the target's "
             "context leave for it."
         )
+    turn = encoder.user_turn() if settings.invent else []
     made_with = {
         "target": target,
         "chat": encoder.chat,
@@ -179,7 +180,7 @@ def distill(
         missing = [batch for batch in batches if not (folder / f"{batch.name}.jsonl").is_file()]
         started, tokens = time.perf_counter(), 0
         for count, batch in enumerate(missing, len(batches) - len(missing) + 1):
-            rows = _complete(writer, encoder, encoded, batch, settings, room)
+            rows = _complete(writer, encoder, encoded, turn, batch, settings, room)
             write_shard(folder, batch.name, rows, writer.vocab_size)
             tokens += sum(len(row.tokens) - row.prompt_length for row in rows)
             on_batch(Done(count, len(batches), tokens, time.perf_counter() - started))
@@ -192,6 +193,7 @@ def _complete(
     writer: Writer,
     encoder: PromptEncoder,
     encoded: Sequence[tuple[list[int], str]],
+    turn: list[int],
     batch: Batch,
     settings: DistillSettings,
     room: int,
@@ -200,9 +202,8 @@ def _complete(
     seeds = np.random.SeedSequence([settings.seed, batch.number]).generate_state(2).tolist()
     rows = [encoded[index] for index in batch.prompts]
     if batch.invent:
-        turns = [encoder.user_turn()] * batch.invent
-        limit = max(1, min(INVENTED_TOKENS, room - len(turns[0])))
-        spoken = writer.write(turns, settings, temperature=1.0, limit=limit, seed=seeds[0])
+        limit = max(1, min(INVENTED_TOKENS, room - len(turn)))
+        spoken = writer.write([turn] * batch.invent, settings, temperature=1.0, limit=limit, seed=seeds[0])
         # a turn that was cut off is no question
         whole = (ids for ids in spoken if ids and ids[-1] in writer.eos_ids)
         texts = dict.fromkeys(encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in whole)

@@ -1,0 +1,188 @@
+"""`zerodraft distill`: a target's own completions, to train a drafter with."""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zerodraft.cli.command import Command, Result, metavar
+from zerodraft.errors import ZerodraftError
+
+if TYPE_CHECKING:
+    from zerodraft.training.distill import DistillSettings, Done
+    from zerodraft.training.prompts import Prompt
+
+SECONDS_BETWEEN_LINES = 30
+"""Progress where the output is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distill(Command):
+    """Let a target complete prompts, greedily and sampled, as training data for a drafter.
+
+    Prompts come from text files (one a line) and JSONL files (instruction with input or context, question, prompt or
+    text), or the target invents them. Run the same command again to go on after an interruption.
+    """
+
+    example: ClassVar[str] = "zerodraft distill --target smollm2 --prompts prompts.jsonl --out completions"
+
+    target: str = metavar("DIR|NAME")
+    """The model that writes: directory, hub id or short name."""
+    prompts: tuple[str, ...] = metavar("FILE...", default=())
+    """Files with prompts."""
+    out: str = metavar("DIR")
+    """Directory for the completions."""
+    invent: int = 0
+    """Let the target invent about so many prompts."""
+    limit: int = 0
+    """Use so many of the prompts in the files, drawn at random; 0 for all."""
+    greedy: float = 0.5
+    """Share of completions that are greedy; the others are sampled."""
+    temperatures: tuple[float, ...] = (0.7, 1.0)
+    """Temperatures of the sampled ones, in equal shares."""
+    top_k: int = 64
+    """Sample from so many tokens; 0 for all."""
+    top_p: float = 0.95
+    """Sample from the most probable tokens that together have this probability."""
+    max_new_tokens: int = 256
+    """Longest completion."""
+    max_prompt_tokens: int = 512
+    """Leave longer prompts out."""
+    batch_size: int = 32
+    """Completions written at once."""
+    chat: bool = True
+    """Put prompts into the target's chat template."""
+    seed: int = 0
+    """Of everything random."""
+
+    def check(self) -> None:
+        """Settings and prompt files."""
+        self._settings()
+        if self.limit < 0:
+            raise ZerodraftError(f"--limit is {self.limit}; it must be 0 (all) or more")
+        if not self.prompts and not self.invent:
+            raise ZerodraftError("no prompts: name files with --prompts, or let the target invent some with --invent")
+        self._read()
+
+    def run(self, console: Console) -> Result:
+        """Loads the target, writes and reports."""
+        from transformers import AutoModelForCausalLM
+
+        from zerodraft.cli.loading import default_device, load_tokenizer_for
+        from zerodraft.targets import resolve
+        from zerodraft.training.distill import distill
+        from zerodraft.training.prompts import PromptEncoder
+        from zerodraft.training.run import versions
+        from zerodraft.training.writer import HfWriter
+        from zerodraft.ztt.loading import load_pretrained
+
+        path, prompts = resolve(self.target), self._read()
+        model = load_pretrained(AutoModelForCausalLM, path).to(default_device()).eval()
+        tokenizer = load_tokenizer_for(model, path)
+        provenance = {
+            "target_name": self.target,
+            "prompt_files": sorted({prompt.source for prompt in prompts}),
+            "command": shlex.join(["zerodraft", *sys.argv[1:]]),
+            "versions": versions(),
+            "machine": {"platform": platform.machine(), "cores": os.cpu_count()},
+        }
+        started = time.perf_counter()
+        with BatchProgress(console) as progress:
+            manifest = distill(
+                HfWriter(model, tokenizer),
+                PromptEncoder(tokenizer, chat=self.chat),
+                prompts,
+                self.out,
+                self._settings(),
+                target=identity(path),
+                provenance=provenance,
+                on_batch=progress.show,
+            )
+            written = progress.tokens
+        seconds = time.perf_counter() - started
+        speed = written / seconds if written else 0.0
+        console.print(
+            f"{manifest['sequences']} completions, {manifest['completion_tokens']:,} tokens in {self.out}; "
+            f"this run wrote {written:,} in {seconds:.0f} s ({speed:.0f} tokens/s)"
+        )
+        return {
+            "out": self.out,
+            "sequences": manifest["sequences"],
+            "tokens": manifest["tokens"],
+            "completion_tokens": manifest["completion_tokens"],
+            "written": written,
+            "seconds": seconds,
+            "tokens_per_second": speed,
+        }
+
+    def _settings(self) -> "DistillSettings":
+        from zerodraft.training.distill import DistillSettings
+
+        return DistillSettings(
+            greedy=self.greedy,
+            temperatures=self.temperatures,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            invent=self.invent,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def _read(self) -> "list[Prompt]":
+        import random
+
+        from zerodraft.training.prompts import read_prompts
+
+        prompts = read_prompts(self.prompts)
+        if 0 < self.limit < len(prompts):
+            prompts = random.Random(self.seed).sample(prompts, self.limit)
+        return prompts
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """What tells one target from another without reading all its weights: its configuration and its weight files."""
+    from zerodraft.targets.cache import sha256_of
+
+    weights = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
+    return {"config_sha256": sha256_of(path / "config.json"), "weights": weights}
+
+
+class BatchProgress:
+    """A bar with tokens per second on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.tokens = console, 0
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("writing", total=None)
+        self._last = time.perf_counter()
+
+    def __enter__(self) -> "BatchProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, done: "Done") -> None:
+        """After each batch."""
+        self.tokens = done.tokens
+        text = (
+            f"{done.batches} of {done.total} batches, {done.tokens:,} tokens, {done.tokens / done.seconds:.0f} tokens/s"
+        )
+        self._bar.update(self._task, description=text, completed=done.batches, total=done.total)
+        now = time.perf_counter()
+        if not self.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
+            self._last = now
+            self.console.print(text)
