@@ -26,6 +26,7 @@ class TargetOutput:
     taps: Float[Tensor, "B T F H"] | None
 
 
+@runtime_checkable
 class Target(Protocol):
     """A causal language model with its cache, for one call of generate.
 

@@ -1,0 +1,315 @@
+"""The loop that joins drafter, search, target and verification; it knows their protocols and no model.
+
+A step: ask the drafter for k positions of every row, search its lattice for a draft, let the target score the draft
+behind the last known token, verify, keep the accepted path in the target's cache, and tell the drafter. What is emitted
+is always the target's own choice (see `verify`), whatever the draft.
+
+Rows are independent: each accepts what it accepts, and a row that has ended waits (with an empty draft) for the others.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from zerodraft.decoding.choice import TokenChoice
+from zerodraft.decoding.lattice import Lattice
+from zerodraft.decoding.lengths import DraftLength
+from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, TargetOutput
+from zerodraft.decoding.search import CausalProxy, ProxySession, SearchConfig, build_tree, sample_draft
+from zerodraft.decoding.stats import DecodeStats, RowStep, Step
+from zerodraft.decoding.stopping import Stopping
+from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
+from zerodraft.decoding.verify import Randomness, Verdict, choices, greedy, point_mass, sampled, walk
+
+NOTHING = DraftTree.path([])
+
+
+class Text:
+    """One row: its ids as they grow, padding of the prompt included, in a buffer that others can look into."""
+
+    def __init__(self, prompt: Int[Tensor, " T"], real: int) -> None:
+        self.length = len(prompt)
+        self.prompt_length = len(prompt)
+        self.padding = len(prompt) - real
+        self.stopped_at: int | None = None
+        self.last = int(prompt[-1])
+        self._ids = torch.cat([prompt, prompt.new_zeros(max(256, len(prompt)))])
+
+    def write(self, at: int, token: int) -> None:
+        """Put a token at a place; it is part of the text once `length` passes it."""
+        if at >= len(self._ids):
+            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
+        self._ids[at] = token
+
+    def ids(self, length: int) -> Int[Tensor, "1 T"]:
+        """The first `length` ids: a view."""
+        return self._ids[None, :length]
+
+    def add(self, token: int) -> None:
+        """The text's next token."""
+        self.write(self.length, token)
+        self.length += 1
+        self.last = token
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """One call of generate.
+
+    Args:
+        target: Scores drafts; its cache is empty.
+        drafter: Makes lattices.
+        length: Decides how long drafts are; every row gets a fresh one.
+        choice: How logits become tokens.
+        stopping: When texts end.
+        dice: All random choices.
+        proxy: Judges which candidates go together.
+        search: How a lattice becomes a draft.
+        tree: Verify a tree of paths rather than the best one.
+        sample_drafts: Draw drafts from the lattice (where tokens are sampled).
+        context: Positions that the target has, or None.
+        chunk: Tokens of the prompt to read at once, or None for all.
+        generator: Randomness of the drafter.
+        trace: Keep every step in the statistics.
+    """
+
+    target: Target
+    drafter: Drafter
+    length: DraftLength
+    choice: TokenChoice
+    stopping: Stopping
+    dice: Randomness
+    proxy: CausalProxy | None = None
+    search: SearchConfig = field(default_factory=SearchConfig)
+    tree: bool = True
+    sample_drafts: bool = False
+    context: int | None = None
+    chunk: int | None = None
+    generator: torch.Generator | None = None
+    trace: bool = False
+
+    texts: list[Text] = field(init=False)
+    stats: DecodeStats = field(init=False)
+
+    def run(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Iterator[Step]:
+        """Decode; yields what each pass of the target brought. `texts` and `stats` are up to date at every yield."""
+        start = perf_counter()
+        real = mask.sum(1).tolist()
+        self.texts = [Text(prompt, n) for prompt, n in zip(prompts, real, strict=True)]
+        self.stats = DecodeStats(len(real), sum(real), trace=[] if self.trace else None)
+        self._lengths = [self.length.fresh() for _ in real]
+        self._proxies = [self.proxy.start() if self.proxy else None for _ in real]
+        session = self.drafter.start(len(real), self.target.device, self.generator)
+        with self.stats.timed("prefill"):
+            out = self._prefill(prompts.to(self.target.device), mask.to(self.target.device))
+            step = self._settle(out, [NOTHING] * len(real))
+        self._finish(step, [0] * len(real), start, draft=False)
+        yield step
+        known = [
+            Progress(torch.cat([prompt[own], prompt.new_tensor(row.tokens)]), None if out.taps is None else taps[own])
+            for prompt, own, row, taps in zip(prompts, mask, step.rows, _rows(out.taps, len(real)), strict=True)
+            if row is not None
+        ]
+        while any(self._goes_on(text) for text in self.texts):
+            self._tell(session, known)
+            lattices, asked = self._draft(session)
+            with self.stats.timed("search"):
+                drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
+            began = perf_counter()
+            with self.stats.timed("verify"):
+                trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
+                ids, depth, visible = self._inputs(trees)
+                going = [self._goes_on(text) for text in self.texts]
+                out = self.target.score(ids, depth, visible, self.drafter.taps)
+                step = self._settle(out, drafts)
+                # the last token of a row has not been through the target; before it come the root and accepted nodes
+                kept = [
+                    [] if row is None else [0, *(n + 1 for n in row.accepted)][: len(row.tokens)] for row in step.rows
+                ]
+                self.target.keep(kept)
+            if any(going):
+                self._lengths[0].observe_cost("verify", max(asked), perf_counter() - began)
+            for at, row in enumerate(step.rows):
+                if row is not None and asked[at]:
+                    filled = _generated(lattices[at], self.stopping.eos_ids)
+                    self._lengths[at].update(asked[at], filled, len(row.accepted))
+            self._finish(step, [int(d.max()) for d in depth.numpy(force=True)], start, draft=True)
+            yield step
+            known = self._news(step, kept, out.taps)
+
+    def width(self) -> int:
+        """Length of the longest text, as `generate` counts it."""
+        return max(text.length if text.stopped_at is None else text.stopped_at for text in self.texts)
+
+    # -- parts of a step ------------------------------------------------------------------------------------------
+
+    def _prefill(self, ids: Tensor, mask: Tensor) -> TargetOutput:
+        taps = self.drafter.taps
+        outs = [
+            self.target.prefill(part, seen, taps)
+            for part, seen in zip(
+                ids.split(self.chunk or ids.shape[1], 1), mask.split(self.chunk or ids.shape[1], 1), strict=True
+            )
+        ]
+        if len(outs) == 1 or not taps:
+            return outs[-1]
+        return TargetOutput(outs[-1].logits, torch.cat([out.taps for out in outs if out.taps is not None], 1))
+
+    def _tell(self, session: DraftSession, known: list[Progress]) -> None:
+        with self.stats.timed("draft"):
+            session.observe(known)
+        if self.proxy:
+            with self.stats.timed("search"):
+                for proxy, progress in zip(self._proxies, known, strict=True):
+                    if proxy is not None and len(progress.tokens):
+                        proxy.observe(progress.tokens.tolist())
+
+    def _draft(self, session: DraftSession) -> tuple[Sequence[Lattice], list[int]]:
+        """A lattice for every row, and how many positions it was asked for."""
+        asked = [self._room(at) for at in range(len(self.texts))]
+        if not any(asked):
+            return [Lattice.empty()] * len(asked), asked
+        began = perf_counter()
+        with self.stats.timed("draft"):
+            lattices = session.propose(asked)
+        self._lengths[0].observe_cost("draft", max(asked), perf_counter() - began)
+        return lattices, asked
+
+    def _room(self, at: int) -> int:
+        """How many positions to draft for a row: never beyond the longest text or the last position."""
+        text = self.texts[at]
+        if not self._goes_on(text):
+            return 0
+        k = min(self._lengths[at].next_length(), self.drafter.max_length)
+        if self.stopping.max_length is not None:
+            k = min(k, self.stopping.max_length - text.length - 1)
+        known = text.length - text.padding
+        if self.context is not None and known <= self.context:
+            k = min(k, self.context - known)
+        return max(k, 0)
+
+    def _search(self, lattice: Lattice, at: int) -> DraftTree | SampledDraft:
+        proxy: ProxySession | None = self._proxies[at]
+        eos = self.stopping.eos_ids
+        if self.sample_drafts and self.choice.sample:
+            return sample_draft(lattice, self.search, self.dice, eos, tree=self.tree)
+        return build_tree(lattice, self.search, proxy, eos, tree=self.tree) if len(lattice) else NOTHING
+
+    def _inputs(self, trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:
+        """The last known tokens and the drafts behind them, padded to the widest: ids, depths and who sees whom."""
+        width = max(len(tree) for tree in trees) + 1
+        ids = np.zeros((len(trees), width), np.int64)
+        depth = np.zeros_like(ids)
+        visible = np.zeros((len(trees), width, width), bool)
+        visible[:, range(width), range(width)] = True
+        for at, (tree, text) in enumerate(zip(trees, self.texts, strict=True)):
+            n = len(tree) + 1
+            ids[at, 0] = text.last
+            if n > 1:
+                ids[at, 1:n] = tree.tokens
+                depth[at, :n] = tree.depths()
+                visible[at, :n, :n] = tree.visible()
+        device = self.target.device
+        return tuple(torch.from_numpy(x).to(device) for x in (ids, depth, visible))  # pyright: ignore[reportReturnType]  # three of them
+
+    def _settle(self, out: TargetOutput, drafts: Sequence[DraftTree | SampledDraft]) -> Step:
+        """Verify every row's draft and add what it yields to the row's text, up to where the text ends."""
+        best: Any = choices(out.logits) if self.choice.plain else None
+        rows: list[RowStep | None] = []
+        for at, (text, draft) in enumerate(zip(self.texts, drafts, strict=True)):
+            if not self._goes_on(text):
+                rows.append(None)
+                continue
+            tree = draft if isinstance(draft, DraftTree) else draft.tree
+            if best is not None:
+                verdict = greedy(tree, best[at, : len(tree) + 1])
+            else:
+                verdict = self._processed(at, draft, out.logits[at])
+            tokens = [*(int(tree.tokens[node]) for node in verdict.kept), verdict.token]
+            count = self._add(at, tokens)
+            own = tokens[-1] if count == len(tokens) else None
+            nodes, parents = tree.tokens.tolist(), tree.parents.tolist()
+            rows.append(RowStep(nodes, parents, verdict.kept[:count], tokens[:count], own))
+        return Step(rows)
+
+    def _processed(self, at: int, draft: DraftTree | SampledDraft, logits: Tensor) -> Verdict:
+        """Verify a row through the processors, which see the text and the path to the node."""
+        text, choice = self.texts[at], self.choice
+        tree = draft if isinstance(draft, DraftTree) else draft.tree
+        length = text.length
+
+        def scores(node: int) -> Tensor:
+            nonlocal length
+            if node != ROOT:
+                text.write(length, int(tree.tokens[node]))
+                length += 1
+            return choice.process(at, text.ids(length), logits[node + 1])
+
+        if not choice.sample:
+            return walk(tree, lambda node: int(scores(node).argmax()))
+        if isinstance(draft, SampledDraft):
+            return sampled(draft, lambda node: scores(node).softmax(-1), self.dice)
+        return point_mass(tree, lambda node: scores(node).softmax(-1), self.dice)
+
+    def _add(self, at: int, tokens: list[int]) -> int:
+        """Add tokens to a row until it ends; returns how many."""
+        text = self.texts[at]
+        count = 0
+        for token in tokens:
+            if not self._goes_on(text):
+                break
+            text.add(token)
+            count += 1
+            if text.stopped_at is None and self.stopping(at, token, text.ids(text.length), self.choice.so_far):
+                text.stopped_at = text.length
+        self.choice.cut(at, text.length - text.prompt_length)
+        return count
+
+    def _goes_on(self, text: Text) -> bool:
+        """Whether a row takes part in the next pass."""
+        if text.stopped_at is None:
+            return True
+        if self.stopping.pads or len(self.texts) == 1:
+            return False
+        # Without an EOS transformers lets rows that have ended go on until all have.
+        ends = [other.stopped_at for other in self.texts]
+        goal = max(end for end in ends if end is not None) if None not in ends else self.stopping.max_length
+        return goal is None or text.length < goal
+
+    def _finish(self, step: Step, depths: list[int], start: float, *, draft: bool) -> None:
+        """Count a step, and look at the clock."""
+        if self.stopping.time_is_up(self.texts[0].ids(self.texts[0].length)):
+            # The others may still come up to the longest row, so that all have the same length.
+            limit = self.width()
+            self.stopping.max_length = min(limit, self.stopping.max_length or limit)
+            for text in self.texts:
+                if text.stopped_at is None and text.length >= limit:
+                    text.stopped_at = text.length
+        self.stats.count(step, depths, draft=draft)
+        self.stats.total_seconds = perf_counter() - start
+
+    def _news(self, step: Step, kept: list[list[int]], taps: Tensor | None) -> list[Progress]:
+        device = self.target.device
+        news = []
+        for at, row in enumerate(step.rows):
+            tokens = torch.tensor([] if row is None else row.tokens, dtype=torch.long, device=device)
+            news.append(Progress(tokens, None if taps is None else taps[at, kept[at]]))
+        return news
+
+
+def _rows(taps: Tensor | None, rows: int) -> Sequence[Any]:
+    return [None] * rows if taps is None else list(taps)
+
+
+def _generated(lattice: Lattice, eos_ids: frozenset[int]) -> int:
+    """Positions that the drafter filled before its EOS."""
+    for position, token in enumerate(lattice.ids[:, 0].tolist()):
+        if token in eos_ids:
+            return position
+    return len(lattice)

@@ -1,0 +1,292 @@
+"""The door for Hugging Face users: `model.generate(..., custom_generate=DiffuSpec(drafter))`.
+
+`generate` prepares everything as for plain decoding (lengths, logits processors, stopping criteria, padding) and calls
+us for the loop. The result is that of plain decoding: the same tokens for greedy decoding, the same distribution for
+sampling. What cannot be had is one clear error. The model is not changed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from zerodraft.decoding.choice import TokenChoice
+from zerodraft.decoding.door import PREFIX, RestoringSignature
+from zerodraft.decoding.engine import Engine, Text
+from zerodraft.decoding.lengths import AdaptiveLength, DraftLength
+from zerodraft.decoding.protocols import Drafter, Target
+from zerodraft.decoding.search import CausalProxy, SearchConfig
+from zerodraft.decoding.stats import DecodeStats, Step
+from zerodraft.decoding.stopping import Stopping
+from zerodraft.decoding.target import HfTarget
+from zerodraft.decoding.verify import Dice, Randomness
+from zerodraft.errors import ZerodraftError
+
+MakeTarget = Callable[[Any], Target]
+Result = Tensor | GenerateDecoderOnlyOutput
+
+ROOM_FOR_DRAFTS = 64
+"""Columns of a static cache beyond the longest text."""
+
+
+class DiffuSpec:
+    """Lossless speculative decoding with a drafter; give it to `generate` as `custom_generate`.
+
+    Args:
+        drafter: Proposes tokens.
+        proxy: A small causal model that judges which of them go together.
+        length: How long drafts are (default: the published adaptive rule).
+        search: How a lattice of candidates becomes a draft.
+        tree: Verify a tree of paths; False: the best path alone.
+        sample_drafts: Where tokens are sampled, draw the draft at random too (exact as well).
+        make_target: Builds what runs the model (default: `HfTarget`, which runs any).
+        trace: Keep every step in `last_stats.trace`.
+        generator: Randomness of sampling; None takes torch's global one, as `generate` does.
+        dice: The random choices themselves, in place of `generator`.
+
+    Attributes:
+        last_stats: What the last call did (of a running one: so far).
+        last_result: What `generate` would have returned, after `iterate`.
+    """
+
+    __signature__ = RestoringSignature()
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        *,
+        proxy: CausalProxy | None = None,
+        length: DraftLength | None = None,
+        search: SearchConfig | None = None,
+        tree: bool = True,
+        sample_drafts: bool = False,
+        make_target: MakeTarget | None = None,
+        trace: bool = False,
+        generator: torch.Generator | None = None,
+        dice: Randomness | None = None,
+    ) -> None:
+        self.drafter, self.proxy, self.make_target = drafter, proxy, make_target
+        self.length = AdaptiveLength() if length is None else length
+        self.search = SearchConfig() if search is None else search
+        self.tree, self.sample_drafts, self.trace = tree, sample_drafts, trace
+        self.generator, self.dice = generator, dice
+        self.last_stats: DecodeStats | None = None
+        self.last_result: Result | None = None
+
+    def __call__(self, model: Any, input_ids: Int[Tensor, "B T"], **arguments: Any) -> Result:
+        """What `generate` calls: its decoding loop.
+
+        Raises:
+            ZerodraftError: an option, a model or a drafter that does not fit.
+        """
+        for _ in self._decode(model, input_ids, **arguments):
+            pass
+        assert self.last_result is not None
+        result, self.last_result = self.last_result, None
+        return result
+
+    def iterate(self, model: Any, inputs: Int[Tensor, "B T"] | None = None, **arguments: Any) -> Iterator[Step]:
+        """Decode step by step: the arguments are those of `model.generate`, whose result is then in `last_result`."""
+        return model.generate(inputs, custom_generate=_Steps(self), **arguments)
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        model: Any,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "b T"] | None = None,
+        past_key_values: Cache | None = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        **inputs: Any,
+    ) -> Iterator[Step]:
+        config = generation_config
+        self.last_stats = self.last_result = None
+        streamer = inputs.pop(PREFIX + "streamer", streamer)
+        assistant = inputs.pop(PREFIX + "assistant_model", None)
+        for settled in ("use_cache", "logits_to_keep", "synced_gpus"):
+            inputs.pop(settled, None)
+        check_options(model, config, assistant, past_key_values)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        context = check_prompts(model, input_ids, mask, position_ids)
+        check_inputs(inputs, own_target=self.make_target is not None)
+        self.drafter.check(model.config)
+
+        rows = len(input_ids)
+        returns = bool(config.return_dict_in_generate)
+        choice = TokenChoice(
+            logits_processor,
+            sample=bool(config.do_sample),
+            rows=rows,
+            keep_scores=returns and bool(config.output_scores),
+            keep_logits=returns and bool(config.output_logits),
+        )
+        stopping = Stopping(stopping_criteria, rows)
+        if self.make_target is None:
+            static = config.cache_implementation == "static" and stopping.max_length is not None
+            room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
+            target: Target = HfTarget(model, capacity=room, inputs=inputs)
+        else:
+            target = self.make_target(model)
+        engine = Engine(
+            target=target,
+            drafter=self.drafter,
+            length=self.length,
+            choice=choice,
+            stopping=stopping,
+            dice=self.dice or Dice(input_ids.device, self.generator),
+            proxy=self.proxy,
+            search=self.search,
+            tree=self.tree,
+            sample_drafts=self.sample_drafts,
+            context=context,
+            chunk=config.prefill_chunk_size,
+            generator=self.generator,
+            trace=self.trace,
+        )
+        pad = getattr(config, "_pad_token_tensor", None)
+        stream = Streaming(streamer, engine, 0 if pad is None else int(pad))
+        for step in engine.run(input_ids, mask):
+            self.last_stats = engine.stats
+            stream.advance()
+            yield step
+        stream.end()
+        sequences = stream.sequences(input_ids)
+        new = sequences.shape[1] - input_ids.shape[1]
+        wanted = past_key_values is not None and (returns or getattr(past_key_values, "_is_user_defined", False))
+        if wanted and isinstance(target, HfTarget) and past_key_values is not None:
+            target.export(past_key_values)
+        self.last_result = sequences
+        if returns:
+            self.last_result = GenerateDecoderOnlyOutput(
+                sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
+                scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
+                logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
+                past_key_values=past_key_values if isinstance(target, HfTarget) else None,
+            )
+
+
+class _Steps:
+    """A `custom_generate` that returns the steps instead of running them."""
+
+    __signature__ = RestoringSignature()
+
+    def __init__(self, spec: DiffuSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, model: Any, input_ids: Tensor, **arguments: Any) -> Iterator[Step]:
+        return self.spec._decode(model, input_ids, **arguments)
+
+
+class Streaming:
+    """Hands tokens to a streamer as plain decoding does: one of every row at a time, padding for rows that ended."""
+
+    def __init__(self, streamer: Any, engine: Engine, pad: int) -> None:
+        self.streamer, self.engine, self.pad = streamer, engine, pad
+        self._next: int | None = None
+
+    def advance(self) -> None:
+        """Hand on what all rows have by now."""
+        if self.streamer is None:
+            return
+        texts, pads, end = self.engine.texts, self.engine.stopping.pads, self.engine.width()
+        if self._next is None:
+            self._next = texts[0].prompt_length
+        for text in texts:
+            # a row that has ended holds nobody up where padding stands in for it
+            if text.stopped_at is None or not pads:
+                end = min(end, text.length)
+        for column in zip(*(self._row(text, self._next, end) for text in texts), strict=True):
+            self.streamer.put(torch.tensor(column))
+        self._next = max(end, self._next)
+
+    def end(self) -> None:
+        """The text is over."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def sequences(self, prompts: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
+        """What `generate` returns: prompts and new tokens, rows that ended early filled up."""
+        start, end = prompts.shape[1], self.engine.width()
+        return torch.cat([prompts, prompts.new_tensor([self._row(text, start, end) for text in self.engine.texts])], 1)
+
+    def _row(self, text: Text, start: int, end: int) -> list[int]:
+        """A row's tokens at the places from `start` to `end`."""
+        length = text.length if text.stopped_at is None or not self.engine.stopping.pads else text.stopped_at
+        tokens = text.ids(min(length, end))[0, start:].tolist()
+        return tokens + [self.pad] * (end - start - len(tokens))
+
+
+def check_options(model: Any, config: GenerationConfig, assistant: Any, cache: Cache | None) -> None:
+    """Raise `ZerodraftError` for what speculative decoding cannot do."""
+    if model.config.is_encoder_decoder:
+        raise ZerodraftError(
+            f"{type(model).__name__} is an encoder-decoder model; DiffuSpec decodes decoder-only language models."
+        )
+    if getattr(model, "_is_stateful", False):
+        raise ZerodraftError(
+            f"{type(model).__name__} has a recurrent state that cannot drop rejected tokens; choose an attention model."
+        )
+    if assistant is not None or config.prompt_lookup_num_tokens is not None:
+        name = "assistant_model" if assistant is not None else "prompt_lookup_num_tokens"
+        raise ZerodraftError(f"{name} is another way of drafting; give either it or custom_generate=DiffuSpec(...).")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ZerodraftError(
+            f"generate was asked for {mode.value.replace('_', ' ')}; DiffuSpec does greedy decoding and sampling: set "
+            "num_beams=1 and leave the options of other ways away."
+        )
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        raise ZerodraftError(
+            "output_attentions and output_hidden_states are those of passes that plain decoding makes; set them to "
+            "False, or run the model once over the finished text."
+        )
+    kind = str(config.cache_implementation)
+    if kind == "quantized" or "offloaded" in kind:
+        raise ZerodraftError(
+            f"cache_implementation={kind!r} cannot drop rejected tokens; use the dynamic or the static cache."
+        )
+    if cache is not None and int(cache.get_seq_length()):
+        raise ZerodraftError(
+            f"past_key_values already holds {int(cache.get_seq_length())} tokens; give the whole text and an empty "
+            "cache or none."
+        )
+
+
+def check_prompts(
+    model: Any, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], positions: Int[Tensor, "b T"] | None
+) -> int | None:
+    """Raise `ZerodraftError` for prompts that cannot be read; returns the positions that the model has."""
+    real = mask.sum(1)
+    if not ids.shape[1] or not bool(real.all()):
+        raise ZerodraftError("A prompt is empty; give at least one token for each row.")
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and int(real.max()) > context:
+        raise ZerodraftError(
+            f"The prompt has {int(real.max())} tokens, but the model's context window holds {context}; shorten it."
+        )
+    usual = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
+    if positions is not None and not bool(((positions == usual) | ~mask).all()):
+        raise ZerodraftError("position_ids other than the places in the text cannot be used; leave them away.")
+    return context
+
+
+def check_inputs(inputs: dict[str, Any], *, own_target: bool) -> None:
+    """Raise `ZerodraftError` for inputs of the model's forward pass that later passes could not repeat."""
+    for name, value in list(inputs.items()):
+        if value is None:
+            del inputs[name]
+        elif isinstance(value, Tensor) or own_target:
+            raise ZerodraftError(
+                f"generate was given {name}, which speculative decoding cannot pass on; leave it away."
+            )
