@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
-from zerodraft.decoding.tree import DraftTree, SampledDraft
+from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.decoding.verify import Randomness
 from zerodraft.errors import ZerodraftError
 
@@ -150,6 +150,7 @@ def prune(lattice: Lattice, config: SearchConfig, eos_ids: Collection[int] = ())
     )
 
 
+@runtime_checkable
 class _Scorer(Protocol):
     """Costs (negated scores) of the candidates of a position, for each of several contexts; padding costs infinity."""
 
@@ -265,9 +266,12 @@ def best_first(
     proxy: ProxySession | None = None,
     eos_ids: Collection[int] = (),
 ) -> DraftTree:
-    """The tree of the `budget` best prefixes of a pruned lattice. A prefix scores the sum over its positions, which only
-    falls along a path, so the best are found from the root outwards. In a chain first candidates alone have children.
+    """The tree of the `budget` best prefixes of a pruned lattice. A prefix scores the sum over its positions, which
+    only falls along a path, so the best are found from the root outwards. In a chain first candidates alone have
+    children.
     """
+    if not len(pruned):
+        return DraftTree.path([])
     scorer = _scorer(pruned, config, proxy)
     ids = pruned.ids.tolist()
     tokens: list[int] = []
@@ -288,8 +292,7 @@ def best_first(
         real = [(cost + c, at) for at, c in enumerate(row) if c < np.inf and ids[depth][at] not in eos_ids]
         return sorted(real, reverse=True)
 
-    if len(pruned):
-        push(0, -1, children(0, 0.0, scorer.root()), scorer.root())
+    push(0, ROOT, children(0, 0.0, scorer.root()), scorer.root())
     while heap and len(tokens) < budget:
         _, _, depth, parent, siblings, contexts = heapq.heappop(heap)
         cost, at = siblings.pop()
