@@ -1,34 +1,62 @@
-"""`zerodraft generate`: writes with a Zero Token Transformer and shows how deep each token went."""
+"""`zerodraft generate`: writes with a Zero Token Transformer and shows how deep each token went, or writes with any
+target and a drafter and shows what was drafted.
+"""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.decoding import (
+    Sampling,
+    check_drafter,
+    compare,
+    encode,
+    live_streamer,
+    load_drafter,
+    load_target,
+    make_decoder,
+    speculate,
+    summary,
+    write,
+)
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generate(Command):
-    """Write text with a Zero Token Transformer, with a depth of its own for every token.
+    """Write text with any model faster and the same by drafts, or with a Zero Token Transformer.
 
-    Exit rules stop a token's cycles early: zero-mass:0.5 (attention mass on the zero token), confidence:0.9,
-    entropy:1.0, kl:0.01, latent:0.1, cycles:2 (the same for all), calibrated (what 'zerodraft calibrate' found) or off.
+    A drafter proposes tokens, the target checks them all in one pass. Drafters: a directory from 'zerodraft
+    train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), or a small
+    causal language model with the target's tokenizer. Exit rules stop a token's cycles early: zero-mass:0.5,
+    confidence:0.9, entropy:1.0, kl:0.01, latent:0.1, cycles:2, calibrated (what 'zerodraft calibrate' found) or off.
     """
 
-    example: ClassVar[str] = "zerodraft generate --model models/ztt-tiny 'Once upon a time' --show-depth"
+    example: ClassVar[str] = "zerodraft generate --target smollm2 --chat --compare --trace 'What is a fox?'"
 
     prompt: str = positional("PROMPT", default="")
     """The text to continue."""
-    model: str = metavar("DIR|NAME")
-    """A converted or trained model: directory, hub id or short name."""
+    model: str = metavar("DIR|NAME", default="")
+    """A Zero Token Transformer: directory, hub id or short name."""
+    target: str = metavar("DIR|NAME", default="")
+    """Any causal language model, to decode with drafts."""
+    drafter: str = metavar("DIR|NAME", default="")
+    """Who drafts for --target; by default the shipped drafter, else lookup."""
+    ngram: str = metavar("FILE", default="")
+    """A table from 'zerodraft ngram', to choose among drafts."""
+    compare: bool = False
+    """Decode plainly too; tell equality and speedup."""
+    trace: bool = False
+    """Colour accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")
     """Read the prompt from this file instead."""
     chat: bool = False
@@ -49,15 +77,56 @@ class Generate(Command):
     def check(self) -> None:
         """Reads the prompt and looks at the numbers."""
         self._prompt()
-        if self.max_new_tokens < 1:
-            raise ZerodraftError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ZerodraftError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ZerodraftError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+        self._sampling().check()
+        if bool(self.model) == bool(self.target):
+            raise ZerodraftError(
+                "give either --target (any causal language model) or --model (a Zero Token Transformer)"
+            )
+        defaults = {field.name: field.default for field in fields(self)}
+        foreign = ("drafter", "ngram", "compare", "trace") if self.model else ("exit_rule", "show_depth")
+        for name in foreign:
+            if getattr(self, name) != defaults[name]:
+                flag, form = name.replace("_", "-"), "--target" if self.model else "--model"
+                raise ZerodraftError(f"--{flag} belongs to {form}")
+        check_drafter(self.drafter)
 
     def run(self, console: Console) -> Result:
-        """Loads, generates and reports speed and depth."""
+        """Loads, generates and reports."""
+        return self._decode(console) if self.target else self._run_ztt(console)
+
+    def _decode(self, console: Console) -> Result:
+        """With drafts: speed, and what came of them."""
+        model, tokenizer = load_target(self.target)
+        drafter, name = load_drafter(self.drafter, model, self.target)
+        decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
+        inputs = encode(tokenizer, self._prompt(), self.chat)
+        sampling = self._sampling()
+        if self.compare:
+            # the first call sets things up that later ones use again, on both sides
+            short = replace(sampling, max_new_tokens=min(4, self.max_new_tokens))
+            speculate(model, decode, inputs, short)
+            write(model, inputs, short)
+        streamer = None if self.trace else live_streamer(console, tokenizer)
+        written, stats = speculate(model, decode, inputs, sampling, streamer)
+        if self.trace:
+            console.print(trace(stats, tokenizer))
+            console.print(trace_legend(stats))
+        console.print(f"{summary(written, stats)}, drafts by {name}")
+        compared = compare(model, inputs, sampling, written, console) if self.compare else {}
+        return {
+            "text": tokenizer.decode(written.tokens, skip_special_tokens=True),
+            "new_tokens": len(written.tokens),
+            "mat": stats.mat,
+            "tokens_per_second": written.speed,
+            **compared,
+            "target": self.target,
+            "drafter": name,
+            "stats": stats.to_dict(),
+            "seed": self.seed,
+        }
+
+    def _run_ztt(self, console: Console) -> Result:
+        """With a Zero Token Transformer: speed and depth."""
         import torch
 
         from zerodraft.ztt.streamer import DepthStreamer
@@ -65,7 +134,7 @@ class Generate(Command):
         model, path = load_ztt(self.model)
         tokenizer = load_tokenizer_for(model, path)
         rule = parse_exit_rule(self.exit_rule, model.config.exit_rule)
-        inputs = self._encode(tokenizer, self._prompt()).to(model.device)
+        inputs = encode(tokenizer, self._prompt(), self.chat).to(model.device)
 
         def write(text: str, depth: int) -> None:
             console.print(Text(text, style=colour(depth) if self.show_depth else ""), end="")
@@ -100,6 +169,11 @@ class Generate(Command):
             "seed": self.seed,
         }
 
+    def _sampling(self) -> Sampling:
+        return Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
+
     def _prompt(self) -> str:
         if self.prompt and self.prompt_file:
             raise ZerodraftError("give the prompt either as a word or with --prompt-file, not both")
@@ -112,12 +186,3 @@ class Generate(Command):
         if not text.strip():
             raise ZerodraftError("the prompt is empty: give a text to continue, or a file with --prompt-file")
         return text
-
-    def _encode(self, tokenizer: Any, prompt: str) -> Any:
-        if not self.chat:
-            return tokenizer(prompt, return_tensors="pt")
-        if not tokenizer.chat_template:
-            raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )

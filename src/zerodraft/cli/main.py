@@ -27,11 +27,13 @@ COMMANDS = {
     "pretrain": "Pretrain",
     "finetune": "Finetune",
     "generate": "Generate",
+    "chat": "Chat",
     "convert": "Convert",
     "info": "Info",
     "calibrate": "Calibrate",
     "distill": "Distill",
     "train-drafter": "TrainDrafter",
+    "ngram": "Ngram",
 }
 """Each command lives in the module of its name, with `_` for `-`."""
 

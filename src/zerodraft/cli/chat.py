@@ -1,0 +1,110 @@
+"""`zerodraft chat`: a conversation with a target that decodes with drafts, one line at a time."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.text import Text
+
+from zerodraft.cli.command import Command, Result, metavar
+from zerodraft.cli.decoding import (
+    Sampling,
+    check_drafter,
+    encode_messages,
+    live_streamer,
+    load_drafter,
+    load_target,
+    make_decoder,
+    speculate,
+    summary,
+)
+from zerodraft.errors import ZerodraftError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chat(Command):
+    """Talk with a model that decodes with drafts; its answers come as they are written.
+
+    One line is one message. /new starts a new conversation, /quit (or the end of the input) ends the program.
+    """
+
+    example: ClassVar[str] = "zerodraft chat --target smollm2"
+
+    target: str = metavar("DIR|NAME", default="smollm2")
+    """A causal language model with a chat template: directory, hub id or short name."""
+    drafter: str = metavar("DIR|NAME", default="")
+    """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
+    system: str = metavar("TEXT", default="")
+    """Tell the model who it is, before the conversation."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most probable token each time."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def check(self) -> None:
+        """The numbers and the drafter's form."""
+        Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        ).check()
+        check_drafter(self.drafter)
+
+    def run(self, console: Console) -> Result:
+        """Reads, answers, reports; until the input ends."""
+        model, tokenizer = load_target(self.target)
+        drafter, name = load_drafter(self.drafter, model, self.target)
+        decode = make_decoder(model, drafter)
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
+        console.print(Text(f"{self.target} with drafts by {name}; /new starts anew, /quit ends", style="dim"))
+        messages, answers = list(start), []
+        while (line := self._read(console)) is not None:
+            if line == "/new":
+                messages = list(start)
+                continue
+            if line.startswith("/"):
+                console.print(Text(f"{line} is no command: there are /new and /quit", style="red"))
+                continue
+            messages.append({"role": "user", "content": line})
+            try:
+                answer = self._answer(console, model, tokenizer, decode, messages, len(answers))
+            except ZerodraftError as error:
+                # a conversation that has grown too long need not end the program
+                console.print(Text(str(error), style="red"))
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": answer["text"]})
+            answers.append({"message": line, **answer})
+        return {"target": self.target, "drafter": name, "answers": answers}
+
+    def _answer(
+        self, console: Console, model: Any, tokenizer: Any, decode: Any, messages: list[dict[str, str]], turn: int
+    ) -> Result:
+        sampling = Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed + turn
+        )
+        inputs = encode_messages(tokenizer, messages)
+        written, stats = speculate(model, decode, inputs, sampling, live_streamer(console, tokenizer))
+        console.print()
+        console.print(Text(summary(written, stats), style="dim"))
+        return {
+            "text": tokenizer.decode(written.tokens, skip_special_tokens=True),
+            "new_tokens": len(written.tokens),
+            "mat": stats.mat,
+            "tokens_per_second": written.speed,
+        }
+
+    def _read(self, console: Console) -> str | None:
+        """The next message; None at the end."""
+        while True:
+            if sys.stdin.isatty():
+                console.print(Text("> ", style="bold"), end="")
+            line = sys.stdin.readline()
+            if not line or line.strip() == "/quit":
+                return None
+            if line.strip():
+                return line.strip()

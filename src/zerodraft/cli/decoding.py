@@ -1,0 +1,233 @@
+"""What the commands that decode with drafts share: getting target and drafter, generating, comparing, reporting."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from zerodraft.cli.command import Result
+from zerodraft.cli.loading import default_device, load_tokenizer_for, model_type
+from zerodraft.errors import ZerodraftError
+
+if TYPE_CHECKING:
+    from zerodraft.decoding.huggingface import DiffuSpec
+    from zerodraft.decoding.protocols import Drafter
+    from zerodraft.decoding.stats import DecodeStats
+
+SHIPPED = {"smollm2": "smollm2-drafter"}
+"""Drafters in the repository's `models` directory, by the short name of their target."""
+
+NEAR_TIE = 1e-3
+"""Logits this close can change places when the same sums are taken in another order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the next token is chosen, and how many."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def check(self) -> None:
+        """Raises for numbers that make no sense."""
+        if self.max_new_tokens < 1:
+            raise ZerodraftError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ZerodraftError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ZerodraftError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate`."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        return chosen | ({"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {})
+
+
+def load_target(name: str) -> tuple[Any, Any]:
+    """The causal language model at a path, hub id or short name, ready to run, and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    from zerodraft.targets import resolve
+    from zerodraft.ztt.loading import load_pretrained
+
+    path = resolve(name)
+    model = load_pretrained(AutoModelForCausalLM, path).to(default_device()).eval()
+    return model, load_tokenizer_for(model, path)
+
+
+def shipped_drafter(target: str) -> Path | None:
+    """The repository's drafter for a target, looked for in the working directory and in this checkout."""
+    if target not in SHIPPED:
+        return None
+    roots = (Path.cwd(), Path(__file__).resolve().parents[3])
+    found = (root / "models" / SHIPPED[target] for root in roots)
+    return next((path for path in found if (path / "config.json").is_file()), None)
+
+
+def check_drafter(text: str) -> None:
+    """Raises for a `lookup:N` that is none."""
+    name, colon, value = text.partition(":")
+    if name == "lookup" and colon and not (value.isdigit() and int(value) > 0):
+        raise ZerodraftError(
+            f"--drafter is '{text}'; after 'lookup:' comes the longest match in tokens, such as lookup:3"
+        )
+
+
+def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, str]":
+    """The drafter that `--drafter` names, and what to call it.
+
+    Args:
+        text: `lookup`, `lookup:N`, a drafter's directory, a causal language model, or nothing for the best there is.
+        target: The loaded target.
+        target_name: As it was given.
+    """
+    from zerodraft.drafters.autoregressive import AutoregressiveDrafter
+    from zerodraft.drafters.block import BlockDrafter
+    from zerodraft.drafters.block_model import BlockDrafterConfig
+    from zerodraft.drafters.lookup import PromptLookupDrafter
+    from zerodraft.targets import resolve
+    from zerodraft.ztt.loading import load_pretrained
+
+    text = text or str(shipped_drafter(target_name) or "lookup")
+    check_drafter(text)
+    name, _, value = text.partition(":")
+    if name == "lookup" and not Path(text).is_dir():
+        return (PromptLookupDrafter(max_ngram=int(value)) if value else PromptLookupDrafter()), text
+    try:
+        path = resolve(text)
+    except ZerodraftError as error:
+        raise ZerodraftError(f"--drafter is neither 'lookup', 'lookup:N' nor a model: {error}") from error
+    if model_type(path) == BlockDrafterConfig.model_type:
+        return BlockDrafter.from_pretrained(path, target), Path(text).name
+    from transformers import AutoModelForCausalLM
+
+    drafter = AutoregressiveDrafter(load_pretrained(AutoModelForCausalLM, path).to(target.device).eval())
+    drafter.check(target.config)
+    return drafter, Path(text).name
+
+
+def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """The prompt's tensors, in the chat template if wanted."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
+    """A conversation's tensors, up to where the model answers."""
+    if not tokenizer.chat_template:
+        raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """One text and how long it took."""
+
+    tokens: list[int]
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return len(self.tokens) / self.seconds
+
+
+def write(model: Any, inputs: Any, sampling: Sampling, **options: Any) -> Written:
+    """One `generate` call, timed; the new tokens only."""
+    import torch
+
+    prompt = inputs["input_ids"]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt.shape[1] >= context:
+        raise ZerodraftError(f"the prompt has {prompt.shape[1]} tokens; the model reads at most {context}")
+    torch.manual_seed(sampling.seed)
+    started = time.perf_counter()
+    out = model.generate(**inputs.to(model.device), **sampling.arguments(), **options)
+    return Written(tokens=out[0, prompt.shape[1] :].tolist(), seconds=time.perf_counter() - started)
+
+
+def live_streamer(console: Console, tokenizer: Any) -> Any:
+    """Prints the text while it is written."""
+    from transformers import TextStreamer
+
+    class Live(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            console.print(Text(text), end="")
+
+    return Live(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def compare(model: Any, inputs: Any, sampling: Sampling, drafted: Written, console: Console) -> Result:
+    """Decodes plainly, says whether the tokens are the same and how much faster the drafts made it."""
+    plain = write(model, inputs, sampling)
+    speedup = drafted.speed / plain.speed
+    result: Result = {"speedup": speedup, "plain_tokens_per_second": plain.speed}
+    if sampling.temperature > 0:
+        console.print(
+            f"plain decoding: {plain.speed:.1f} tokens/s; {speedup:.2f}x as fast with drafts (sampled: other tokens)"
+        )
+        return result | {"equal": None}
+    equal = drafted.tokens == plain.tokens
+    result["equal"] = equal
+    verdict = "the same tokens"
+    if not equal:
+        place = first_difference(drafted.tokens, plain.tokens)
+        gap = top_gap(model, inputs, plain.tokens[:place])
+        result |= {"first_difference": place, "top_gap": gap}
+        verdict = f"[red]other tokens[/red] from the {place + 1}th on, where the two best logits lie {gap:.1e} apart"
+        verdict += " (rounding)" if gap < NEAR_TIE else ""
+    console.print(f"plain decoding: {plain.speed:.1f} tokens/s, {verdict}; {speedup:.2f}x as fast with drafts")
+    return result
+
+
+def first_difference(a: list[int], b: list[int]) -> int:
+    """The first place where two token lists differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def top_gap(model: Any, inputs: Any, tokens: list[int]) -> float:
+    """How far apart the two best logits after these tokens lie."""
+    import torch
+
+    prompt = inputs["input_ids"].to(model.device)
+    ids = torch.cat([prompt, torch.tensor([tokens], dtype=prompt.dtype, device=model.device)], 1)
+    with torch.no_grad():
+        best = model(input_ids=ids).logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+def make_decoder(model: Any, drafter: "Drafter", *, ngram: str = "", trace: bool = False) -> "DiffuSpec":
+    """The decoder as the commands use it: the fastest exact target for the model, lengths by measured cost."""
+    from zerodraft.decoding.huggingface import DiffuSpec
+    from zerodraft.decoding.lengths import CostAwareLength
+    from zerodraft.decoding.proxies import NgramProxy
+    from zerodraft.targets.lean import lean_target
+
+    return DiffuSpec(
+        drafter,
+        proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,
+        length=CostAwareLength(k_max=drafter.max_length),
+        make_target=None if lean_target(model) is None else lean_target,
+        trace=trace,
+    )
+
+
+def speculate(
+    model: Any, decode: "DiffuSpec", inputs: Any, sampling: Sampling, streamer: Any = None
+) -> "tuple[Written, DecodeStats]":
+    """Decodes with drafts; the text and the statistics."""
+    written = write(model, inputs, sampling, custom_generate=decode, streamer=streamer)
+    stats = decode.last_stats
+    assert stats is not None
+    return written, stats
+
+
+def summary(written: Written, stats: "DecodeStats") -> str:
+    """One line: how many tokens how fast, and how many a pass."""
+    return f"{len(written.tokens)} tokens, {written.speed:.1f} tokens/s, {stats.mat:.2f} tokens a pass of the target"

@@ -1,0 +1,163 @@
+"""`zerodraft generate --target`: the same text as plain decoding, what is reported, and bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from zerodraft.cli import decoding
+from zerodraft.cli.decoding import first_difference, shipped_drafter, top_gap
+from zerodraft.cli.main import main
+
+
+def generate(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["generate", *words, "--max-new-tokens", "12"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def result(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    code, out, err = generate(capsys, *words, "--json")
+    assert code == 0, err
+    return json.loads(out.rstrip("\n").split("\n")[-1])
+
+
+@pytest.fixture(scope="module")
+def plain_text(plain_dir: Path, tokenizer: Any) -> str:
+    prompt = tokenizer("the cat", return_tensors="pt")
+    out = AutoModelForCausalLM.from_pretrained(plain_dir).generate(**prompt, max_new_tokens=12, do_sample=False)
+    return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "lookup:2", "itself", ""])
+def test_the_text_is_that_of_plain_decoding(
+    drafter: str, plain_dir: Path, plain_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--drafter", str(plain_dir) if drafter == "itself" else drafter] if drafter else []
+    found = result(capsys, "the cat", "--target", str(plain_dir), *words, "--compare")
+    assert found["text"] == plain_text
+    assert found["equal"] is True
+    assert found["new_tokens"] == 12
+    assert found["speedup"] > 0
+    assert found["tokens_per_second"] > 0
+    assert found["stats"]["new_tokens"] == 12
+    if drafter == "itself":
+        assert found["mat"] > 1
+
+
+def test_a_zero_token_transformer_is_a_target_too(ztt_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(capsys, "the cat", "--target", str(ztt_dir), "--drafter", "lookup", "--compare")
+    assert found["equal"] is True
+
+
+def test_people_read_the_text_as_it_comes_and_the_comparison(
+    plain_dir: Path, plain_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = generate(capsys, "the cat", "--target", str(plain_dir), "--drafter", "lookup", "--compare")
+    assert code == 0
+    assert out.startswith(plain_text)
+    assert "12 tokens, " in out
+    assert "drafts by lookup" in out
+    assert "the same tokens" in out
+
+
+def test_the_trace_holds_the_text_and_a_legend(
+    plain_dir: Path, plain_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = generate(capsys, "the cat", "--target", str(plain_dir), "--drafter", str(plain_dir), "--trace")
+    assert code == 0
+    assert out.startswith(plain_text)
+    assert "■ accepted " in out
+
+
+def test_a_sampled_text_follows_the_seed_and_is_not_compared_token_by_token(
+    plain_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["the cat", "--target", str(plain_dir), "--temperature", "1.5", "--seed"]
+    texts = [result(capsys, *words, seed)["text"] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    found = result(capsys, *words, "1", "--compare")
+    assert found["equal"] is None
+    assert found["speedup"] > 0
+
+
+def test_a_difference_is_told_with_its_place_and_the_gap(
+    plain_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = decoding.write
+
+    def tampered(model: Any, inputs: Any, sampling: Any, **options: Any) -> Any:
+        written = write(model, inputs, sampling, **options)
+        if "custom_generate" in options and len(written.tokens) > 5:
+            written.tokens[5] += 1
+        return written
+
+    monkeypatch.setattr(decoding, "write", tampered)
+    words = ["the cat", "--target", str(plain_dir), "--drafter", "lookup", "--compare"]
+    found = result(capsys, *words)
+    assert found["equal"] is False
+    assert found["first_difference"] == 5
+    assert found["top_gap"] > 0
+    _, out, _ = generate(capsys, *words)
+    assert "other tokens from the 6th on" in out
+
+
+def test_where_lists_differ() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 4]) == 2
+    assert first_difference([1, 2], [1, 2, 4]) == 2
+
+
+def test_the_gap_between_the_two_best_logits(plain_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(plain_dir)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        best = model(input_ids=ids).logits[0, -1].sort(descending=True).values
+    assert top_gap(model, {"input_ids": ids[:, :2]}, [7, 8]) == pytest.approx(float(best[0] - best[1]), abs=1e-6)
+
+
+def test_the_shipped_drafter_is_found_by_its_targets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shipped_drafter("some/model") is None
+    folder = tmp_path / "models" / decoding.SHIPPED["smollm2"]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert shipped_drafter("smollm2") == folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hi"], "give either --target"),
+        (["hi", "--target", "T", "--model", "T"], "give either --target"),
+        (["hi", "--target", "T", "--show-depth"], "--show-depth belongs to --model"),
+        (["hi", "--target", "T", "--exit-rule", "cycles:1"], "--exit-rule belongs to --model"),
+        (["hi", "--model", "T", "--compare"], "--compare belongs to --target"),
+        (["hi", "--model", "T", "--drafter", "lookup"], "--drafter belongs to --target"),
+        (["hi", "--target", "T", "--drafter", "lookup:0"], "such as lookup:3"),
+        (["hi", "--target", "T", "--drafter", "lokup"], "--drafter is neither 'lookup', 'lookup:N' nor a model"),
+        (["hi", "--target", "T", "--ngram", "nowhere.ngram"], "nowhere.ngram"),
+        (["hi", "--target", "T", "--chat"], "no chat template"),
+        (["the cat " * 1500, "--target", "T"], "the model reads at most 2048"),
+        (["", "--target", "T"], "the prompt is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    words: list[str], message: str, plain_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = generate(capsys, *(str(plain_dir) if word == "T" else word for word in words))
+    assert code == 2, out
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_drafter_with_another_vocabulary_is_refused(
+    plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=77)).save_pretrained(tmp_path / "other")
+    code, _, err = generate(capsys, "hi", "--target", str(plain_dir), "--drafter", str(tmp_path / "other"))
+    assert code == 2
+    assert "The drafter's vocabulary has 77 tokens" in err
