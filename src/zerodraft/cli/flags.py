@@ -130,7 +130,10 @@ def parse(cls: type[T], words: Sequence[str], command: str) -> T:
         _store(values, flag, f"{flag.key}.{key}", _yaml(getattr(given, name)))
 
     places = [flag for flag in flags if flag.positional]
-    given_words = [word for word in rest if word != "--"] + literal
+    given_words: list[Any] = [word for word in rest if word != "--"] + literal
+    if places and get_origin(places[-1].hint) is tuple:
+        # the last place takes all the words that are left
+        given_words[len(places) - 1 :] = [given_words[len(places) - 1 :]] if len(given_words) >= len(places) else []
     if len(given_words) > len(places):
         extra = given_words[len(places)]
         raise ZerodraftError(f"unexpected word '{extra}' (for a text of several words, put it in quotes)")

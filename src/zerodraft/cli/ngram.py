@@ -1,0 +1,233 @@
+"""`zerodraft ngram`: n-gram tables for the path search, from text or tokens."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.errors import ZerodraftError
+
+BATCH = 64
+"""Texts that are tokenised at once."""
+SECONDS_BETWEEN_LINES = 30
+"""Progress where the output is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ngram(Command):
+    """Build an n-gram table of a target's tokens, which tells the path search which drafted tokens go together.
+
+    'build' counts the tokens of text (.txt, .md), JSONL or parquet files, or of completions from 'zerodraft distill'
+    (.bin, or their directory). Smoothing: interpolated Kneser-Ney with three discounts for each order. 'words' writes
+    the tokens as words, a document a line, for KenLM's lmplz. 'info' tells what a table holds.
+    """
+
+    example: ClassVar[str] = "zerodraft ngram build completions --target smollm2 --out smollm2.ngram"
+
+    action: Literal["build", "words", "info"] = positional("build|words|info")
+    """What to do."""
+    files: tuple[str, ...] = positional("FILE...")
+    """Files, directories, globs; for 'info' one table."""
+    target: str | None = metavar("DIR|NAME", default=None)
+    """The model whose tokens they are: directory, hub id or short name."""
+    out: str | None = metavar("FILE", default=None)
+    """The file to write."""
+    order: int = 3
+    """The n of the longest n-grams: the table looks back n - 1 tokens."""
+    min_count: int = 1
+    """Keep the longest n-grams that were seen this often (a smaller table)."""
+    text_field: str = "text"
+    """Field with the text, in JSONL and parquet."""
+    template: str | None = None
+    """Text made of several fields, such as "{instruction}\\n{output}"."""
+    separator: str | None = None
+    """Splits a text file into documents."""
+
+    def check(self) -> None:
+        """What is needed depends on the action."""
+        from zerodraft.decoding.ngram_build import LONGEST
+
+        if self.action == "info":
+            if len(self.files) != 1:
+                raise ZerodraftError(f"'info' takes one table, got {len(self.files)} files")
+            return
+        for name in ("target", "out"):
+            if not getattr(self, name):
+                raise ZerodraftError(f"--{name} is missing; see 'zerodraft ngram --help'")
+        if self.out and Path(self.out).expanduser().is_dir():
+            raise ZerodraftError(f"--out is '{self.out}', a directory: name a file")
+        if not 1 <= self.order <= LONGEST:
+            raise ZerodraftError(f"--order is {self.order}; it must be from 1 to {LONGEST}")
+        if self.min_count < 1:
+            raise ZerodraftError(f"--min-count is {self.min_count}; it must be at least 1")
+
+    def run(self, console: Console) -> Result:
+        """Does it and reports."""
+        if self.action == "info":
+            return self._info(console)
+        assert self.target is not None  # checked
+        assert self.out is not None
+        from zerodraft.targets import resolve
+
+        path, out = resolve(self.target), Path(self.out).expanduser()
+        started = time.perf_counter()
+        with CountProgress(console) as progress, tempfile.TemporaryDirectory(prefix="zerodraft-ngram-") as folder:
+            documents = self._documents(path, Path(folder), progress)
+            result = (self._build if self.action == "build" else self._words)(documents, path, out, progress)
+        result |= {"out": self.out, "documents": len(documents), "seconds": time.perf_counter() - started}
+        size = f"{result['bytes'] / 1e6:.1f} MB"
+        grams = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(result.get("counts", ()), 1) if n > 1)
+        console.print(
+            f"{result['tokens']:,} tokens in {len(documents):,} documents -> {self.out} ({size}"
+            f"{', ' + grams if grams else ''}) in {result['seconds']:.1f} s"
+        )
+        return result
+
+    def _build(self, documents: "TokenFiles", path: Path, out: Path, progress: "CountProgress") -> Result:
+        from zerodraft.decoding.ngram import save_table
+        from zerodraft.decoding.ngram_build import build_table
+
+        table = build_table(
+            documents,
+            vocabulary_of(path),
+            order=self.order,
+            min_count=self.min_count,
+            about={"target": self.target, "files": [Path(file).name for file in self.files]},
+            on_progress=progress.show,
+        )
+        size = save_table(table, out)
+        return {
+            "order": table.order,
+            "vocab_size": table.vocab_size,
+            "tokens": table.about["tokens"],
+            "counts": list(table.counts),
+            "smoothing": table.about["smoothing"],
+            "bytes": size,
+        }
+
+    def _words(self, documents: "TokenFiles", path: Path, out: Path, progress: "CountProgress") -> Result:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        tokens = 0
+        try:
+            with partial.open("w", encoding="ascii", newline="\n") as stream:
+                for document in documents:
+                    stream.write(" ".join(map(str, document.tolist())) + "\n")
+                    tokens += len(document)
+                    progress.show("words", tokens)
+            os.replace(partial, out)
+        finally:
+            partial.unlink(missing_ok=True)
+        return {"tokens": tokens, "bytes": out.stat().st_size}
+
+    def _info(self, console: Console) -> Result:
+        from zerodraft.decoding.ngram import open_table
+
+        table = open_table(self.files[0])
+        grams = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(table.counts, 1) if n > 1)
+        console.print(f"order {table.order}, vocabulary of {table.vocab_size:,} tokens{', ' + grams if grams else ''}")
+        for key, value in table.about.items():
+            console.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+        return {
+            "order": table.order,
+            "vocab_size": table.vocab_size,
+            "counts": list(table.counts),
+            "bytes": Path(self.files[0]).expanduser().stat().st_size,
+            **table.about,
+        }
+
+    def _documents(self, path: Path, folder: Path, progress: "CountProgress") -> "TokenFiles":
+        """The tokens of all files; those of texts are kept in `folder`, since they are gone through several times."""
+        from zerodraft.training.completions import read_completions
+        from zerodraft.training.data import read_documents
+        from zerodraft.training.recipe import DataRecipe
+        from zerodraft.training.tokenizer import load_tokenizer
+
+        shards = [file for file in self.files if holds_tokens(Path(file).expanduser())]
+        texts = [file for file in self.files if file not in shards]
+        found: list[Sequence[Any]] = [read_completions(shards)] if shards else []
+        if texts:
+            tokenizer = load_tokenizer(path)
+            recipe = DataRecipe(text_field=self.text_field, template=self.template, separator=self.separator)
+            lengths, done = [], 0
+            with (folder / "tokens.bin").open("wb") as stream:
+                # one source after another: no more than one is in memory
+                for source in texts:
+                    documents = read_documents((source,), recipe)
+                    for at in range(0, len(documents), BATCH):
+                        batch = tokenizer(documents[at : at + BATCH], add_special_tokens=False, verbose=False)
+                        for ids in batch["input_ids"]:
+                            stream.write(np.array([*ids, tokenizer.eos_token_id], "<u4").data)
+                            lengths.append(len(ids) + 1)
+                            done += len(ids) + 1
+                        progress.show("tokenising", done)
+            found.append(np.split(np.memmap(folder / "tokens.bin", "<u4", "r"), np.cumsum(lengths)[:-1]))
+        return TokenFiles(found)
+
+
+class TokenFiles:
+    """Documents of several kinds of sources, which can be gone through again and again."""
+
+    def __init__(self, sources: Sequence[Sequence[Any]]) -> None:
+        self.sources = sources
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for source in self.sources:
+            for index in range(len(source)):
+                # completions come with the length of their prompt; the prompt's tokens count as well
+                yield source[index][0] if isinstance(source[index], tuple) else source[index]
+
+
+class CountProgress:
+    """What is being counted, on one line of a terminal; a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self._last = console, time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"),
+            console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("reading", total=None, tokens=0)
+
+    def __enter__(self) -> "CountProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, stage: str, tokens: int) -> None:
+        """After each chunk: the stage and the tokens that it has gone through."""
+        self._bar.update(self._task, description=stage, tokens=tokens)
+        now = time.perf_counter()
+        if not self.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
+            self._last = now
+            self.console.print(f"{stage}: {tokens:,} tokens")
+
+
+def holds_tokens(path: Path) -> bool:
+    """Whether these are completions rather than text: a token file, its index, or a directory with token files."""
+    return path.suffix == ".bin" or path.with_suffix(".bin").is_file() or (path.is_dir() and any(path.glob("*.bin")))
+
+
+def vocabulary_of(path: Path) -> int:
+    """Tokens that a model gives logits for."""
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(path).get_text_config().vocab_size)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ZerodraftError(
+            f"'{path}' has no model configuration with a vocab_size: name the target that the tokens are for."
+        ) from error
