@@ -139,7 +139,7 @@ def test_help_all_explains_every_key_of_a_recipe(name: str, capsys: pytest.Captu
 def test_no_words_means_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in COMMANDS)
+    assert all(f"  {name} " in text for name in COMMANDS)
 
 
 def test_help_of_the_installed_program_does_not_import_torch() -> None:

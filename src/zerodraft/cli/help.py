@@ -19,13 +19,14 @@ COLUMN = 32
 
 def overview(commands: dict[str, type[Command]]) -> str:
     """The text of `zerodraft --help`."""
+    width = max(map(len, commands)) + 2
     lines = [
         "usage: zerodraft COMMAND [...]",
         "",
         "Zero Token Transformers: layers reused in cycles, and a different depth for every token.",
         "",
         "commands",
-        *(f"  {name:<12}{summary(command)}" for name, command in commands.items()),
+        *(f"  {name:<{width}}{summary(command)}" for name, command in commands.items()),
         "",
         "  zerodraft COMMAND --help explains a command; zerodraft --version tells the version.",
         "",
