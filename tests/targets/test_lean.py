@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
 from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
@@ -111,6 +111,26 @@ def test_a_prompt_in_pieces_is_the_prompt(model: Any, lengths: tuple[int, ...]) 
     assert gap(found[mask], expected.taps[mask]) < 2e-5
     a, b = (score(target, [20] * len(lengths), [TREE] * len(lengths)).logits for target in (whole, pieces))
     assert gap(a, b) < 2e-5
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 7)])
+@torch.no_grad()
+def test_the_text_can_be_handed_over_to_another_cache(model: Any, lengths: tuple[int, ...]) -> None:
+    rows = [tokens(1, n, seed=n)[0] for n in lengths]
+    batch, target = left_padded(rows), lean(model)
+    target.prefill(batch["input_ids"], batch["attention_mask"].bool(), ())
+    score(target, [20] * len(rows), [TREE] * len(rows))
+    target.keep([[0, 1, 5]] * len(rows))
+    cache = DynamicCache(config=model.config)
+    target.export(cache)
+    assert cache.get_seq_length() == 10
+    mask = torch.cat([batch["attention_mask"], torch.ones(len(rows), 4, dtype=torch.long)], 1)
+    positions = torch.tensor([[n + 3] for n in lengths])
+    ids = torch.full((len(rows), 1), 21)
+    out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions)
+    for row, text in enumerate(rows):
+        whole = plain(model, [*text.tolist(), 20, 5, 9, 21])
+        assert gap(out.logits[row, -1], whole.logits[0, -1]) < 2e-5
 
 
 def test_the_buffer_grows_and_scores_without_keep_leave_no_trace() -> None:

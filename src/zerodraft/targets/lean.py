@@ -8,12 +8,12 @@ Legend: B rows of the batch, T tokens of one call, N = B*T, H hidden size, D hea
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from zerodraft.decoding.protocols import TargetOutput
 
@@ -46,6 +46,7 @@ class LeanTarget:
         self._model = weakref.ref(model)
         self._weights = weights
         self._lengths: list[int] = []
+        self._padding: list[int] = []
         self._rows = torch.empty(0, 1, dtype=torch.int64)
         self._slots = 0
         self._kv = torch.empty(0)
@@ -76,6 +77,7 @@ class LeanTarget:
             kept = [range(count)] * batch
         else:
             kept = [row.nonzero().flatten().tolist() for row in mask]
+        self._padding = [known + count - len(row) for known, row in zip(self._padding, kept, strict=True)]
         self.keep(kept)
         return output
 
@@ -91,7 +93,7 @@ class LeanTarget:
         self._make_room(*ids.shape)
         return self._forward(ids, depth, visible, taps, last_only=False)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep these of the last call's tokens, one rising list of indices a row; see the protocol."""
         for row, indices in enumerate(kept):
@@ -104,10 +106,24 @@ class LeanTarget:
         if len(kept) > 1:
             self._rows = torch.tensor(self._lengths)[:, None]
 
+    def export(self, cache: Cache) -> None:
+        """Put the text's keys and values into an empty cache of transformers, at the columns that `generate` would give
+        them: behind the padding."""
+        weights = self._weights
+        ends = [pad + length for pad, length in zip(self._padding, self._lengths, strict=True)]
+        for index, kv in enumerate(self._kv):
+            columns = kv.new_zeros(*kv.shape[:2], max(ends), kv.shape[3])
+            for row, (pad, end) in enumerate(zip(self._padding, ends, strict=True)):
+                columns[row, :, pad:end] = kv[row, :, : end - pad]
+            keys, values = columns.split(weights.kv_heads, 1)
+            keys = keys.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            cache.update(keys, values.contiguous(), index)
+
+    @torch.inference_mode()
     def _make_room(self, batch: int, count: int) -> None:
         weights = self._weights
         if not self._lengths:
-            self._lengths = [0] * batch
+            self._lengths, self._padding = [0] * batch, [0] * batch
             self._rows = torch.zeros(batch, 1, dtype=torch.int64)
         needed, capacity = self._slots + count, self._rope.shape[0]
         if needed <= capacity:
@@ -157,11 +173,30 @@ class LeanTarget:
     ) -> TargetOutput:
         weights = self._weights
         batch, count = ids.shape
+        x, tapped = self._layers(ids, depth, visible, taps)
+        # from here on outside of inference mode, so that callers may write into what they get
+        wanted = None
+        if taps:
+            if len(weights.layers) in taps:
+                # the last of transformers' hidden states is behind the final norm
+                tapped[len(weights.layers)] = F.rms_norm(x, x.shape[-1:], weights.final_gain, weights.eps)
+            wanted = torch.stack([tapped[tap] for tap in taps], dim=1).view(batch, count, len(taps), -1)
+        if last_only:
+            x = x.view(batch, count, -1)[:, -1]
+        logits = weights.head(_unit(x, weights.floor)).view(batch, 1 if last_only else count, -1)
+        return TargetOutput(logits=logits, taps=wanted)
+
+    @torch.inference_mode()
+    def _layers(
+        self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The residual stream behind the last layer (N, H), and in front of the tapped layers."""
+        weights = self._weights
+        batch, count = ids.shape
         rows, past, end = batch * count, self._slots, self._slots + count
         q_heads, all_heads, half = weights.heads, weights.heads + 2 * weights.kv_heads, weights.head_dim // 2
-        turning, floor, head_floor = q_heads + weights.kv_heads, weights.floor, weights.head_floor
-        scale = weights.score_scale
-        causal = visible is None and past == 0
+        turning, floor, scale = q_heads + weights.kv_heads, weights.floor, weights.score_scale
+        alone = visible is None and past == 0 and count > 1
         biases = {w: self._bias(depth, visible, w) for w in {layer.window for layer in weights.layers}}
         turns = self._turns(depth)
         seen = self._kv[:, :, :, :end]
@@ -177,44 +212,22 @@ class LeanTarget:
             qkv = layer.qkv(_unit(x, floor))
             if layer.qk_gain is not None:
                 qk = qkv.view(rows, all_heads, -1)[:, :turning]
-                qk.copy_(_unit(qk, head_floor).mul_(layer.qk_gain))
+                qk.copy_(_unit(qk, weights.head_floor).mul_(layer.qk_gain))
             pairs = torch.view_as_complex(qkv.view(rows, all_heads, half, 2))
-            heads = torch.view_as_real(pairs * turns).view(batch, count, all_heads, -1).transpose(1, 2)
+            heads = torch.view_as_real(pairs.mul_(turns)).view(batch, count, all_heads, -1).transpose(1, 2)
             fresh[index].copy_(heads[:, q_heads:])
             bias = biases[layer.window]
-            attended = _flash(
-                heads[:, :q_heads],
-                keys[index],
-                values[index],
-                0.0,
-                causal and bias is None and count > 1,
-                attn_mask=bias,
-                scale=scale,
-            )[0]
+            causal = alone and bias is None
+            q = heads[:, :q_heads]
+            attended = _flash(q, keys[index], values[index], 0.0, causal, attn_mask=bias, scale=scale)[0]
             x = layer.out.add(attended.transpose(1, 2).reshape(rows, -1), x)
             y = _unit(x, floor)
             x = layer.down.add(layer.up.times(y, layer.gate.silu(y)), x)
-
-        wanted = self._tapped(taps, tapped, x, (batch, count))
-        if last_only:
-            x = x.view(batch, count, -1)[:, -1]
-        logits = weights.head(_unit(x, floor)).view(batch, 1 if last_only else count, -1)
-        return TargetOutput(logits=logits, taps=wanted)
-
-    def _tapped(
-        self, taps: Sequence[int], inputs: dict[int, Tensor], x: Tensor, shape: tuple[int, int]
-    ) -> Tensor | None:
-        """Stack the tapped states: (B, T, F, H). The last of transformers' hidden states is behind the final norm."""
-        if not taps:
-            return None
-        weights = self._weights
-        if len(weights.layers) in taps:
-            inputs[len(weights.layers)] = F.rms_norm(x, x.shape[-1:], weights.final_gain, weights.eps)
-        return torch.stack([inputs[tap] for tap in taps], dim=1).view(*shape, len(taps), -1)
+        return x, tapped
 
 
 def _unit(x: Tensor, floor: Tensor) -> Tensor:
     """RMS norm but for the gain and a factor of sqrt(width), which the weights have taken in: the hypotenuse is
     sqrt(sum of squares + width * eps)."""
-    length: Any = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.hypot(length, floor)
