@@ -25,11 +25,13 @@ class Lattice:
 
     `chain` says that each row was computed given the first candidate of the row before (an autoregressive drafter, a
     prompt lookup), so that only the first candidates form a path and the others are alternatives to its next token.
+    `drawn` says that these first candidates were drawn at random, from the candidates' renormalised mass `exp(log_q)`.
     """
 
     ids: Int64[np.ndarray, "k m"]
     log_q: Float32[np.ndarray, "k m"]
     chain: bool = False
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.log_q.shape or self.ids.ndim != 2:

@@ -4,8 +4,9 @@ A block is [last token, mask, mask, ...]. Its slots see each other in both direc
 with one denoising step (DiffuSpec, arXiv 2510.02358), and besides the target's own hidden states at all positions up to
 it (the conditioning of DFlash, arXiv 2602.06036). What is ours: drafter layer i stands in for the target layer
 whose input it is fed with. It starts from that layer's weights, its context is exactly what that layer saw in the
-target, and the block enters as the hidden state of the last known position plus a projection of the newest token's
-embedding, so that before any training the drafter already computes nearly what the target's upper layers would.
+target, and each slot enters as the hidden state of the last known position plus its own projection of that state and
+of the newest token's embedding, so that before any training the drafter already computes nearly what the target's upper
+layers would.
 
 Slot j of a block after position t predicts the token at position t + 2 + j: slot 0 holds the known token t + 1.
 
@@ -167,8 +168,9 @@ class BlockDrafterModel(PreTrainedModel):
         check_target_config(target)
         size = target.hidden_size
         self.layers = nn.ModuleList(BlockLayer(target, config.qk_norm, config.attention_bias) for _ in config.layers)
-        self.token_proj = nn.Linear(size, size, bias=False)
-        self.slots = nn.Parameter(torch.zeros(config.block_size, size))
+        self.state_norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
+        self.token_norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
+        self.slots = nn.Linear(2 * size, config.block_size * size)
         self.norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(target)
         vocabulary = config.draft_vocab_size or target.vocab_size
@@ -185,13 +187,11 @@ class BlockDrafterModel(PreTrainedModel):
 
     def rotate(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions."""
-        return self.rotary(self.slots, positions)
+        return self.rotary(self.norm.weight, positions)
 
-    def enter(self, state: Float[Tensor, "B A H"], embedding: Float[Tensor, "B A H"]) -> Float[Tensor, "B A*K H"]:
-        """The slots' first inputs, from the first tap at the last known position and the newest token's embedding."""
-        known = state + self.token_proj(embedding)
-        blank = state[:, :, None] + self.slots[1:]
-        return torch.cat([known[:, :, None] + self.slots[0], blank], dim=2).flatten(1, 2)
+    def entry(self, state: Float[Tensor, "*s H"], embedding: Float[Tensor, "*s H"]) -> Float[Tensor, "*s J"]:
+        """What `slots` projects: the first tap at the last known position and the newest token's embedding, normed."""
+        return torch.cat([self.state_norm(state), self.token_norm(embedding)], dim=-1)
 
     def forward(
         self,
@@ -210,7 +210,9 @@ class BlockDrafterModel(PreTrainedModel):
         """
         k = self.config.block_size
         rows = torch.arange(len(taps), device=taps.device)[:, None]
-        x = self.enter(taps[rows, anchors, 0], embeddings)
+        state = taps[rows, anchors, 0]
+        x = state[:, :, None] + self.slots(self.entry(state, embeddings)).unflatten(-1, (k, -1))
+        x = x.flatten(1, 2)
         here = torch.arange(taps.shape[1], device=taps.device)
         slots = (anchors[:, :, None] + 1 + torch.arange(k, device=taps.device)).flatten(1)
         mask = training_mask(kept, anchors, k)
@@ -293,7 +295,11 @@ def drafter_from_target(
                     parameter.copy_(weights[name])
         if hasattr(decoder, "norm"):
             drafter.norm.weight.copy_(decoder.norm.weight)
-        drafter.token_proj.weight.copy_(torch.eye(config.hidden_size))
+        # only the known token's slot starts with anything of its own: the embedding, at its usual size
+        embedding: Any = target.get_input_embeddings()
+        usual = embedding.weight.float().pow(2).mean(1).sqrt().mean()
+        drafter.slots.weight.zero_()
+        drafter.slots.weight[: config.hidden_size, config.hidden_size :] = usual * torch.eye(config.hidden_size)
     return drafter
 
 

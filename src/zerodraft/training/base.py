@@ -176,6 +176,8 @@ def training_arguments(recipe: TrainingRecipe, output: str, seed: int, **kwargs:
         save_steps=recipe.save_every or recipe.steps,
         save_total_limit=recipe.keep_checkpoints,
         dataloader_drop_last=True,
+        # torch warns when there is nothing to pin memory for
+        dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
         **kwargs,

@@ -77,13 +77,15 @@ def collate(features: FeatureCache, indices: list[int], anchors: list[Int[Tensor
     )
 
 
-def draw_anchors(features: FeatureCache, index: int, count: int) -> Int[Tensor, "A"]:
+def draw_anchors(features: FeatureCache, index: int, count: int, seed: int) -> Int[Tensor, "A"]:
     """`count` random block starts in a completion, different ones as long as there are enough."""
+    dice = torch.Generator().manual_seed(seed)
     tokens, prompt_length = features.completions[index]
     first = first_anchor(prompt_length)
     choices = len(tokens) - 2 - first
-    order = torch.randperm(choices)
-    return first + (order[:count] if count <= choices else torch.randint(choices, (count,)))
+    if count > choices:
+        return first + torch.randint(choices, (count,), generator=dice)
+    return first + torch.randperm(choices, generator=dice)[:count]
 
 
 def block_loss(

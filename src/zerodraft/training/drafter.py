@@ -72,7 +72,7 @@ class DrafterTrainer(RecipeTrainer):
         """A batch with random blocks in the given sequences."""
         indices = [example["index"] for example in examples]
         drafter: Any = self.model
-        anchors = [draw_anchors(self.features, i, self.block_loss.anchors) for i in indices]
+        anchors = [draw_anchors(self.features, e["index"], self.block_loss.anchors, e["seed"]) for e in examples]
         blocks = collate(self.features, indices, anchors, drafter.config.block_size)
         return {
             "taps": blocks.taps, "kept": blocks.kept, "tokens": blocks.tokens,
@@ -122,16 +122,28 @@ def acceptance_metrics(acceptance: Acceptance) -> dict[str, float]:
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, int]]):
-    """Numbers of the sequences to train on; the collator looks them up."""
+    """Numbers of the sequences to train on, and a seed for the places of their blocks; the collator looks them up.
 
-    def __init__(self, indices: Sequence[int]) -> None:
-        self.indices = list(indices)
+    Seeds follow from the pass over the data, not from a random state: a resumed run could not restore one while batches
+    are fetched ahead.
+    """
+
+    def __init__(self, indices: Sequence[int], seed: int) -> None:
+        self.indices, self.seed, self.epoch = list(indices), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader before each pass."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict[str, int]:
-        return {"index": self.indices[i]}
+        index = self.indices[i]
+        return {
+            "index": index,
+            "seed": int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0]),
+        }
 
 
 def train_drafter(
@@ -160,6 +172,13 @@ def train_drafter(
     drafter = _drafter(recipe, target, completions, train)
     taps = [*drafter.config.layers, target.config.get_text_config().num_hidden_layers]
     features = FeatureCache(target, completions, taps, Path(recipe.cache or folder / "features"))
+    if recipe.cached_only:
+        train = [i for i in train if i in features]
+        if len(train) < recipe.training.batch_size:
+            raise ZerodraftError(
+                f"cached_only is set, but the hidden states of only {len(train)} completions are in "
+                f"'{features.folder}': give the cache of an earlier run, or leave cached_only out."
+            )
 
     arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
     resumed_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
@@ -178,8 +197,8 @@ def train_drafter(
         head=head,
         model=drafter,
         args=arguments,
-        train_dataset=Sequences(train),
-        eval_dataset=Sequences(held_back),
+        train_dataset=Sequences(train, recipe.seed),
+        eval_dataset=Sequences(held_back, recipe.seed),
         callbacks=[ProgressBar(blocks, "blocks")] if callbacks is None else list(callbacks),
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -76,6 +76,8 @@ class DrafterRecipe:
     """Folder for checkpoints, logs, the drafter (`model/`) and `results.json`."""
     cache: str | None = None
     """Folder for the target's hidden states (some GB); the default is `features` in the output folder."""
+    cached_only: bool = False
+    """Train only on completions whose hidden states an earlier run left in `cache`, instead of computing more."""
     seed: int = 0
     """Seeds the order of the data, the blocks' places and what is held back."""
     drafter: BlockRecipe = field(default_factory=BlockRecipe)

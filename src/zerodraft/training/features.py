@@ -39,7 +39,7 @@ class FeatureCache:
     """
 
     def __init__(self, target: Any, completions: Completions, taps: Sequence[int], folder: Path) -> None:
-        self.target, self.completions, self.taps = target, completions, tuple(taps)
+        self.target, self.completions, self.taps, self.folder = target, completions, tuple(taps), folder
         self._starts = np.cumsum([0, *completions.lengths])
         hidden = target.config.get_text_config().hidden_size
         shape = (int(self._starts[-1]), len(self.taps), hidden)
@@ -69,6 +69,9 @@ class FeatureCache:
     def share_done(self) -> float:
         """Share of the sequences that are on disk."""
         return float(self._done.mean())
+
+    def __contains__(self, index: int) -> bool:
+        return bool(self._done[index])
 
     def __getitem__(self, index: int) -> Float[Tensor, "n F H"]:
         """Hidden states of one sequence, float32 on the CPU."""

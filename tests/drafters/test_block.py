@@ -1,0 +1,157 @@
+"""The block drafter: its network against a loop over single blocks, and decoding against its network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from zerodraft.decoding.protocols import Progress
+from zerodraft.drafters.block import BlockDrafter
+from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target, training_mask
+from zerodraft.errors import ZerodraftError
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+TARGETS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+def make(family: str = "llama", draft_ids: Tensor | None = None, block_size: int = 4):
+    torch.manual_seed(0)
+    target = TARGETS[family]().eval()
+    drafter = drafter_from_target(target, num_layers=2, block_size=block_size, draft_ids=draft_ids).eval()
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return target, drafter
+
+
+def states(target, ids: Tensor) -> Tensor:
+    hidden = target(ids, output_hidden_states=True).hidden_states
+    return torch.stack([hidden[i] for i in (2, 3)], dim=2)
+
+
+def draft_plainly(target, drafter: BlockDrafterModel, ids: Tensor, taps: Tensor) -> Tensor:
+    """Log-probabilities over the draft vocabulary of one block after `ids`, whose last token has no states yet."""
+    n = taps.shape[1]
+    assert ids.shape[1] == n + 1
+    embedding = target.get_input_embeddings().weight[ids[:, -1:]]
+    hidden = drafter(taps, torch.ones(1, n, dtype=torch.bool), torch.tensor([[n - 1]]), embedding)
+    return (hidden[0, 0] @ target.get_output_embeddings().weight[drafter.draft_ids].T).log_softmax(-1)
+
+
+@torch.no_grad()
+def test_blocks_of_one_pass_are_blocks_alone() -> None:
+    target, drafter = make()
+    ids = torch.randint(64, (2, 20))
+    taps, kept = states(target, ids), torch.ones(2, 20, dtype=torch.bool)
+    anchors = torch.tensor([[3, 11, 7], [18, 0, 3]])
+    embedding = target.get_input_embeddings().weight[ids.gather(1, anchors + 1)]
+    together = drafter(taps, kept, anchors, embedding)
+    for row in range(2):
+        for block, t in enumerate(anchors[row].tolist()):
+            alone = draft_plainly(target, drafter, ids[row : row + 1, : t + 2], taps[row : row + 1, : t + 1])
+            logits = together[row, block] @ target.get_output_embeddings().weight.T
+            assert torch.allclose(logits.log_softmax(-1), alone, atol=1e-5)
+
+
+def test_training_mask_element_by_element() -> None:
+    kept, anchors, k = torch.tensor([[True] * 5, [True] * 3 + [False] * 2]), torch.tensor([[1, 4], [2, 0]]), 3
+    mask = training_mask(kept, anchors, k)
+    assert mask.shape == (2, 1, 6, 11)
+    for row in range(2):
+        for query in range(6):
+            for key in range(11):
+                if key < 5:
+                    expected = bool(kept[row, key]) and key <= anchors[row, query // k]
+                else:
+                    expected = (key - 5) // k == query // k
+                assert mask[row, 0, query, key] == expected
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@torch.no_grad()
+def test_decoding_agrees_with_the_network(family: str) -> None:
+    """Through several steps that accept different numbers, past the first size of the cache, two rows at once."""
+    draft_ids = torch.arange(0, 64, 2)
+    target, drafter = make(family, draft_ids)
+    fast = BlockDrafter(drafter, target, candidates=5)
+    session = fast.start(2, torch.device("cpu"), None)
+    ids = torch.randint(64, (2, 330))
+    taps = [states(target, ids[row : row + 1]) for row in range(2)]
+    known = [0, 0]
+    for steps in ((6, 250), (1, 3), (4, 0), (290, 20)):
+        progress = []
+        for row, step in enumerate(steps):
+            first = known[row] + (known[row] > 0)
+            known[row] += step
+            tokens = ids[row, first : known[row] + 1] if step else ids[row, :0]
+            progress.append(Progress(tokens, taps[row][0, known[row] - step : known[row]]))
+        session.observe(progress)
+        lengths = [4 if steps[0] else 0, 3 if steps[1] else 0]
+        for row, lattice in enumerate(session.propose(lengths)):
+            assert len(lattice) == lengths[row]
+            if lengths[row]:
+                log_q = draft_plainly(target, drafter, ids[row : row + 1, : known[row] + 1], taps[row][:, : known[row]])
+                top = log_q[: lengths[row]].topk(5)
+                assert torch.allclose(torch.from_numpy(lattice.log_q), top.values, atol=1e-4)
+                assert torch.equal(torch.from_numpy(lattice.ids), draft_ids[top.indices])
+
+
+@torch.no_grad()
+def test_starts_from_the_targets_layers() -> None:
+    torch.manual_seed(0)
+    target = TARGETS["llama"]()
+    drafter = drafter_from_target(target, num_layers=2)
+    assert drafter.config.layers == [2, 3]
+    weights = dict(target.model.layers[3].named_parameters())
+    for name, parameter in drafter.layers[1].named_parameters():
+        assert torch.equal(parameter, weights[name])
+    assert torch.equal(drafter.norm.weight, target.model.norm.weight)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    target, drafter = make(draft_ids=torch.arange(7, 27))
+    drafter.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = BlockDrafter.from_pretrained(tmp_path, target)
+    assert (loaded.taps, loaded.max_length) == ((2, 3), 4)
+    assert torch.equal(loaded.model.draft_ids, torch.arange(7, 27))
+    for ours, theirs in zip(loaded.model.parameters(), drafter.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    names = set(BlockDrafterModel.from_pretrained(tmp_path).state_dict())
+    assert not any("embed" in name or "head" in name for name in names)
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "num_hidden_layers"])
+def test_another_target_is_refused(size: str) -> None:
+    _, drafter = make()
+    other = LlamaForCausalLM(LlamaConfig(**(SIZES | {size: SIZES[size] * 2})))
+    with pytest.raises(ZerodraftError, match=f"{size}={SIZES[size]}, this target has {SIZES[size] * 2}"):
+        BlockDrafter(drafter, other)
+
+
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    target, drafter = make()
+    drafter.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ZerodraftError, match="could not be loaded"):
+        BlockDrafter.from_pretrained(tmp_path, target)
+
+
+def test_too_many_layers_are_refused() -> None:
+    with pytest.raises(ZerodraftError, match="9 layers was asked for, the target has 4"):
+        drafter_from_target(TARGETS["llama"](), num_layers=9)

@@ -1,0 +1,232 @@
+"""Training a block drafter: examples, loss and acceptance against loops, and a whole run with resume."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zerodraft.decoding.protocols import Progress
+from zerodraft.drafters.block import BlockDrafter
+from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.acceptance import measure_acceptance
+from zerodraft.training.blocks import block_loss, collate, draw_anchors, first_anchor
+from zerodraft.training.completions import read_completions
+from zerodraft.training.drafter import frequent_tokens, split_completions, train_drafter
+from zerodraft.training.drafter_recipe import load_drafter_recipe
+from zerodraft.training.features import FeatureCache
+
+VOCABULARY, LAYERS = 64, 3
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("target")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def target(target_folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(target_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def completions_folder(target: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Greedy and sampled completions by the target itself."""
+    folder = tmp_path_factory.mktemp("completions")
+    torch.manual_seed(1)
+    sequences, index = [], []
+    for i in range(24):
+        prompt = torch.randint(VOCABULARY, (1, 3 + i % 5))
+        how = {"do_sample": False} if i % 3 else {"do_sample": True, "temperature": 0.8, "top_k": 0}
+        ids = target.generate(prompt, max_new_tokens=20 + i, eos_token_id=None, pad_token_id=0, **how)[0]
+        sequences.append(ids.numpy())
+        index.append({"n": len(ids), "p": prompt.shape[1], "temp": 0.0 if i % 3 else 0.8, "src": "test"})
+    (folder / "a.bin").write_bytes(np.concatenate(sequences).astype("<u2").tobytes())
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in index))
+    return folder
+
+
+@pytest.fixture
+def features(target: LlamaForCausalLM, completions_folder: Path, tmp_path: Path) -> FeatureCache:
+    return FeatureCache(target, read_completions(completions_folder), [1, 2, LAYERS], tmp_path / "features")
+
+
+@torch.no_grad()
+def test_features_are_the_targets_states(features: FeatureCache, target: LlamaForCausalLM) -> None:
+    tokens, _ = features.completions[3]
+    hidden = target(torch.from_numpy(tokens)[None], output_hidden_states=True).hidden_states
+    for _ in range(2):  # computed, then read
+        for tap, layer in enumerate([1, 2, LAYERS]):
+            assert torch.allclose(features[3][:, tap], hidden[layer][0], rtol=1e-3, atol=1e-3)
+    assert features.share_done == pytest.approx(1 / 24)
+
+
+def test_features_of_another_target_are_not_taken(
+    features: FeatureCache, target_folder: Path, completions_folder: Path, tmp_path: Path
+) -> None:
+    before = features[0]
+    other = LlamaForCausalLM.from_pretrained(target_folder).eval()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(-1)
+    anew = FeatureCache(other, features.completions, features.taps, tmp_path / "features")
+    assert anew.share_done == 0
+    assert not torch.allclose(anew[0], before, atol=0.1)
+
+
+def test_features_need_room(
+    target: LlamaForCausalLM, completions_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ZerodraftError, match="GB are free"):
+        FeatureCache(target, read_completions(completions_folder), [1], tmp_path / "small")
+
+
+def test_blocks_against_a_loop(features: FeatureCache) -> None:
+    torch.manual_seed(0)
+    indices, k = [2, 9], 5
+    anchors = [draw_anchors(features, i, 30, seed=i) for i in indices]
+    blocks = collate(features, indices, anchors, k)
+    for row, i in enumerate(indices):
+        tokens, prompt_length = features.completions[i]
+        for a, t in enumerate(anchors[row].tolist()):
+            assert first_anchor(prompt_length) <= t <= len(tokens) - 3
+            assert blocks.newest[row, a] == tokens[t + 1]
+            for j in range(k):
+                inside = t + 2 + j < len(tokens)
+                assert blocks.is_label[row, a, j] == inside
+                if inside:
+                    assert blocks.labels[row, a, j] == tokens[t + 2 + j]
+                    assert torch.equal(blocks.target_states[row, a, j], features[i][t + 1 + j, -1])
+        assert blocks.kept[row].sum() == len(tokens)
+
+
+@torch.no_grad()
+def test_target_states_give_the_completions_tokens(features: FeatureCache, target: LlamaForCausalLM) -> None:
+    """The labels and the distributions fit: greedy completions are what the target's states choose."""
+    blocks = collate(features, [1], [draw_anchors(features, 1, 10, seed=0)], 4)
+    chosen = target.lm_head(blocks.target_states).argmax(-1)
+    assert torch.equal(chosen[blocks.is_label], blocks.labels[blocks.is_label])
+
+
+@pytest.mark.parametrize("label", ["tokens", "distribution", "both"])
+def test_loss_against_a_loop(label) -> None:
+    torch.manual_seed(0)
+    q, p = torch.randn(2, 3, 4, 7), torch.randn(2, 3, 4, 7)
+    labels, counts = torch.randint(-1, 7, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
+    parts = {"tokens": [0.0, 0.0], "distribution": [0.0, 0.0]}
+    for b, a, j in np.ndindex(2, 3, 4):
+        if counts[b, a, j]:
+            log_q, log_p = q[b, a, j].log_softmax(0), p[b, a, j].log_softmax(0)
+            if labels[b, a, j] >= 0:
+                parts["tokens"][0] -= 0.7**j * log_q[labels[b, a, j]].item()
+                parts["tokens"][1] += 0.7**j
+            parts["distribution"][0] += 0.7**j * (log_p.exp() * (log_p - log_q)).sum().item()
+            parts["distribution"][1] += 0.7**j
+    means = {name: total / weight for name, (total, weight) in parts.items()}
+    expected = sum(means.values()) / 2 if label == "both" else means[label]
+    assert block_loss(q, p, labels, counts, label, 0.7).item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_acceptance_is_that_of_decoding(features: FeatureCache, target: LlamaForCausalLM) -> None:
+    """The measured tokens per pass are those of a plain loop of draft and check with the drafter at work."""
+    torch.manual_seed(0)
+    model = drafter_from_target(target, num_layers=2, block_size=4).eval()
+    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    indices = [1, 2, 4, 5]
+    measured = measure_acceptance(model, features, indices, embedding, head)
+    drafter, new_tokens, accepted = BlockDrafter(model, target), 0, []
+    for i in indices:
+        tokens, prompt_length = features.completions[i]
+        session, t, seen = drafter.start(1, torch.device("cpu"), None), prompt_length - 1, 0
+        while t < len(tokens) - 2:
+            session.observe([Progress(torch.tensor(tokens[seen : t + 2]), features[i][seen : t + 1, :-1])])
+            seen = t + 1
+            (lattice,) = session.propose([4])
+            right = (lattice.ids[:, 0][: len(tokens) - t - 2] == tokens[t + 2 : t + 6]).cumprod()
+            accepted.append(int(right.sum()))
+            t += accepted[-1] + 1
+        new_tokens += len(tokens) - prompt_length - 1
+    assert measured.steps == len(accepted)
+    assert measured.mat == pytest.approx(new_tokens / len(accepted))
+    for j in range(4):
+        assert measured.by_position[j] == pytest.approx(np.mean(np.array(accepted) > j))
+    assert np.allclose(measured.ranks.sum(1), 1)
+
+
+def test_held_back_completions_are_greedy_and_not_trained_on(completions_folder: Path) -> None:
+    completions = read_completions(completions_folder)
+    train, held_back = split_completions(completions, 5, seed=0)
+    assert len(held_back) == 5
+    assert not set(train) & set(held_back)
+    assert (completions.temperatures[held_back] == 0).all()
+    with pytest.raises(ZerodraftError, match="17 greedy completions are to be held back"):
+        split_completions(completions, 17, seed=0)
+
+
+def test_frequent_tokens(completions_folder: Path) -> None:
+    completions = read_completions(completions_folder)
+    counts = np.zeros(VOCABULARY)
+    for i in range(24):
+        tokens, prompt_length = completions[i]
+        for token in tokens[prompt_length:]:
+            counts[token] += 1
+    chosen = frequent_tokens(completions, range(24), 10, VOCABULARY).numpy()
+    assert counts[chosen].sum() == np.sort(counts)[-10:].sum()
+    with pytest.raises(ZerodraftError, match="another model"):
+        frequent_tokens(completions, range(24), 10, 40)
+
+
+def recipe(target_folder: Path, completions_folder: Path, out: Path, **training):
+    settings = {
+        "target": str(target_folder), "data": [str(completions_folder)], "out": str(out),
+        "drafter.layers": 2, "drafter.block_size": 4, "drafter.draft_vocab": 40,
+        "loss.label": "both", "loss.anchors": 6, "held_back.sequences": 4, "held_back.measured": 2,
+    }  # fmt: skip
+    training = {"steps": 40, "warmup_steps": 2, "learning_rate": 3e-3, "eval_every": 20, "save_every": 20} | training
+    return load_drafter_recipe(None, settings | {f"training.{key}": value for key, value in training.items()})
+
+
+def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
+    whole = train_drafter(recipe(target_folder, completions_folder, tmp_path / "whole"), callbacks=[])
+    assert whole["steps"] == 40
+    assert whole["held_back"]["mat"] >= 1
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().split("\n") if line]
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert [row["step"] for row in log if "eval_mat" in row] == [20, 40]
+
+    again = tmp_path / "again"
+    (tmp_path / "whole").rename(again)
+    for name in ("checkpoint-40", "model"):
+        for file in sorted((again / name).rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (again / name).rmdir()
+    (again / "results.json").unlink()
+    resumed = train_drafter(recipe(target_folder, completions_folder, again), resume=True, callbacks=[])
+    assert resumed["resumed_from"] == "checkpoint-20"
+    log = [json.loads(line) for line in (again / "log.jsonl").read_text().split("\n") if line]
+    assert [row["loss"] for row in log if "loss" in row] == losses
+    assert resumed["held_back"]["mat"] == whole["held_back"]["mat"]
+    model = BlockDrafterModel.from_pretrained(again / "model")
+    assert model.config.draft_vocab_size == 40
+
+    with pytest.raises(ZerodraftError, match="already holds a run"):
+        train_drafter(recipe(target_folder, completions_folder, again), callbacks=[])
+
+
+def test_only_cached_completions(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
+    settings = recipe(target_folder, completions_folder, tmp_path / "run", steps=2)
+    with pytest.raises(ZerodraftError, match="hidden states of only 0 completions"):
+        train_drafter(dataclasses.replace(settings, cached_only=True), callbacks=[])
