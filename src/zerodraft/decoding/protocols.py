@@ -91,8 +91,11 @@ class Drafter(Protocol):
     positions that it can fill at once.
     """
 
-    taps: Sequence[int]
-    max_length: int
+    @property
+    def taps(self) -> Sequence[int]: ...
+
+    @property
+    def max_length(self) -> int: ...
 
     def check(self, config: Any) -> None:
         """Raise `ZerodraftError` where this drafter does not fit a target with this transformers config."""

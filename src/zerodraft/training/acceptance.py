@@ -94,7 +94,7 @@ def _ranks(
     drafter: BlockDrafterModel, blocks: Blocks, embedding: Tensor, head: Tensor, ranks: int
 ) -> tuple[Int64[np.ndarray, "A K"], Float[np.ndarray, "A K"]]:
     """Rank of each right token among the drafter's choices (at most `ranks`), and its first choice's probability."""
-    device = drafter.slots.device
+    device = drafter.norm.weight.device
     hidden = drafter(
         blocks.taps[:, :, :-1].to(device), blocks.kept.to(device), blocks.anchors.to(device),
         embedding[blocks.newest.to(embedding.device)].to(device),
