@@ -145,7 +145,7 @@ def rows(lattice: Lattice) -> list[list[tuple[int, float]]]:
     ]
 
 
-LAMS = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+LAMS = st.sampled_from([0.0, 0.5, 0.75, 1.0])
 
 
 @given(lattice=lattices(), tau=st.sampled_from([0.0, 0.31, 0.8, 1.0]), m_max=st.integers(1, 6), eos=st.booleans())
@@ -298,10 +298,10 @@ def test_log_probabilities_that_are_no_numbers_are_refused() -> None:
 )
 def test_bad_settings_are_named(setting: dict) -> None:
     name, value = next(iter(setting.items()))
+    config = SearchConfig()
+    # past the checker of annotations, which users do not have
+    object.__setattr__(config, name, value)
     with pytest.raises(ZerodraftError, match=f"{name}={value!r}"):
-        config = SearchConfig(**({} if name == "expand" else setting))
-        # past the checker of annotations, which users do not have
-        object.__setattr__(config, name, value)
         config.__post_init__()
 
 

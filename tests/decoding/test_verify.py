@@ -178,6 +178,23 @@ def drawn(width: int, *, m: int = 2, k: int = 2, chain: bool = False, eos: tuple
     return step
 
 
+def autoregressive(prefix: tuple[int, ...], p: Callable, dice: Randomness) -> list[int]:
+    """A step whose drafter drew its chain itself, each token given the one before."""
+    ids, log_q = [], []
+    token = prefix[-1]
+    for _ in range(2):
+        # the candidates hold a part of the mass only
+        row = np.log(0.8 * np.random.default_rng([11, token]).dirichlet(np.ones(3))).astype(np.float32)
+        q = np.exp(row, dtype=np.float64)
+        token = int(dice.pick(q[None] / q.sum())[0])
+        order = [token, *(i for i in range(3) if i != token)]
+        ids.append(order)
+        log_q.append(row[order])
+    lattice = Lattice(np.array(ids), np.array(log_q), chain=True, drawn=True)
+    draft = sample_draft(lattice, SearchConfig(tau=0.1), dice, (1,))
+    return emitted(draft.tree, verify.sampled(draft, lambda node: p((*prefix, *path_to(draft.tree, node))), dice))
+
+
 DRAFTS: dict[str, tuple[Step, int]] = {
     "path": (deterministic(random_path), 3),
     "tree": (deterministic(random_tree), 3),
@@ -185,6 +202,7 @@ DRAFTS: dict[str, tuple[Step, int]] = {
     "sampled path with an EOS": (drawn(1, m=3, eos=(1,)), 2),
     "sampled chain": (drawn(1, m=3, chain=True), 2),
     "sampled tree": (drawn(2), 2),
+    "autoregressive": (autoregressive, 2),
 }
 """Each with the number of tokens whose distribution is enumerated (the outcomes multiply)."""
 

@@ -16,7 +16,7 @@ Legend: q drafter, p proxy, k positions, m candidates of a position, b states of
 """
 
 import heapq
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -45,21 +45,21 @@ class LatticeScores(NamedTuple):
 
 @runtime_checkable
 class ProxySession(Protocol):
-    """A proxy that follows one row of a generate call. States are opaque and hashable."""
+    """A proxy that follows one row of a generate call. What its states are is its own affair."""
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Take note of known tokens: the prompt, then whatever each step emits."""
         ...
 
-    def root(self) -> Hashable:
+    def root(self) -> Any:
         """The state after all known tokens."""
         ...
 
-    def score(self, states: Sequence[Hashable], candidates: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, "b m"]:
+    def score(self, states: Sequence[Any], candidates: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, "b m"]:
         """log p(candidate | state), natural, finite, at most 0."""
         ...
 
-    def advance(self, state: Hashable, token: int) -> Hashable:
+    def advance(self, state: Any, token: int) -> Any:
         """The state one token further. Pure."""
         ...
 
@@ -152,13 +152,16 @@ def prune(lattice: Lattice, config: SearchConfig, eos_ids: Collection[int] = ())
 
 @runtime_checkable
 class _Scorer(Protocol):
-    """Costs (negated scores) of the candidates of a position, for each of several contexts; padding costs infinity."""
+    """Costs (negated scores, in units of `unit`) of the candidates of a position, for each of several contexts; padding
+    costs infinity."""
 
-    def root(self) -> Any: ...
+    unit: float
 
-    def costs(self, i: int, contexts: Any) -> Float[np.ndarray, "b m"]: ...
+    def root(self) -> list[Any]: ...
 
-    def extend(self, i: int, contexts: Any, parents: Int64[np.ndarray, " b"], columns: Int64[np.ndarray, " b"]) -> Any:
+    def costs(self, i: int, contexts: list[Any]) -> Float[np.ndarray, "b m"]: ...
+
+    def extend(self, i: int, contexts: list[Any], parents: list[int], columns: list[int]) -> list[Any]:
         """The contexts after a candidate (a column) of position i each."""
         ...
 
@@ -166,41 +169,48 @@ class _Scorer(Protocol):
 class _Independent:
     """No proxy: a candidate costs the same after any path."""
 
+    unit = 1.0
+
     def __init__(self, q_cost: Float64[np.ndarray, "k m"]) -> None:
         self.q_cost = q_cost[:, None]
 
-    def root(self) -> None:
-        return None
+    def root(self) -> list[None]:
+        return [None]
 
-    def costs(self, i: int, contexts: None) -> Float[np.ndarray, "1 m"]:
+    def costs(self, i: int, contexts: list[None]) -> Float[np.ndarray, "1 m"]:
         return self.q_cost[i]
 
-    def extend(self, i: int, contexts: None, parents: Any, columns: Any) -> None:
-        return None
+    def extend(self, i: int, contexts: list[None], parents: list[int], columns: list[int]) -> list[None]:
+        return contexts
 
 
 class _Tabled:
-    """A proxy with a table; a context is the columns (a, b) of the two positions before."""
+    """A proxy with a table; a context is m * a + b of the columns (a, b) of the two positions before."""
 
     def __init__(self, q_cost: Float64[np.ndarray, "k m"], lam: float, table: LatticeScores) -> None:
-        self.weight = lam - 1
-        self.base = q_cost[:, None] + self.weight * table.pairs
-        self.extra = table.extra
+        k, self.m = q_cost.shape
+        # in units of the proxy's weight, so that what the search visits of the table need not be multiplied
+        self.unit = 1 - lam
+        self.base = (q_cost[:, None] / self.unit - table.pairs).astype(np.float32)
+        self.extra = table.extra.reshape(k, -1, self.m)
 
-    def root(self) -> tuple[Int64[np.ndarray, " b"], Int64[np.ndarray, " b"]]:
-        zero = np.zeros(1, np.int64)
-        return zero, zero
+    def root(self) -> list[int]:
+        return [0]
 
-    def costs(self, i: int, contexts: tuple) -> Float[np.ndarray, "b m"]:
-        a, b = contexts
-        return self.base[i].take(b, 0) + self.weight * self.extra[i][a, b]
+    def costs(self, i: int, contexts: list[int]) -> Float[np.ndarray, "b m"]:
+        costs = self.base[i].take([at % self.m for at in contexts], 0)
+        costs -= self.extra[i].take(contexts, 0)
+        return costs
 
-    def extend(self, i: int, contexts: tuple, parents: Any, columns: Any) -> tuple:
-        return contexts[1].take(parents), columns
+    def extend(self, i: int, contexts: list[int], parents: list[int], columns: list[int]) -> list[int]:
+        m = self.m
+        return [contexts[p] % m * m + c for p, c in zip(parents, columns, strict=True)]
 
 
 class _Stepped:
     """A proxy that looks back further; a context is its own state."""
+
+    unit = 1.0
 
     def __init__(
         self, q_cost: Float64[np.ndarray, "k m"], lam: float, proxy: ProxySession, ids: Int64[np.ndarray, "k m"]
@@ -208,16 +218,16 @@ class _Stepped:
         self.q_cost, self.weight, self.proxy = q_cost, lam - 1, proxy
         self.ids = [row[: int((row != NO_TOKEN).sum())] for row in ids]
 
-    def root(self) -> list[Hashable]:
+    def root(self) -> list[Any]:
         return [self.proxy.root()]
 
-    def costs(self, i: int, contexts: list[Hashable]) -> Float[np.ndarray, "b m"]:
+    def costs(self, i: int, contexts: list[Any]) -> Float[np.ndarray, "b m"]:
         ids = self.ids[i]
         return self.q_cost[i, : len(ids)] + self.weight * self.proxy.score(contexts, ids)
 
-    def extend(self, i: int, contexts: list[Hashable], parents: Any, columns: Any) -> list[Hashable]:
-        tokens = self.ids[i][columns].tolist()
-        return [self.proxy.advance(contexts[p], token) for p, token in zip(parents.tolist(), tokens, strict=True)]
+    def extend(self, i: int, contexts: list[Any], parents: list[int], columns: list[int]) -> list[Any]:
+        ids = self.ids[i]
+        return [self.proxy.advance(contexts[p], int(ids[c])) for p, c in zip(parents, columns, strict=True)]
 
 
 def _scorer(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None) -> _Scorer:
@@ -238,24 +248,28 @@ def beam(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None = Non
     scorer = _scorer(pruned, config, proxy)
     candidates = (pruned.ids != NO_TOKEN).sum(1).tolist()
     contexts = scorer.root()
-    totals = np.zeros((1, 1))
+    totals = np.zeros(1, np.float32)
     steps: list[tuple[list[int], list[int]]] = []
     for i, m in enumerate(candidates):
-        costs = scorer.costs(i, contexts) + totals
+        costs = totals[:, None] + scorer.costs(i, contexts)
         best = costs.argsort(axis=None, kind="stable")[: min(config.beam, m * len(totals))]
-        parents, columns = np.divmod(best, costs.shape[1])
-        totals = costs.take(best)[:, None]
+        totals = costs.take(best)
+        width = costs.shape[1]
+        # so few that lists are faster than arrays
+        at = best.tolist()
+        parents = [x // width for x in at]
+        columns = [x % width for x in at]
         contexts = scorer.extend(i, contexts, parents, columns)
-        steps.append((parents.tolist(), columns.tolist()))
+        steps.append((parents, columns))
     paths = []
     ids = pruned.ids.tolist()
-    for rank, cost in enumerate(totals[:, 0].tolist()):
+    for rank, cost in enumerate(totals.tolist()):
         tokens = []
         for i in range(len(steps) - 1, -1, -1):
             parents, columns = steps[i]
             tokens.append(ids[i][columns[rank]])
             rank = parents[rank]
-        paths.append(ScoredPath(tokens[::-1], -cost))
+        paths.append(ScoredPath(tokens[::-1], -cost * scorer.unit))
     return paths
 
 
@@ -301,7 +315,7 @@ def best_first(
         parents.append(parent)
         push(depth, parent, siblings, contexts)
         if depth + 1 < len(ids) and not (pruned.chain and at):
-            after = scorer.extend(depth, contexts, np.zeros(1, np.int64), np.array([at]))
+            after = scorer.extend(depth, contexts, [0], [at])
             push(depth + 1, node, children(depth + 1, cost, after), after)
     return DraftTree.from_lists(tokens, parents)
 
@@ -345,11 +359,17 @@ def sample_draft(
     """`config.beam` paths (`tree=False`: one) drawn from the pruned candidates' renormalised distributions.
 
     A path ends with its first EOS; in a chain also with the first token that is not the drafter's own, since the rows
-    after it do not follow from it. Both depend on the path so far alone, as exactness asks.
+    after it do not follow from it. Both depend on the path so far alone, as exactness asks. A chain that the drafter
+    drew itself is taken as it is, with the distributions that it was drawn from.
     """
+    if lattice.drawn:
+        first = lattice.ids[:, 0].tolist()
+        k = next(
+            (i + (token != NO_TOKEN) for i, token in enumerate(first) if token in (NO_TOKEN, *eos_ids)), len(first)
+        )
+        return SampledDraft.from_paths([first[:k]], lattice.ids[:k], _normalised(lattice.log_q[:k]))
     pruned = prune(lattice, config, eos_ids)
-    q = np.exp(pruned.log_q.astype(np.float64))
-    q /= q.sum(1, keepdims=True)
+    q = _normalised(pruned.log_q)
     paths = []
     for _ in range(config.beam if tree and len(pruned) else 1):
         path = []
@@ -359,3 +379,8 @@ def sample_draft(
                 break
         paths.append(path)
     return SampledDraft.from_paths(paths, pruned.ids, q)
+
+
+def _normalised(log_q: Float32[np.ndarray, "k m"]) -> Float64[np.ndarray, "k m"]:
+    q = np.exp(log_q, dtype=np.float64)
+    return q / q.sum(1, keepdims=True)
