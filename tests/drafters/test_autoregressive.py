@@ -57,6 +57,7 @@ def test_drafts_are_those_from_scratch_whatever_was_accepted(data: st.DataObject
                 continue
             ids, log_q = from_scratch(model, text, min(length, 5), 3)
             assert lattice.chain
+            assert not lattice.drawn
             assert lattice.ids[:, 0].tolist() == ids[:, 0].tolist()
             assert lattice.log_q == pytest.approx(log_q, abs=1e-4)
             accepted = lattice.ids[: data.draw(st.integers(0, len(lattice))), 0].tolist()
@@ -130,6 +131,7 @@ def test_sampled_paths_follow_the_seed_and_the_candidates_probabilities() -> Non
     # chi-square with 3 degrees of freedom: 16.3 is exceeded once in a thousand times, and the seeds are fixed
     assert ((counts - 200 * p) ** 2 / (200 * p)).sum() < 16.3
     for lattice in lattices[:20]:
+        assert lattice.drawn
         assert len(set(lattice.ids[0].tolist())) == 4
 
 

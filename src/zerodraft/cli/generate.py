@@ -111,6 +111,8 @@ class Generate(Command):
         if self.trace:
             console.print(trace(stats, tokenizer))
             console.print(trace_legend(stats))
+        else:
+            console.print()
         console.print(f"{summary(written, stats)}, drafts by {name}")
         compared = compare(model, inputs, sampling, written, console) if self.compare else {}
         return {

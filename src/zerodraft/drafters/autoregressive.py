@@ -127,7 +127,7 @@ class DraftRow:
             pending = [int(candidates[0])]
             if pending[0] in drafter.eos_ids:
                 break
-        return Lattice(np.stack(ids), np.stack(log_q), chain=True)
+        return Lattice(np.stack(ids), np.stack(log_q), chain=True, drawn=drafter.temperature > 0)
 
     def _feed(self, tokens: list[int]) -> Float[Tensor, "v"]:
         """Scores of the token after these."""

@@ -9,7 +9,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -220,21 +221,25 @@ def _complete(
     ]
 
 
-def _claimed(folder: Path) -> FileLock:
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
     """The directory, made if need be, held against other processes; what killed ones left half-written is removed."""
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (folder / MANIFEST).is_file() and not (folder / LOCK).is_file():
             raise ZerodraftError(f"'{folder}' holds other files: name a new directory for the completions.")
-        lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ZerodraftError(f"Another process is writing completions into '{folder}'.") from error
     except OSError as error:
         raise ZerodraftError(f"The directory '{folder}' cannot be written: {error.strerror or error}.") from error
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
-    return lock
+    try:
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _check_same(folder: Path, made_with: dict[str, Any]) -> None:
