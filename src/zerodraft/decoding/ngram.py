@@ -148,7 +148,8 @@ class NgramTable:
         for length in range(1, min(w, self.order - 1) + 1):
             index = self._index(contexts[:, w - length :])
             backoff = self.backoff if length == 1 else self.levels[length - 2].backoff
-            assert backoff is not None  # it is the highest order only that has none
+            if backoff is None or not len(backoff):  # no context of this length was seen
+                break
             seen = index >= 0
             scores += np.where(seen, backoff.take(index, mode="clip"), 0)[:, None]
             level = self.levels[length - 1]
@@ -255,7 +256,10 @@ def open_table(path: str | os.PathLike[str]) -> NgramTable:
         raise ZerodraftError(
             f"The n-gram table '{path}' cannot be read ({reason}): build one with 'zerodraft ngram build'."
         ) from error
-    return _from_header(json.loads(header), body, vocab_size)
+    table = _from_header(json.loads(header), body, vocab_size)
+    if any(level.start.max() > len(level.keys) for level in table.levels):
+        raise damaged
+    return table
 
 
 def _from_header(header: dict[str, Any], body: mmap.mmap, vocab_size: int) -> NgramTable:
