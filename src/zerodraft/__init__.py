@@ -2,6 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, DraftLength, FixedLength
+from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
+from zerodraft.decoding.search import CausalProxy, SearchConfig
+from zerodraft.decoding.stats import DecodeStats
+from zerodraft.drafters.autoregressive import AutoregressiveDrafter
+from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.exits import (
@@ -25,13 +32,27 @@ AutoModel.register(ZttConfig, ZttModel, exist_ok=True)
 AutoModelForCausalLM.register(ZttConfig, ZttForCausalLM, exist_ok=True)
 
 __all__ = [
+    "AdaptiveLength",
+    "AutoregressiveDrafter",
+    "CausalProxy",
     "ConfidenceExit",
+    "ContextProxy",
+    "CostAwareLength",
     "CycleOutput",
+    "DecodeStats",
+    "DiffuSpec",
+    "DraftLength",
     "EntropyExit",
     "ExitRule",
     "FixedExit",
+    "FixedLength",
+    "KenLMProxy",
     "KlExit",
     "LatentExit",
+    "MixtureProxy",
+    "NgramProxy",
+    "PromptLookupDrafter",
+    "SearchConfig",
     "ZeroMassExit",
     "ZerodraftError",
     "ZttCausalLMOutput",

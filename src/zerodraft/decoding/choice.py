@@ -120,8 +120,8 @@ class TokenChoice:
         blank = torch.zeros_like(what[0][0])
         return tuple(torch.stack([row[i] if i < len(row) else blank for row in what]) for i in range(tokens))
 
-    def so_far(self, row: int) -> Any:
-        """The scores of a row's tokens as stopping criteria want them."""
+    def so_far(self, row: int, tokens: int) -> Any:
+        """The scores of a row's first new tokens as stopping criteria want them."""
         if self.scores is None:
             return None
-        return tuple(scores.expand(self.rows, -1) for scores in self.scores[row])
+        return tuple(scores.expand(self.rows, -1) for scores in self.scores[row][:tokens])

@@ -9,6 +9,7 @@ Rows are independent: each accepts what it accepts, and a row that has ended wai
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -266,7 +267,9 @@ class Engine:
                 break
             text.add(token)
             count += 1
-            if text.stopped_at is None and self.stopping(at, token, text.ids(text.length), self.choice.so_far):
+            new = text.length - text.prompt_length
+            so_far = partial(self.choice.so_far, at, new)
+            if text.stopped_at is None and self.stopping(at, token, text.ids(text.length), so_far):
                 text.stopped_at = text.length
         self.choice.cut(at, text.length - text.prompt_length)
         return count

@@ -27,7 +27,7 @@ from zerodraft.decoding.target import HfTarget
 from zerodraft.decoding.verify import Dice, Randomness
 from zerodraft.errors import ZerodraftError
 
-MakeTarget = Callable[[Any], Target]
+MakeTarget = Callable[[Any], Target | None]
 Result = Tensor | GenerateDecoderOnlyOutput
 
 ROOM_FOR_DRAFTS = 64
@@ -44,7 +44,7 @@ class DiffuSpec:
         search: How a lattice of candidates becomes a draft.
         tree: Verify a tree of paths; False: the best path alone.
         sample_drafts: Where tokens are sampled, draw the draft at random too (exact as well).
-        make_target: Builds what runs the model (default: `HfTarget`, which runs any).
+        make_target: Builds what runs the model; `HfTarget`, which runs any, where it is not given or returns None.
         trace: Keep every step in `last_stats.trace`.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
@@ -132,12 +132,11 @@ class DiffuSpec:
             keep_logits=returns and bool(config.output_logits),
         )
         stopping = Stopping(stopping_criteria, rows)
-        if self.make_target is None:
+        target = None if self.make_target is None else self.make_target(model)
+        if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
             room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
-            target: Target = HfTarget(model, capacity=room, inputs=inputs)
-        else:
-            target = self.make_target(model)
+            target = HfTarget(model, capacity=room, inputs=inputs)
         engine = Engine(
             target=target,
             drafter=self.drafter,
@@ -163,16 +162,18 @@ class DiffuSpec:
         stream.end()
         sequences = stream.sequences(input_ids)
         new = sequences.shape[1] - input_ids.shape[1]
-        wanted = past_key_values is not None and (returns or getattr(past_key_values, "_is_user_defined", False))
-        if wanted and isinstance(target, HfTarget) and past_key_values is not None:
-            target.export(past_key_values)
+        export = getattr(target, "export", None)
+        if export is None:
+            past_key_values = None
+        elif past_key_values is not None and (returns or getattr(past_key_values, "_is_user_defined", False)):
+            export(past_key_values)
         self.last_result = sequences
         if returns:
             self.last_result = GenerateDecoderOnlyOutput(
                 sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
                 scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
                 logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
-                past_key_values=past_key_values if isinstance(target, HfTarget) else None,
+                past_key_values=past_key_values,
             )
 
 

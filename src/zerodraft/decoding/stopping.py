@@ -43,11 +43,11 @@ class Stopping:
             else:
                 self._others.append(criterion)
 
-    def __call__(self, row: int, token: int, ids: Int[Tensor, "1 T"], scores: Callable[[int], Any]) -> bool:
+    def __call__(self, row: int, token: int, ids: Int[Tensor, "1 T"], scores: Callable[[], Any]) -> bool:
         """Whether the row's text, which now ends with `token`, is finished."""
         stop = token in self.eos_ids or (self.max_length is not None and ids.shape[1] >= self.max_length)
         if self._others:
-            batch, so_far = ids.expand(self._rows, -1), scores(row)
+            batch, so_far = ids.expand(self._rows, -1), scores()
             for criterion in self._others:
                 said: Any = criterion(batch, so_far)
                 stop |= bool(said[row] if isinstance(said, Tensor) and said.ndim else said)
