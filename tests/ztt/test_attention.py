@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from zerodraft.ztt.attention import (
+    AdditiveMask,
     has_lse_kernel,
+    has_step_form,
     zero_attention_flex,
     zero_attention_lse,
     zero_attention_reference,
@@ -306,6 +308,34 @@ def test_the_output_does_not_depend_on_whether_the_mass_is_wanted(t: int, need_m
         out, mass = form(*x.inputs, mask=x.mask, is_causal=x.is_causal, scale=SCALE, need_mass=need_mass)
         assert relative(out, oracle(x.to(torch.float64))[0]) <= 1e-6
         assert (mass is not None) or not need_mass
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("mask", ["none", "bool", "window", "blocked", "inf", "least"])
+@torch.no_grad()
+def test_one_query_a_row_equals_the_oracle(mask: str, groups: int) -> None:
+    """The form of a decoding step, with what it takes for a mask; the output may not depend on who reads the mass."""
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        x = case(b=3, groups=groups, t=1, past=7, mask=mask, grad=False, dtype=dtype)
+        assert has_step_form(x.q, x.zero_key, None if x.mask is None else AdditiveMask.of(x.mask, x.q))
+        expected, expected_mass = oracle(x.to(torch.float64))
+        out, mass = lse(x)
+        assert relative(out, expected) <= bound
+        assert relative(mass, expected_mass) <= bound
+        unread, none = zero_attention_lse(*x.inputs, mask=x.mask, is_causal=False, scale=SCALE, need_mass=False)
+        assert torch.equal(unread, out)
+        assert none is None
+
+
+def test_the_form_of_a_decoding_step_is_for_nothing_else() -> None:
+    x = case(t=1, past=3, mask="none", grad=False)
+    assert not has_step_form(x.q, x.zero_key, None), "gradients"
+    with torch.no_grad():
+        assert has_step_form(x.q, x.zero_key, None)
+        longer, per_query, half = case(t=2), case(t=1, per_query=True), case(t=1, dtype=torch.bfloat16)
+        assert not any(has_step_form(y.q, y.zero_key, None) for y in (longer, per_query, half))
+        per_head = AdditiveMask.of(torch.ones(2, x.q.shape[1], 1, 4, dtype=torch.bool), x.q)
+        assert not has_step_form(x.q, x.zero_key, per_head)
 
 
 @pytest.mark.parametrize("form", [zero_attention_reference, zero_attention_sdpa])

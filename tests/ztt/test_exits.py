@@ -231,6 +231,27 @@ def test_exited_tokens_are_not_computed() -> None:
 
 
 @torch.no_grad()
+def test_the_mass_is_there_unless_the_rule_does_not_read_it() -> None:
+    model, seen = tiny("llama"), []
+
+    class Spy:
+        """Stops nobody, and notes what it is given."""
+
+        def __call__(self, out: CycleOutput) -> Tensor:
+            seen.append(out.zero_mass is None)
+            return torch.zeros(len(out.hidden), dtype=torch.bool)
+
+    class Blind(Spy):
+        reads_zero_mass = False
+
+    for rule in (Spy(), Blind()):
+        model(tokens(), exit_rule=rule)
+    assert seen == [False, False, True, True]
+    blind = [name for name, (rule, _) in SCORED.items() if not getattr(rule, "reads_zero_mass", True)]
+    assert blind == ["confidence", "entropy", "kl", "latent"]
+
+
+@torch.no_grad()
 def test_exits_in_bfloat16() -> None:
     model, ids = tiny("llama").bfloat16(), tokens(3, 10)
     for policy in POLICIES:

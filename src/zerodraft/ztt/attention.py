@@ -11,6 +11,7 @@ With value zero the token needs no KV slot, no mask column and no position shift
 * `zero_attention_sdpa`: the zero token put in front of the keys of `scaled_dot_product_attention`, fused and portable.
 * `zero_attention_lse`: the two lines above on a fused kernel that returns its LSE, no copy of keys and values. On CPUs
   its backward reuses the kernel's own with the zero token's share in LSE and output, which gives exact gradients.
+  `zero_attention_step` is the same for one query per row, where every small operation counts.
 
 Shapes: b batch, h query heads, kv KV heads, t queries, s keys, d head size. Keys and values may have fewer heads than
 the queries (GQA). Masks are bool (True attends) or additive, broadcastable to `(b, h, t, s)`; `None` with
@@ -19,20 +20,41 @@ the queries (GQA). Masks are bool (True attends) or additive, broadcastable to `
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# The binding, not `torch.ops`: it costs a third of the time that the kernel takes for one query.
+_cpu_flash = torch._scaled_dot_product_flash_attention_for_cpu  # pyright: ignore[reportPrivateImportUsage]
 _cpu_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _cuda_flash = torch.ops.aten._scaled_dot_product_flash_attention
 
 Mass = Float[Tensor, "b h t"]
 Query = Float[Tensor, "b h t d"]
 Keys = Float[Tensor, "b kv s d"]
+
+
+class AdditiveMask(NamedTuple):
+    """A mask as the CPU kernel takes it; all layers of a forward pass can share one.
+
+    Attributes:
+        values: `(b, h or 1, t, s)`, added to the scores.
+        blocked: `(b, h or 1, t)` bool, queries that may attend to nothing.
+    """
+
+    values: Tensor
+    blocked: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, q: Query) -> "AdditiveMask":
+        """Convert a bool or additive mask for the queries of `q`."""
+        values = mask.expand(q.shape[0], -1, q.shape[2], -1)
+        if mask.dtype == torch.bool:
+            values = torch.zeros_like(values, dtype=q.dtype).masked_fill_(~values, -torch.inf)
+        return cls(values, (values <= torch.finfo(values.dtype).min).all(-1))
 
 
 def zero_scores(
@@ -112,9 +134,9 @@ class _CpuFlashZeroToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, s0, mask, is_causal, scale):
+    def forward(ctx, q, k, v, s0, mask, blocked, is_causal, scale):
         out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-        out, a0, lse = _fold_in(out, lse, s0, mask)
+        out, a0, lse = _fold_in(out, lse, s0, blocked)
         ctx.save_for_backward(q, k, v, out, lse, a0, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.set_materialize_grads(False)
@@ -134,7 +156,7 @@ class _CpuFlashZeroToken(torch.autograd.Function):
             args = tuple(_with_column(x, column) for x, column in zip(args, columns, strict=True))
         grads = _cpu_flash_backward(*args, lse, 0.0, ctx.is_causal, attn_mask=mask, scale=ctx.scale)
         grad_q, grad_k, grad_v = (g[..., :d] for g in grads)
-        return grad_q, grad_k, grad_v, (-a0 * delta).to(q.dtype), None, None, None
+        return grad_q, grad_k, grad_v, (-a0 * delta).to(q.dtype), None, None, None, None
 
 
 def _with_column(x: Tensor, column: Tensor | None) -> Tensor:
@@ -144,12 +166,11 @@ def _with_column(x: Tensor, column: Tensor | None) -> Tensor:
     return torch.cat([x, column.to(x.dtype)[..., None]], dim=-1)
 
 
-def _fold_in(out: Tensor, lse: Tensor, s0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _fold_in(out: Tensor, lse: Tensor, s0: Tensor, blocked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mass and LSE with the zero token, from those without it."""
     s0 = s0.to(lse.dtype)
-    if mask is not None:
+    if blocked is not None:
         # The kernel reports an LSE of 0 for a query that may attend to nothing (left padding): the truth is -inf.
-        blocked = (mask <= torch.finfo(mask.dtype).min).all(-1)
         lse = lse.masked_fill(blocked, -torch.inf)
     a0 = torch.sigmoid(s0 - lse)
     return out * (1 - a0).to(out.dtype)[..., None], a0.to(out.dtype), torch.logaddexp(lse, s0)
@@ -172,7 +193,7 @@ def zero_attention_lse(
     v: Keys,
     zero_key: Float[Tensor, "kv d"] | Float[Tensor, "#b kv t d"],
     *,
-    mask: Tensor | None,
+    mask: Tensor | AdditiveMask | None,
     is_causal: bool,
     scale: float,
     need_mass: bool = True,
@@ -183,26 +204,58 @@ def zero_attention_lse(
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         out, lse, *_ = _cuda_flash(q, k, v, 0.0, is_causal, False, scale=scale)
         return _fold_in(out, lse[..., : q.shape[2]], zero_scores(q, zero_key, scale), None)[:2]
-    if mask is not None:
-        mask = mask.expand(q.shape[0], -1, q.shape[2], -1)
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    if isinstance(mask, Tensor):
+        mask = AdditiveMask.of(mask, q)
+    if has_step_form(q, zero_key, mask):
+        return zero_attention_step(q, k, v, zero_key, mask=mask, scale=scale, need_mass=need_mass)
+    s0 = zero_scores(q, zero_key, scale)
+    values, blocked = (None, None) if mask is None else mask
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, zero_key)):
-        return _CpuFlashZeroToken.apply(q, k, v, zero_scores(q, zero_key, scale), mask, is_causal, scale)
-    b, h, t, d = q.shape
+        return _CpuFlashZeroToken.apply(q, k, v, s0, values, blocked, is_causal, scale)
+    out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=values, scale=scale)
+    return _fold_in(out, lse, s0, blocked)[:2]
+
+
+def has_step_form(q: Query, zero_key: Tensor, mask: AdditiveMask | None) -> bool:
+    """Whether `zero_attention_step` takes these inputs, on a CPU."""
+    return (
+        q.shape[2] == 1
+        and not torch.is_grad_enabled()
+        and zero_key.ndim == 2
+        and zero_key.dtype == q.dtype
+        and q.dtype in (torch.float32, torch.float64)
+        and (mask is None or mask.values.shape[1] == 1)
+    )
+
+
+def zero_attention_step(
+    q: Query,
+    k: Keys,
+    v: Keys,
+    zero_key: Float[Tensor, "kv d"],
+    *,
+    mask: AdditiveMask | None,
+    scale: float,
+    need_mass: bool,
+) -> tuple[Query, Mass | None]:
+    """The LSE form for one query per row, without gradients, on a CPU. Only where `has_step_form` is true.
+
+    A decoding step of a small model is paid for by the number of small operations. The query heads of a KV head go in
+    as its queries, which reads the keys once, and the share of the ordinary tokens is `sigmoid(LSE - q.k0 * scale)`.
+    """
+    b, h, _, d = q.shape
     kv = k.shape[1]
-    if t == 1 and zero_key.ndim == 2 and mask is None and q.dtype in (torch.float32, torch.float64):
-        # One decoding step is paid for by the number of small operations and by reading the keys: the query heads of a
-        # KV head go in as its queries, and the zero token is folded in by three operations.
-        grouped = q.reshape(b, kv, h // kv, d)
+    grouped = q if h == kv else q.reshape(b, kv, h // kv, d)
+    if mask is None:
         out, lse = _cpu_flash(grouped, k, v, 0.0, False, scale=scale)
-        keys = zero_key.to(q.dtype)[None].expand(b, kv, d).reshape(b * kv, d, 1)
-        scores = torch.baddbmm(lse.reshape(b * kv, -1, 1), grouped.reshape(b * kv, -1, d), keys, alpha=-scale)
-        keep = scores.sigmoid_().view(b, kv, -1, 1)
-        mass = 1 - keep.view(b, h, 1) if need_mass else None
-        return out.mul_(keep).reshape(b, h, 1, d), mass
-    out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
-    return _fold_in(out, lse, zero_scores(q, zero_key, scale), mask)[:2]
+    else:
+        values = mask.values if h == kv else mask.values.expand(-1, -1, h // kv, -1)
+        out, lse = _cpu_flash(grouped, k, v, 0.0, False, attn_mask=values, scale=scale)
+        lse = lse.masked_fill(mask.blocked, -torch.inf)  # see `_fold_in`
+    share = torch.sub(lse.unsqueeze(-1), grouped @ zero_key.unsqueeze(-1), alpha=scale).sigmoid_()
+    out = out.mul_(share)
+    mass = (1 - share).reshape(b, h, 1) if need_mass else None
+    return (out if h == kv else out.reshape(b, h, 1, d)), mass
 
 
 def zero_attention_flex(

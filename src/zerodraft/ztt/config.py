@@ -41,6 +41,8 @@ class Plan:
     shared: tuple[Step, ...]
     tail: tuple[Step, ...]
     stored_layers: int
+    cycles: int
+    schedule: str
     zero_rope: str
     ffn_gate: bool
     cycle_lora: bool
@@ -167,6 +169,8 @@ class ZttConfig(PreTrainedConfig):
             shared=tuple(steps[head:tail]),
             tail=tuple(steps[tail:]),
             stored_layers=self.stored_layers,
+            cycles=self.cycles,
+            schedule=self.schedule,
             zero_rope=self.zero_rope,
             ffn_gate=self.ffn_gate,
             cycle_lora=self.cycle_lora_rank > 0,

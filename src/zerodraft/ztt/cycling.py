@@ -23,10 +23,10 @@ from transformers import Cache
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
-from zerodraft.ztt.config import Plan, Step, ZttConfig
+from zerodraft.ztt.config import Plan, Step
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import DecoderParts, rotary_of
-from zerodraft.ztt.interface import LayerCall, TokenGrid, current_call
+from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current_call
 
 _active: ContextVar["Recorder | None"] = ContextVar("active_run", default=None)
 
@@ -100,15 +100,15 @@ class CycleOptions:
     rule: ExitRule | None = None
     policy: ExitPolicy = "propagate"
 
-    def check(self, config: ZttConfig) -> None:
+    def check(self, plan: Plan) -> None:
         """Raise `ZerodraftError` for options that exclude each other or that the model cannot follow."""
-        if self.cycles is not None and not 1 <= self.cycles <= config.cycles:
-            raise ZerodraftError(f"cycles={self.cycles} must lie between 1 and the model's {config.cycles}.")
+        if self.cycles is not None and not 1 <= self.cycles <= plan.cycles:
+            raise ZerodraftError(f"cycles={self.cycles} must lie between 1 and the model's {plan.cycles}.")
         check_policy(self.policy)
         chosen = (self.rule is not None, self.depth is not None, self.every_cycle)
         if sum(chosen) > 1:
             raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")
-        if any(chosen[:2]) and config.schedule != "block":
+        if any(chosen[:2]) and plan.schedule != "block":
             raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
 
 
@@ -139,10 +139,11 @@ class CycleRun(Recorder):
     rotary: nn.Module | None
     cache: Cache | None
     cycles: int
-    real: Tensor | None = None
-    readout: Callable[[Tensor], Tensor] | None = None
+    real: Tensor | None
+    readout: Callable[[Tensor], Tensor]
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    attention_masks: Once = field(default_factory=Once)
     masses: list[Tensor | None] = field(default_factory=list)
     exit_depth: Tensor | None = None
 
@@ -188,59 +189,71 @@ class CycleRun(Recorder):
 
     def run_exits(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
-        assert self.options.rule is not None
-        assert self.readout is not None
         b, t, _ = hidden.shape
-        real = hidden.new_ones(b, t, dtype=torch.bool) if self.real is None else self.real.expand(b, t)
-        depth = real.long().flatten()
-        memory, grid, states = KvMemory(), None, hidden
-        exited = real.new_zeros(b * t)
-        for cycle in range(self.cycles):
-            steps = [step for step in shared if step.cycle == cycle]
-            before, masses = states, []
+        cycles = [[step for step in shared if step.cycle == cycle] for cycle in range(self.cycles)]
+        padded = self.real is not None and not bool(self.real.all())
+        real = self.real if padded and self.real is not None else hidden.new_ones(b, t)
+        depth = real.expand(b, t).long().flatten()
+        memory, grid, states = KvMemory(), None, hidden  # no grid: all tokens run
+        for cycle, steps in enumerate(cycles, 1):
+            before, masses = states, [] if getattr(self.options.rule, "reads_zero_mass", True) else None
             for step in steps:
-                if grid is not None and not grid.index.numel():
-                    # Nobody runs any more, but later tokens will attend to this slot.
-                    if self.cache is not None:
-                        self.cache.update(*memory[step.layer], step.slot)
-                    continue
-                view = SlotView(self.cache, step.slot, memory, grid)
-                states = self.run_layer(step, states, view, grid, masses)
-            if cycle + 1 == self.cycles:
-                continue
-            following = [step for step in shared if step.cycle == cycle + 1]
-            if grid is not None and not grid.index.numel():
-                if self.options.policy == "propagate" and self.plan.cycle_lora:
-                    self.freeze(memory, following, hidden, TokenGrid(exited.nonzero()[:, 0], b, t))
-                continue
-            index = torch.arange(b * t, device=hidden.device) if grid is None else grid.index
-            flat, flat_before = states.flatten(0, 1), before.flatten(0, 1)
-            mass = torch.stack([m.flatten(0, 1) for m in masses], 1) if masses else None
-            if grid is None and not bool(real.all()):
-                kept = real.flatten().nonzero()[:, 0]
-                index, flat, flat_before = index[kept], flat[kept], flat_before[kept]
-                mass = None if mass is None else mass[kept]
-            stops = self.options.rule(CycleOutput(cycle + 1, flat, flat_before, mass, self.readout))
-            if grid is None and not bool(stops.any()) and len(index) == b * t:
-                depth[index] += 1
+                states = self.run_layer(step, states, SlotView(self.cache, step.slot, memory, grid), grid, masses)
+            if cycle == self.cycles:
+                break
+            # Padding runs the first cycle with the others and leaves without being asked.
+            asked = TokenGrid(depth.nonzero()[:, 0], b, t) if padded and grid is None else grid
+            stops = self.ask(cycle, before, states, masses, only=None if asked is grid else asked)
+            stopping = int(stops.sum())
+            if stopping == 0 and asked is grid:
+                depth[... if grid is None else grid.index] = cycle + 1
                 continue
             hidden = states if grid is None else grid.unpack(states, into=hidden)
-            exited[index[stops]] = True
-            depth[index[~stops]] += 1
+            if stopping == len(stops):
+                self.leave(memory, cycles[cycle:], hidden, asked, depth)
+                grid, states = None, hidden
+                break
+            index = torch.arange(b * t, device=hidden.device) if asked is None else asked.index
+            grid = TokenGrid(index[~stops], b, t)
+            depth[grid.index] = cycle + 1
             if self.options.policy == "propagate":
                 # With per-cycle LoRA the states differ by cycle, else those of the newly exited hold for all of them.
-                frozen = exited.nonzero()[:, 0] if self.plan.cycle_lora else index[stops]
-                self.freeze(memory, following, hidden, TokenGrid(frozen, b, t))
-            grid = TokenGrid(index[~stops], b, t)
+                gone = ((depth > 0) & (depth <= cycle)).nonzero()[:, 0] if self.plan.cycle_lora else index[stops]
+                self.freeze(memory, cycles[cycle], hidden, TokenGrid(gone, b, t))
             states = grid.pack(hidden)
         self.exit_depth = depth.view(b, t)
         return states if grid is None else grid.unpack(states, into=hidden)
 
-    def freeze(self, memory: KvMemory, steps: list[Step], hidden: Tensor, grid: TokenGrid) -> None:
-        """Put the keys and values that the frozen states of the exited tokens give in each shared layer in place."""
-        if not grid.index.numel():
+    def ask(
+        self, cycle: int, before: Tensor, states: Tensor, masses: list[Tensor] | None, only: TokenGrid | None
+    ) -> Tensor:
+        """The rule's answer for every token of `states`, or for those of `only`."""
+        assert self.options.rule is not None
+        after, before = states.flatten(0, 1), before.flatten(0, 1)
+        mass = torch.stack([m.flatten(0, 1) for m in masses], 1) if masses else None
+        if only is not None:
+            after, before = after[only.index], before[only.index]
+            mass = None if mass is None else mass[only.index]
+        return self.options.rule(CycleOutput(cycle, after, before, mass, self.readout))
+
+    def leave(
+        self, memory: KvMemory, cycles: list[list[Step]], hidden: Tensor, gone: TokenGrid | None, depth: Tensor
+    ) -> None:
+        """Nobody runs any more, but later tokens will attend to the slots of the remaining cycles."""
+        for steps in cycles:
+            if self.options.policy == "propagate" and (steps is cycles[0] or self.plan.cycle_lora):
+                if self.plan.cycle_lora:
+                    gone = TokenGrid(depth.nonzero()[:, 0], hidden.shape[0], hidden.shape[1])
+                self.freeze(memory, steps, hidden, gone)
+            if self.cache is not None:
+                for step in steps:
+                    self.cache.update(*memory[step.layer], step.slot)
+
+    def freeze(self, memory: KvMemory, steps: list[Step], hidden: Tensor, grid: TokenGrid | None) -> None:
+        """Put the keys and values that the frozen states of exited tokens give in each shared layer in place."""
+        if grid is not None and not grid.index.numel():
             return
-        states = grid.pack(hidden)
+        states = hidden if grid is None else grid.pack(hidden)
         for step in steps:
             try:
                 call = LayerCall(cycle=step.cycle, need_mass=False)
@@ -270,6 +283,7 @@ class CycleRun(Recorder):
             key=self.zero_key(step, hidden),
             grid=grid,
             need_mass=wants_mass or self.plan.ffn_gate,
+            masks=self.attention_masks,
         )
         kwargs = self.layer_inputs(step, grid) | {self.parts.cache_argument: view}
         out = layer(hidden, layer_call=call, **kwargs)

@@ -8,7 +8,8 @@ models.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,7 +43,11 @@ class CycleOutput:
 
 @runtime_checkable
 class ExitRule(Protocol):
-    """Decides which tokens stop after a cycle."""
+    """Decides which tokens stop after a cycle.
+
+    A rule that never looks at the zero-token mass may say so with an attribute `reads_zero_mass = False`; then the mass
+    is not computed, and None.
+    """
 
     def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
         """True for the tokens that stop."""
@@ -76,6 +81,7 @@ class ConfidenceExit:
     """Stop where the most probable next token has at least probability `threshold`."""
 
     threshold: float
+    reads_zero_mass: ClassVar[bool] = False
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         return out.readout(out.hidden).float().softmax(-1).amax(-1)
@@ -89,6 +95,7 @@ class EntropyExit:
     """Stop where the entropy of the next token (in nats) is at most `threshold`."""
 
     threshold: float
+    reads_zero_mass: ClassVar[bool] = False
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         log_p = out.readout(out.hidden).float().log_softmax(-1)
@@ -103,6 +110,7 @@ class KlExit:
     """Stop where the prediction has settled: KL(after the cycle || before it), in nats, is at most `threshold`."""
 
     threshold: float
+    reads_zero_mass: ClassVar[bool] = False
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         log_p = out.readout(out.hidden).float().log_softmax(-1)
@@ -118,10 +126,11 @@ class LatentExit:
     """Stop where the state has settled: |after - before| / |after| is at most `threshold`."""
 
     threshold: float
+    reads_zero_mass: ClassVar[bool] = False
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
-        change = (out.hidden - out.previous).float().norm(dim=-1)
-        return -change / out.hidden.float().norm(dim=-1).clamp_min(1e-12)
+        norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.promote_types(out.hidden.dtype, torch.float32))
+        return -norm(out.hidden - out.previous) / norm(out.hidden).clamp_min(1e-12)
 
     def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
         return self.score(out) >= -self.threshold
@@ -132,6 +141,7 @@ class FixedExit:
     """Stop every token after a fixed number of cycles."""
 
     cycles: int
+    reads_zero_mass: ClassVar[bool] = False
 
     def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
         return torch.full(out.hidden.shape[:1], out.cycle >= self.cycles, device=out.hidden.device)

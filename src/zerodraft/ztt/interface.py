@@ -26,6 +26,20 @@ PREFIX = "zero_token_"
 BACKENDS = ("sdpa", "eager", "flex_attention")
 
 
+class Once:
+    """What all layers of a forward pass share and would each make again: made for the first that asks."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, value: Any, make: Callable[[Any], Any]) -> Any:
+        """`make(value)`; every value has one maker."""
+        if id(value) not in self._made:
+            # The value is kept as well: as long as it lives, nothing else has its id.
+            self._made[id(value)] = value, make(value)
+        return self._made[id(value)][1]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenGrid:
     """Places of the running tokens in the `(batch, time)` grid of a forward pass.
@@ -38,7 +52,7 @@ class TokenGrid:
     index: Int[Tensor, " n"]
     batch: int
     time: int
-    packed: dict[int, Any] = field(default_factory=dict, repr=False)
+    packed: Once = field(default_factory=Once, repr=False)
 
     def pack(self, x: Tensor) -> Tensor:
         """`(batch or 1, time, ...)` -> `(1, n, ...)`: the running tokens in one row."""
@@ -47,11 +61,7 @@ class TokenGrid:
 
     def pack_once(self, value: Tensor | tuple[Tensor, ...]) -> Any:
         """`pack` of arguments that all layers share (rotary embeddings, positions), done for the first of them."""
-        if id(value) not in self.packed:
-            new = self.pack(value) if isinstance(value, Tensor) else tuple(self.pack(x) for x in value)
-            # The value is kept as well: as long as it lives, nothing else has its id.
-            self.packed[id(value)] = value, new
-        return self.packed[id(value)][1]
+        return self.packed(value, lambda x: self.pack(x) if isinstance(x, Tensor) else tuple(map(self.pack, x)))
 
     def unpack(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """`(1, n, ...)` -> `(batch, time, ...)`; the other places keep `into`, or are zero."""
@@ -70,14 +80,21 @@ class LayerCall:
         key: `(kv, d)`, or `(b, kv, t, d)` with one key per query, or None for plain attention.
         grid: Where the tokens of a compacted step belong, or None if the step has the whole batch.
         need_mass: Whether somebody will read `mass`.
+        masks: The masks of the forward pass as the attention takes them.
         mass: Filled in: `(b, t, h)`, or `(1, n, h)` of a compacted step.
         attended: Filled in: whether the call reached our attention function.
     """
 
     def __init__(
-        self, cycle: int = 0, key: Tensor | None = None, grid: TokenGrid | None = None, need_mass: bool = True
+        self,
+        cycle: int = 0,
+        key: Tensor | None = None,
+        grid: TokenGrid | None = None,
+        need_mass: bool = True,
+        masks: Once | None = None,
     ) -> None:
         self.cycle, self.key, self.grid, self.need_mass = cycle, key, grid, need_mass
+        self.masks = Once() if masks is None else masks
         self.mass: Float[Tensor, "b t h"] | None = None
         self.attended = False
 
@@ -148,6 +165,12 @@ def _zero_attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend == "flex_attention":
         return zero.zero_attention_flex(q, k, v, zero.zero_scores(q, call.key, scale), block_mask=mask, scale=scale)
+    if q.device.type == "cpu" and backend == "sdpa" and dropout == 0:
+        if mask is not None:
+            mask = call.masks(mask, lambda x: zero.AdditiveMask.of(x, q))
+        return zero.zero_attention_lse(
+            q, k, v, call.key, mask=mask, is_causal=causal, scale=scale, need_mass=call.need_mass
+        )
     forms = {"mask": mask, "is_causal": causal, "scale": scale}
     if backend == "eager":
         s0 = zero.zero_scores(q, call.key, scale)

@@ -86,8 +86,9 @@ class ZttPreTrainedModel(PreTrainedModel):
         self.cycle_gates = nn.Parameter(gates) if config.cycle_gates and config.cycles > 1 else None
         shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
         self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
-        for layer in self.layers:
-            attention_of(layer).register_forward_pre_hook(announce_call, with_kwargs=True)
+        if config.ffn_gate or config.cycle_lora_rank:
+            for layer in self.layers:
+                attention_of(layer).register_forward_pre_hook(announce_call, with_kwargs=True)
         if config.ffn_gate and config.zero_tokens:
             for layer in self.layers if config.edge_zero_tokens else shared:
                 ffn_output_of(layer).register_forward_hook(_gate_ffn)
@@ -178,8 +179,8 @@ class ZttPreTrainedModel(PreTrainedModel):
         generation = current_generation.get()
         if generation is not None and generation.model is self:
             options = replace(options, rule=generation.rule, policy=generation.policy)
-        options.check(self.config)
-        cycles = self.config.cycles if options.cycles is None else options.cycles
+        options.check(self._plan)
+        cycles = self._plan.cycles if options.cycles is None else options.cycles
         if past_key_values is not None:
             self._check_cache(past_key_values, options, cycles)
         run = CycleRun(
