@@ -129,3 +129,22 @@ def gap(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return (a.float() - b.float()).abs().max().item()
+
+
+def unpositioned(family: str) -> PreTrainedConfig:
+    """The family's configuration without what depends on a layer's position."""
+    changes = {"scale_attn_by_inverse_layer_idx": False} if family == "gpt2" else {}
+    return base_config(family, **changes)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """What a model says to `tokens()`."""
+    return model(tokens()).logits
+
+
+@torch.no_grad()
+def open_gates(model: ZttForCausalLM, value: float) -> None:
+    """Set all cycle gates."""
+    assert model.cycle_gates is not None
+    model.cycle_gates.fill_(value)
