@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from examples import demo
 from rich.console import Console
-from transformers import LlamaConfig
 
-from zerodraft import ZeroMassExit, ZttConfig, ZttForCausalLM, exit_rule_to_dict
-from zerodraft.training.tokenizer import train_tokenizer
+from tests.saved import save_ztt, tiny_tokenizer
+from zerodraft import ZeroMassExit, exit_rule_to_dict
 
 OVERRIDES: dict[str, Any] = {
     "model.hidden_size": 32,
@@ -31,25 +29,8 @@ OVERRIDES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer and a calibrated exit rule."""
-    tokenizer = train_tokenizer(["the time machine stood in the laboratory, and the old man wound it up."], 300)
-    base = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    rule = ZeroMassExit(threshold=0.03)
-    model = ZttForCausalLM(ZttConfig(base_config=base, cycles=3, exit_rule=exit_rule_to_dict(rule)))
-    path = tmp_path_factory.mktemp("demo") / "model"
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    rule = exit_rule_to_dict(ZeroMassExit(threshold=0.03))
+    return save_ztt(tmp_path_factory.mktemp("demo") / "model", tiny_tokenizer(), exit_rule=rule)
 
 
 @pytest.fixture

@@ -1,0 +1,45 @@
+"""Tiny models on disk, each with a tokenizer, for tests of whole commands and of the demo."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from zerodraft import ZttConfig, ZttForCausalLM
+from zerodraft.training.tokenizer import train_tokenizer
+
+TEXT = "the cat sat on the mat. once upon a time there was a little fox who could not sleep."
+
+
+def tiny_tokenizer() -> Any:
+    """A tokenizer of at most 300 entries."""
+    return train_tokenizer([TEXT] * 4, 300)
+
+
+def tiny_llama(tokenizer: Any) -> LlamaConfig:
+    """The configuration of a Llama of four layers that never ends a text by itself."""
+    return LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def save_ztt(path: Path, tokenizer: Any, **options: Any) -> Path:
+    """Save a random Zero Token Transformer of three cycles with its tokenizer; `options` are those of `ZttConfig`."""
+    torch.manual_seed(0)
+    return save(ZttForCausalLM(ZttConfig(base_config=tiny_llama(tokenizer), cycles=3, **options)), tokenizer, path)
+
+
+def save(model: Any, tokenizer: Any, path: Path) -> Path:
+    """Save a model and its tokenizer into one directory."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
