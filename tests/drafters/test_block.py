@@ -131,6 +131,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.draft_ids, torch.arange(7, 27))
     for ours, theirs in zip(loaded.model.parameters(), drafter.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    assert torch.equal(loaded.model.rotary.inv_freq, drafter.rotary.inv_freq)
     names = set(BlockDrafterModel.from_pretrained(tmp_path).state_dict())
     assert not any("embed" in name or "head" in name for name in names)
 

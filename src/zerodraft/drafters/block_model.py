@@ -184,6 +184,9 @@ class BlockDrafterModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+        else:
+            # transformers' own: the rotary frequencies, which no checkpoint holds
+            super()._init_weights(module)
 
     def rotate(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions."""
