@@ -19,7 +19,6 @@ from zerodraft.decoding.protocols import TargetOutput
 
 from .lean_weights import LeanWeights, lean_weights, release_lean
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FIRST_SLOTS = 256
 
 
@@ -217,9 +216,15 @@ class LeanTarget:
             heads = torch.view_as_real(pairs.mul_(turns)).view(batch, count, all_heads, -1).transpose(1, 2)
             fresh[index].copy_(heads[:, q_heads:])
             bias = biases[layer.window]
-            causal = alone and bias is None
-            q = heads[:, :q_heads]
-            attended = _flash(q, keys[index], values[index], 0.0, causal, attn_mask=bias, scale=scale)[0]
+            attended = F.scaled_dot_product_attention(
+                heads[:, :q_heads],
+                keys[index],
+                values[index],
+                attn_mask=bias,
+                is_causal=alone and bias is None,
+                scale=scale,
+                enable_gqa=True,
+            )
             x = layer.out.add(attended.transpose(1, 2).reshape(rows, -1), x)
             y = _unit(x, floor)
             x = layer.down.add(layer.up.times(y, layer.gate.silu(y)), x)
