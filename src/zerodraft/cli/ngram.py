@@ -152,41 +152,42 @@ class Ngram(Command):
         from zerodraft.training.tokenizer import load_tokenizer
 
         shards = [file for file in self.files if holds_tokens(Path(file).expanduser())]
-        texts = [file for file in self.files if file not in shards]
-        found: list[Sequence[Any]] = [read_completions(shards)] if shards else []
-        if texts:
-            tokenizer = load_tokenizer(path)
-            recipe = DataRecipe(text_field=self.text_field, template=self.template, separator=self.separator)
-            lengths, done = [], 0
-            with (folder / "tokens.bin").open("wb") as stream:
-                # one source after another: no more than one is in memory
-                for source in texts:
-                    documents = read_documents((source,), recipe)
-                    for at in range(0, len(documents), BATCH):
-                        batch = tokenizer(documents[at : at + BATCH], add_special_tokens=False, verbose=False)
-                        for ids in batch["input_ids"]:
-                            stream.write(np.array([*ids, tokenizer.eos_token_id], "<u4").data)
-                            lengths.append(len(ids) + 1)
-                            done += len(ids) + 1
-                        progress.show("tokenising", done)
-            found.append(np.split(np.memmap(folder / "tokens.bin", "<u4", "r"), np.cumsum(lengths)[:-1]))
-        return TokenFiles(found)
+        sources = [file for file in self.files if file not in shards]
+        completions = read_completions(shards) if shards else ()
+        if not sources:
+            return TokenFiles(completions, ())
+        tokenizer = load_tokenizer(path)
+        recipe = DataRecipe(text_field=self.text_field, template=self.template, separator=self.separator)
+        lengths, done = [], 0
+        with (folder / "tokens.bin").open("wb") as stream:
+            # one source after another: no more than one is in memory
+            for source in sources:
+                documents = read_documents((source,), recipe)
+                for at in range(0, len(documents), BATCH):
+                    batch = tokenizer(documents[at : at + BATCH], add_special_tokens=False, verbose=False)
+                    for ids in batch["input_ids"]:
+                        stream.write(np.array([*ids, tokenizer.eos_token_id], "<u4").data)
+                        lengths.append(len(ids) + 1)
+                        done += len(ids) + 1
+                    progress.show("tokenising", done)
+        tokens = np.memmap(folder / "tokens.bin", "<u4", "r")
+        return TokenFiles(completions, np.split(tokens, np.cumsum(lengths)[:-1]))
 
 
 class TokenFiles:
-    """Documents of several kinds of sources, which can be gone through again and again."""
+    """The documents of completions and of texts, which can be gone through again and again."""
 
-    def __init__(self, sources: Sequence[Sequence[Any]]) -> None:
-        self.sources = sources
+    def __init__(self, completions: Any, texts: Sequence[np.ndarray]) -> None:
+        self.completions, self.texts = completions, texts
 
     def __len__(self) -> int:
-        return sum(map(len, self.sources))
+        return len(self.completions) + len(self.texts)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for source in self.sources:
-            for index in range(len(source)):
-                # completions come with the length of their prompt; the prompt's tokens count as well
-                yield source[index][0] if isinstance(source[index], tuple) else source[index]
+        for index in range(len(self.completions)):
+            # the prompt's tokens count as well: they made held-back completions likelier
+            yield self.completions[index][0]
+        yield from self.texts
 
 
 class CountProgress:
