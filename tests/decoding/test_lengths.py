@@ -3,7 +3,7 @@ best length of a simulated machine."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerodraft.decoding.lengths import (
@@ -43,6 +43,7 @@ def test_the_published_rule_by_hand() -> None:
     assert length.next_length() == 26
 
 
+@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=20),
     k_min=st.integers(1, 10),

@@ -148,6 +148,7 @@ def rows(lattice: Lattice) -> list[list[tuple[int, float]]]:
 LAMS = st.sampled_from([0.0, 0.5, 0.75, 1.0])
 
 
+@settings(deadline=None)
 @given(lattice=lattices(), tau=st.sampled_from([0.0, 0.31, 0.8, 1.0]), m_max=st.integers(1, 6), eos=st.booleans())
 def test_pruning_is_the_definition(lattice: Lattice, tau: float, m_max: int, eos: bool) -> None:
     eos_ids = EOS if eos else ()
@@ -156,7 +157,7 @@ def test_pruning_is_the_definition(lattice: Lattice, tau: float, m_max: int, eos
     assert ((pruned.ids == NO_TOKEN) == np.isneginf(pruned.log_q)).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(lattice=lattices(), width=st.integers(1, 5), lam=LAMS, seed=st.integers(0, 9), kind=st.integers(0, 2))
 def test_the_beam_is_the_definition(lattice: Lattice, width: int, lam: float, seed: int, kind: int) -> None:
     proxy = None if kind == 0 else TrigramProxy(seed, tabled=kind == 1)
@@ -166,7 +167,7 @@ def test_the_beam_is_the_definition(lattice: Lattice, width: int, lam: float, se
     assert [(path.tokens, path.score) for path in found] == plain_beam(rows(pruned), width, lam, proxy)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     lattice=lattices(max_k=4, max_m=3) | lattices(max_k=4, max_m=3, chain=True),
     budget=st.integers(1, 12),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft, merge
@@ -20,6 +20,7 @@ def held(tree: DraftTree) -> list[tuple[int, ...]]:
     return [tuple(tree.path_to(node)) for node in range(len(tree))]
 
 
+@settings(deadline=None)
 @given(paths=PATHS)
 def test_a_tree_holds_each_prefix_once(paths: list[list[int]]) -> None:
     nodes = held(DraftTree.from_paths(paths))
@@ -27,12 +28,14 @@ def test_a_tree_holds_each_prefix_once(paths: list[list[int]]) -> None:
     assert set(nodes) == prefixes(paths)
 
 
+@settings(deadline=None)
 @given(paths=PATHS, budget=st.integers(1, 8))
 def test_under_a_budget_the_first_paths_come_first(paths: list[list[int]], budget: int) -> None:
     whole = held(DraftTree.from_paths(paths))
     assert held(DraftTree.from_paths(paths, budget)) == whole[:budget]
 
 
+@settings(deadline=None)
 @given(paths=PATHS)
 def test_the_mask_shows_ancestors_and_self_alone(paths: list[list[int]]) -> None:
     tree = DraftTree.from_paths(paths)
@@ -43,6 +46,7 @@ def test_the_mask_shows_ancestors_and_self_alone(paths: list[list[int]]) -> None
     assert tree.visible().sum(1).tolist() == (tree.depths() + 1).tolist()
 
 
+@settings(deadline=None)
 @given(paths=PATHS)
 def test_children_and_lineage_invert_parents(paths: list[list[int]]) -> None:
     tree = DraftTree.from_paths(paths)
@@ -54,6 +58,7 @@ def test_children_and_lineage_invert_parents(paths: list[list[int]]) -> None:
     assert sum(map(len, children)) == len(tree)
 
 
+@settings(deadline=None)
 @given(lists=st.lists(PATHS, max_size=3), budget=st.none() | st.integers(1, 8))
 def test_merging_keeps_every_path_and_the_order_of_trees(lists: list[list[list[int]]], budget: int | None) -> None:
     trees = [DraftTree.from_paths(paths) for paths in lists]

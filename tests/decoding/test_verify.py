@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
@@ -333,6 +333,7 @@ def trees() -> st.SearchStrategy[DraftTree]:
     return paths.map(DraftTree.from_paths)
 
 
+@settings(deadline=None)
 @given(tree=trees(), seed=st.integers(0, 99))
 def test_greedy_verification_emits_what_plain_greedy_decoding_does(tree: DraftTree, seed: int) -> None:
     @cache
