@@ -1,10 +1,10 @@
 """Proxies: each against an oracle, and all against what the search relies on."""
 
-import builtins
 import importlib.util
 import math
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -251,13 +251,6 @@ def test_kenlm_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_without_kenlm_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name == "kenlm":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "kenlm", None)
     with pytest.raises(ZerodraftError, match=r"pip install 'zerodraft\[kenlm\]'"):
         KenLMProxy(tmp_path / "x.arpa")

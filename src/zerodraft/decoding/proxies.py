@@ -170,7 +170,7 @@ class KenLMProxy:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         try:
-            import kenlm
+            import kenlm  # pyright: ignore[reportMissingImports]  # an extra that takes a compiler
         except ImportError as error:
             raise ZerodraftError("KenLM files need the kenlm extra: pip install 'zerodraft[kenlm]'.") from error
         file = Path(path).expanduser()
