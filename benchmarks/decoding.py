@@ -115,7 +115,7 @@ def run_prompt(model: Any, inputs: Any, chosen: dict[str, dict[str, Any]], order
         out = model.generate(**inputs, max_new_tokens=length, do_sample=False, **chosen[name])
         row: dict[str, Any] = {"seconds": time.perf_counter() - began, "tokens": out[0, start:].tolist()}
         if spec := chosen[name].get("custom_generate"):
-            row |= spec.last_stats.to_dict()
+            row |= {"mat": spec.last_stats.mat, "stats": spec.last_stats.to_dict()}
         found[name] = row
     return found
 

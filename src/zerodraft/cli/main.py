@@ -33,6 +33,7 @@ COMMANDS = {
     "calibrate": "Calibrate",
     "distill": "Distill",
     "train-drafter": "TrainDrafter",
+    "eval-drafter": "EvalDrafter",
     "ngram": "Ngram",
 }
 """Each command lives in the module of its name, with `_` for `-`."""

@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.tradeoff import Point
@@ -39,7 +40,6 @@ def plot_trade_off(
         ZerodraftError: matplotlib is not installed.
     """
     check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
@@ -58,6 +58,13 @@ def plot_trade_off(
     axes.set(xlabel="FLOPs per token, share of the model without exits", ylabel="loss per token (nats)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
+    save_figure(path, figure)
+
+
+def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
+    """Write a matplotlib figure as PNG, beside its place first."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     target = Path(path)

@@ -1,0 +1,85 @@
+"""`zerodraft eval-drafter`: how far a block drafter's drafts are accepted, without decoding."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from rich.console import Console
+from rich.table import Table
+
+from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.errors import ZerodraftError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalDrafter(Command):
+    """Measure a block drafter on greedy completions of its target: acceptance by position, rank, calibration.
+
+    Use completions that it was not trained on; 'zerodraft distill' makes some.
+    """
+
+    example: ClassVar[str] = "zerodraft eval-drafter models/smollm2-drafter --target smollm2 --data completions"
+
+    drafter: str = positional("DRAFTER")
+    """Directory of the drafter."""
+    target: str = metavar("DIR|NAME")
+    """The model that it drafts for."""
+    data: tuple[str, ...] = metavar("PATH")
+    """Completions of the target; only the greedy ones count."""
+    limit: int = 40
+    """Judge at most this many completions, evenly spread; 0: all."""
+    plot: str | None = metavar("PNG", default=None)
+    """Draw the figures too."""
+
+    def check(self) -> None:
+        """Looks at the numbers."""
+        if self.limit < 0:
+            raise ZerodraftError(f"--limit is {self.limit}; it must be 0 (all) or more")
+
+    def run(self, console: Console) -> Result:
+        """Measures and reports."""
+        import tempfile
+
+        import numpy as np
+        import torch
+
+        from zerodraft.cli.decoding import load_target
+        from zerodraft.drafters.block import BlockDrafter
+        from zerodraft.training.acceptance import measure_acceptance
+        from zerodraft.training.completions import read_completions
+        from zerodraft.training.features import FeatureCache
+
+        if self.plot is not None:
+            from zerodraft.ztt.plot import check_matplotlib
+
+            check_matplotlib()
+        completions = read_completions(self.data)
+        greedy = [i for i in range(len(completions)) if completions.temperatures[i] == 0]
+        greedy = [i for i in greedy if completions.lengths[i] - completions.prompt_lengths[i] >= 3]
+        if not greedy:
+            raise ZerodraftError(f"--data {' '.join(self.data)} holds no greedy completions: distil some.")
+        if self.limit:
+            greedy = [greedy[i] for i in np.unique(np.linspace(0, len(greedy) - 1, self.limit).astype(int))]
+        target, _ = load_target(self.target)
+        model = BlockDrafter.from_pretrained(self.drafter, target).model
+        head = target.get_output_embeddings().weight.detach()[model.draft_ids]
+        taps = [*model.config.layers, target.config.get_text_config().num_hidden_layers]
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            features = FeatureCache(target, completions, taps, Path(folder) / "features")
+            measured = measure_acceptance(model, features, greedy, target.get_input_embeddings().weight, head)
+        table = Table("position", "accepted", "first choice right", "among 4", "among 8", box=None, pad_edge=False)
+        for j, share in enumerate(measured.by_position):
+            ranks = measured.ranks[j]
+            table.add_row(str(j + 1), *(f"{x:.3f}" for x in (share, ranks[0], ranks[:4].sum(), ranks[:8].sum())))
+        console.print(table)
+        console.print(
+            f"{measured.mat:.2f} tokens per target pass with plain blocks, over {len(greedy)} completions "
+            f"({measured.steps:,} passes)"
+        )
+        if self.plot is not None:
+            from zerodraft.training.acceptance_plot import plot_acceptance
+
+            plot_acceptance(self.plot, measured, f"{Path(self.drafter).name}: {measured.mat:.2f} tokens per pass")
+            console.print(f"drawn to {self.plot}")
+        figures = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in asdict(measured).items()}
+        return {"completions": len(greedy), **figures}
