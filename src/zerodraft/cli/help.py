@@ -23,7 +23,7 @@ def overview(commands: dict[str, type[Command]]) -> str:
     lines = [
         "usage: zerodraft COMMAND [...]",
         "",
-        "Zero Token Transformers: layers reused in cycles, and a different depth for every token.",
+        "Zero Token Transformers (layers reused in cycles) and lossless decoding with drafts (DiffuSpec).",
         "",
         "commands",
         *(f"  {name:<{width}}{summary(command)}" for name, command in commands.items()),
