@@ -27,7 +27,7 @@ def test_the_make_targets_exist() -> None:
 
 
 def test_the_commands_exist() -> None:
-    named = set(re.findall(r"^zerodraft (\w+)", README, re.MULTILINE))
+    named = set(re.findall(r"^zerodraft ([\w-]+)", README, re.MULTILINE))
     assert named
     assert named <= set(COMMANDS)
 
