@@ -428,6 +428,8 @@ def test_steps_can_be_followed() -> None:
     assert text == plain[0].tolist()
     assert torch.equal(spec.last_result, plain)
     assert spec.last_stats.trace[0].rows[0].drafted == []
+    with pytest.raises(ZerodraftError, match="exit_rule"):
+        spec.iterate(tiny("qwen3"), prompt, exit_rule=ZeroMassExit(threshold=0.2))
 
 
 # -- sampling through generate ------------------------------------------------------------------------------------

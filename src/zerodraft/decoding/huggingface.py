@@ -92,6 +92,10 @@ class DiffuSpec:
 
     def iterate(self, model: Any, inputs: Int[Tensor, "B T"] | None = None, **arguments: Any) -> Iterator[Step]:
         """Decode step by step: the arguments are those of `model.generate`, whose result is then in `last_result`."""
+        if arguments.get("exit_rule") is not None:
+            raise ZerodraftError(
+                "exit_rule holds during generate, and the steps run after it; use custom_generate=spec instead."
+            )
         return model.generate(inputs, custom_generate=_Steps(self), **arguments)
 
     @torch.no_grad()
