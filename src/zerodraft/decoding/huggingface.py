@@ -107,8 +107,8 @@ class DiffuSpec:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        attention_mask: Int[Tensor, "B T"] | None = None,
-        position_ids: Int[Tensor, "b T"] | None = None,
+        attention_mask: Int[Tensor, "B M"] | None = None,
+        position_ids: Int[Tensor, "b P"] | None = None,
         past_key_values: Cache | None = None,
         streamer: Any = None,
         tokenizer: Any = None,
@@ -122,8 +122,8 @@ class DiffuSpec:
             inputs.pop(settled, None)
         check_options(model, config, assistant, past_key_values)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        context = check_prompts(model, input_ids, mask, position_ids)
         check_inputs(inputs, own_target=self.make_target is not None)
+        context = check_prompts(model, input_ids, mask, position_ids)
         self.drafter.check(model.config)
 
         rows = len(input_ids)
@@ -269,7 +269,7 @@ def check_options(model: Any, config: GenerationConfig, assistant: Any, cache: C
 
 
 def check_prompts(
-    model: Any, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], positions: Int[Tensor, "b T"] | None
+    model: Any, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], positions: Int[Tensor, "b P"] | None
 ) -> int | None:
     """Raise `ZerodraftError` for prompts that cannot be read; returns the positions that the model has."""
     real = mask.sum(1)
