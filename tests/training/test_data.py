@@ -135,3 +135,20 @@ def test_limited_evaluation_spans_the_text():
 def test_too_little_text(tokenizer, recipe):
     with pytest.raises(ZerodraftError, match="fewer than one block"):
         build_data(replace(recipe, validation_fraction=0.0, context_length=4096), tokenizer, ["short"])
+
+
+def test_hub_data_sets(recipe, tmp_path, monkeypatch):
+    """A local folder in the hub's layout, which the same library call loads; no hub is asked."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
+    (tmp_path / "stories").mkdir()
+    rows = [{"text": make_text(seed, 20), "title": str(seed)} for seed in range(4)]
+    (tmp_path / "stories" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"hub:{tmp_path / 'stories'}"
+    assert read_documents((source,), recipe) == [row["text"] for row in rows]
+    titled = read_documents((source,), replace(recipe, template="{title}: {text}"))
+    assert titled == [f"{row['title']}: {row['text']}" for row in rows]
+    with pytest.raises(ZerodraftError, match=r"no field 'txt'.*text"):
+        read_documents((source,), replace(recipe, text_field="txt"))
+    with pytest.raises(ZerodraftError, match="could not be loaded"):
+        read_documents((source,), replace(recipe, hub_split="validation"))

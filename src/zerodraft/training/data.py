@@ -198,7 +198,7 @@ def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise ZerodraftError("hub data sets need the data extra: pip install 'zerodraft[data]'") from error
+        raise ZerodraftError("hub data sets need the train extra: pip install 'zerodraft[train]'") from error
     try:
         return datasets.load_dataset(name, split=split)  # type: ignore[return-value]  # rows are dicts
     except Exception as error:  # the library raises many kinds, none of them its own base class
