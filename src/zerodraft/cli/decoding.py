@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zerodraft.decoding.stats import DecodeStats
 
 SHIPPED = {"smollm2": "smollm2-drafter"}
-"""Drafters in the repository's `models` directory, by the short name of their target."""
+"""What a drafter in the repository's `models` directory is called, by the short name of its target."""
 
 NEAR_TIE = 1e-3
 """Logits this close can change places when the same sums are taken in another order."""
@@ -61,7 +61,7 @@ def load_target(name: str) -> tuple[Any, Any]:
 
 
 def shipped_drafter(target: str) -> Path | None:
-    """The repository's drafter for a target, looked for in the working directory and in this checkout."""
+    """The repository's drafter for a target, if the working directory or this checkout has one."""
     if target not in SHIPPED:
         return None
     roots = (Path.cwd(), Path(__file__).resolve().parents[3])

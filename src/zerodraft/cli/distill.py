@@ -5,7 +5,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -125,17 +125,8 @@ class Distill(Command):
     def _settings(self) -> "DistillSettings":
         from zerodraft.training.distill import DistillSettings
 
-        return DistillSettings(
-            greedy=self.greedy,
-            temperatures=self.temperatures,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            invent=self.invent,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+        # its fields are flags of the same names
+        return DistillSettings(**{field.name: getattr(self, field.name) for field in fields(DistillSettings)})
 
     def _read(self) -> "list[Prompt]":
         import random

@@ -18,7 +18,7 @@ class EvalDrafter(Command):
     Use completions that it was not trained on; 'zerodraft distill' makes some.
     """
 
-    example: ClassVar[str] = "zerodraft eval-drafter models/smollm2-drafter --target smollm2 --data completions"
+    example: ClassVar[str] = "zerodraft eval-drafter runs/drafter/model --target smollm2 --data completions"
 
     drafter: str = positional("DRAFTER")
     """Directory of the drafter."""

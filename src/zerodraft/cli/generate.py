@@ -50,7 +50,7 @@ class Generate(Command):
     target: str = metavar("DIR|NAME", default="")
     """Any causal language model, to decode with drafts."""
     drafter: str = metavar("DIR|NAME", default="")
-    """Who drafts for --target; by default the shipped drafter, else lookup."""
+    """Who drafts for --target; by default its own in models/ where there is one, else lookup."""
     ngram: str = metavar("FILE", default="")
     """A table from 'zerodraft ngram', to choose among drafts."""
     compare: bool = False

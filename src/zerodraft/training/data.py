@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.jsonl import json_row
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.strict import did_you_mean
 
@@ -146,7 +147,7 @@ def _read_source(source: str, recipe: DataRecipe) -> Iterator[str]:
             # split on "\n" only: strings may hold U+2028 and other characters that str.splitlines takes for line ends
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 if line.strip():
-                    yield _field(_json_row(line, path, number), recipe, str(path))
+                    yield _field(json_row(line, path, number), recipe, str(path))
         else:
             import pyarrow.parquet  # comes with the data extra
 
@@ -174,16 +175,6 @@ def _expand(source: str) -> list[Path]:
         if file.suffix not in FORMATS:
             raise ZerodraftError(f"'{file}' has an unknown format: expected one of {', '.join(FORMATS)}")
     return found
-
-
-def _json_row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ZerodraftError(f"'{path}' line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ZerodraftError(f"'{path}' line {number} must be an object with fields, got {type(row).__name__}")
-    return row
 
 
 def _field(row: dict[str, Any], recipe: DataRecipe, source: str) -> str:

@@ -5,13 +5,13 @@ writes what users write (Magpie, arXiv 2406.08464).
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.jsonl import json_row
 
 FORMATS = (".txt", ".jsonl")
 
@@ -69,17 +69,7 @@ def _texts(text: str, path: Path) -> Iterator[str]:
         if path.suffix == ".txt":
             yield line.strip()
         elif line.strip():
-            yield _of_row(_row(line, path, number), path, number)
-
-
-def _row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ZerodraftError(f"'{path}' line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ZerodraftError(f"'{path}' line {number} must be an object with fields, got {type(row).__name__}.")
-    return row
+            yield _of_row(json_row(line, path, number), path, number)
 
 
 def _of_row(row: dict[str, Any], path: Path, number: int) -> str:
