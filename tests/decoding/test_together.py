@@ -1,6 +1,7 @@
 """The drafters, proxies and targets of the package in one engine: the tokens and the distribution are the target's."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from zerodraft import (
     PromptLookupDrafter,
     SearchConfig,
 )
+from zerodraft.decoding.lengths import CostKind
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.targets.lean import lean_target
 
@@ -28,11 +30,21 @@ DRAFTERS: dict[str, Any] = {
     "autoregressive": lambda target, block: AutoregressiveDrafter(target, max_length=5),
     "other": lambda target, block: AutoregressiveDrafter(make("qwen3")[0], max_length=4),
 }
-OPTIONS_OF_SPEC: dict[str, dict[str, Any]] = {
-    "published": {},
-    "proxy": {"proxy": ContextProxy(64), "length": FixedLength(4)},
-    "best first": {"search": SearchConfig(expand="best_first", budget=7), "length": CostAwareLength(k_max=5)},
-    "lean": {"make_target": lean_target, "length": FixedLength(3)},
+
+
+class KnownCosts(CostAwareLength):
+    """Every pass takes the same time, whatever the clock says: lengths follow from acceptance alone."""
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        super().observe_cost(kind, k, 1e-3)
+
+
+# made anew for each test, since a controller remembers what it has seen
+OPTIONS_OF_SPEC: dict[str, Callable[[], dict[str, Any]]] = {
+    "published": dict,
+    "proxy": lambda: {"proxy": ContextProxy(64), "length": FixedLength(4)},
+    "best first": lambda: {"search": SearchConfig(expand="best_first", budget=7), "length": KnownCosts(k_max=5)},
+    "lean": lambda: {"make_target": lean_target, "length": FixedLength(3)},
 }
 
 
@@ -52,7 +64,7 @@ def test_greedy_tokens_are_those_of_generate(drafter: str, name: str, rows: int)
     batch = batch_of(rows)
     options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 9, "pad_token_id": 0}
     plain = target.generate(**batch, **options)
-    spec = DiffuSpec(DRAFTERS[drafter](target, block), **OPTIONS_OF_SPEC[name])
+    spec = DiffuSpec(DRAFTERS[drafter](target, block), **OPTIONS_OF_SPEC[name]())
     assert torch.equal(plain, target.generate(**batch, custom_generate=spec, **options))
     assert spec.last_stats is not None
     if drafter == "autoregressive":
