@@ -1,10 +1,13 @@
-"""What `make demo` runs: a shipped Zero Token Transformer writes, then a smaller one learns next to a vanilla one.
+"""What `make demo` runs: both systems, one after the other.
 
-Every figure that it prints is measured in this run. Usage: `python examples/demo.py [--minutes 2] [--json]`.
+DiffuSpec: SmolLM2 answers questions with drafts and plainly, the same tokens. Zero Token Transformers: a shipped one
+writes, then a smaller one learns next to a vanilla one. Every figure that it prints is measured in this run. Usage:
+`python examples/demo.py [--minutes 2] [--json]`.
 """
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -12,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from zerodraft.cli.main import log_to_stderr
 from zerodraft.errors import ZerodraftError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +31,12 @@ MODEL = ROOT / "models" / "ztt-tiny"
 BOOKS = ROOT / "examples" / "data"
 RECIPES = {"ztt": ROOT / "recipes" / "demo.yaml", "vanilla": ROOT / "recipes" / "demo-vanilla.yaml"}
 TITLES = {"ztt": "Zero Token Transformer", "vanilla": "vanilla, equal parameters"}
+TARGET = "smollm2"
+QUESTIONS = (
+    "What is a fox?",
+    "Write a Python function that returns the sum of the even numbers in a list.",
+    "A farmer has 12 hens. Each hen lays 5 eggs a week. How many eggs does the farmer get in 4 weeks?",
+)
 PROMPTS = (
     "It was a dark and stormy night, and the old man",
     "The cell membrane is",
@@ -40,14 +51,21 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs the demo; 0 when done, 2 with one sentence when something that it needs is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, default=MODEL, help="a trained and calibrated Zero Token Transformer")
+    parser.add_argument("--target", default=TARGET, help="the chat model that decodes with drafts")
+    parser.add_argument("--drafter", default="", help="as for 'zerodraft generate'")
+    parser.add_argument("--answer-tokens", type=int, default=96, help="length of each answer")
     parser.add_argument("--minutes", type=float, default=2.0, help="how long to train, both models together")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of each text")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     options = parser.parse_args(words)
     console = Console(stderr=options.json, highlight=False)
+    log_to_stderr(logging.INFO)
     started = time.perf_counter()
     try:
-        result = run(console, options.model, options.minutes * 60, options.new_tokens)
+        if not (options.model / "config.json").is_file():
+            raise ZerodraftError(f"no model at {options.model}: clone the repository with models/, or give --model DIR")
+        drafts = decode(console, options.target, options.drafter, options.answer_tokens)
+        result = {"drafts": drafts, **run(console, options.model, options.minutes * 60, options.new_tokens)}
     except ZerodraftError as error:
         sys.stderr.write(f"demo: {error}\n")
         return 2
@@ -58,13 +76,57 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
+def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict[str, Any]:
+    """Answers decoded with drafts and plainly: the same tokens, and how much faster."""
+    console.rule("DiffuSpec: a model answers with drafts, then plainly")
+    console.print(f"loading torch, transformers and {target} (downloaded and converted the first time) ...")
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from zerodraft.cli.decoding import Sampling, decode_and_report, encode, load_drafter, load_target, make_decoder
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model, tokenizer = load_target(target)
+    except ZerodraftError as error:
+        console.print(f"[red]left out:[/red] {error}")
+        return {"target": target, "left_out": str(error)}
+    drafting, name = load_drafter(drafter, model, target)
+    console.print(
+        f"{target}: {model.num_parameters():,} parameters, drafts by {name}, {torch.get_num_threads()} threads\n"
+    )
+    spec = make_decoder(model, drafting, trace=True)
+    sampling = Sampling(max_new_tokens=new_tokens, temperature=0.0, top_p=1.0, seed=SEED)
+    answers = []
+    for question in QUESTIONS:
+        console.print(Text(question, style="bold"))
+        inputs = encode(tokenizer, question, chat=True)
+        result = decode_and_report(model, tokenizer, spec, inputs, sampling, console, name=name, plainly_too=True)
+        answers.append({"prompt": question, **result})
+        console.print()
+    tokens = sum(answer["new_tokens"] for answer in answers)
+    drafted, plain = (
+        tokens / sum(answer["new_tokens"] / answer[key] for answer in answers)
+        for key in ("tokens_per_second", "plain_tokens_per_second")
+    )
+    return {
+        "target": target,
+        "drafter": name,
+        "threads": torch.get_num_threads(),
+        "answers": answers,
+        "new_tokens": tokens,
+        "equal": all(answer["equal"] for answer in answers),
+        "tokens_per_second": drafted,
+        "plain_tokens_per_second": plain,
+        "speedup": drafted / plain,
+        "mat": (tokens - len(answers)) / max(1, sum(answer["stats"]["steps"] for answer in answers)),
+    }
+
+
 def run(
     console: Console, path: Path, seconds: float, new_tokens: int, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """All three parts; `overrides` are laid over the recipes."""
-    if not (path / "config.json").is_file():
-        raise ZerodraftError(f"no model at {path}: clone the repository with its models/ folder, or give --model DIR")
-    console.print("loading torch, transformers and the model ...")
+    """All of Zero Token Transformers: text, speed, training; `overrides` are laid over the recipes."""
     import torch
     from transformers.utils import logging
 
@@ -288,6 +350,17 @@ def compare(folder: Path, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 def summary(console: Console, result: Mapping[str, Any]) -> None:
     """The figures of the run once more."""
     console.rule("Summary")
+    drafts = result["drafts"]
+    if "left_out" in drafts:
+        console.print(f"DiffuSpec was left out: {drafts['left_out']}\n")
+    else:
+        table = Table(f"DiffuSpec, {drafts['target']}", "plain tokens/s", "with drafts", "", "tokens a pass", box=None)
+        for row in (*drafts["answers"], {**drafts, "prompt": "all"}):
+            speeds = (f"{row['plain_tokens_per_second']:.1f}", f"{row['tokens_per_second']:.1f}")
+            table.add_row(shorten(row["prompt"], 32), *speeds, f"{row['speedup']:.2f}x", f"{row['mat']:.2f}")
+        console.print(table)
+        equal = "the same tokens with drafts as plainly" if drafts["equal"] else "[red]other tokens[/red] (see above)"
+        console.print(f"{equal}, in all {drafts['new_tokens']}\n")
     training = result["training"]
     table = Table("trained here", "parameters", "training loss", "held-back loss", "seconds", "tokens/s", box=None)
     for name, title in TITLES.items():

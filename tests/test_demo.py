@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from examples import demo
 from rich.console import Console
+from transformers import LlamaForCausalLM
 
-from tests.saved import save_ztt, tiny_tokenizer
+from tests.saved import save, save_ztt, tiny_llama, tiny_tokenizer
 from zerodraft import ZeroMassExit, exit_rule_to_dict
 
 OVERRIDES: dict[str, Any] = {
@@ -25,12 +27,23 @@ OVERRIDES: dict[str, Any] = {
     "training.batch_size": 2,
 }
 
+LEFT_OUT = {"target": "none", "left_out": "no such model"}
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer and a calibrated exit rule."""
     rule = exit_rule_to_dict(ZeroMassExit(threshold=0.03))
     return save_ztt(tmp_path_factory.mktemp("demo") / "model", tiny_tokenizer(), exit_rule=rule)
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random plain model whose tokenizer has a chat template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    torch.manual_seed(0)
+    return save(LlamaForCausalLM(tiny_llama(tokenizer)), tokenizer, tmp_path_factory.mktemp("demo") / "chat")
 
 
 @pytest.fixture
@@ -47,7 +60,7 @@ def test_it_writes_measures_trains_and_sums_up(
 ) -> None:
     console = Console(highlight=False, width=200)
     result = demo.run(console, model_dir, seconds=0.1, new_tokens=4, overrides=OVERRIDES)
-    demo.summary(console, {**result, "seconds": 1.0})
+    demo.summary(console, {**result, "drafts": LEFT_OUT, "seconds": 1.0})
     result = json.loads(json.dumps(result))
 
     assert [len(text["depths"]) for text in result["texts"]] == [4]
@@ -67,6 +80,33 @@ def test_it_writes_measures_trains_and_sums_up(
     assert "depth of each new token: " in out
     assert f"Zero Token Transformer: step {training['steps']} of {training['steps']}" in out
     assert f"{training['vanilla']['held_back_loss']:.4f}" in out
+
+
+def test_it_decodes_with_drafts_and_plainly(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drafts = demo.decode(Console(highlight=False, width=200), str(chat_dir), "lookup", 12)
+    assert [answer["prompt"] for answer in drafts["answers"]] == list(demo.QUESTIONS)
+    assert drafts["new_tokens"] == sum(answer["new_tokens"] for answer in drafts["answers"]) == 12 * len(demo.QUESTIONS)
+    assert drafts["equal"] is True
+    for row in (*drafts["answers"], drafts):
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["plain_tokens_per_second"])
+    accepted = sum(answer["stats"]["accepted"] for answer in drafts["answers"])
+    steps = sum(answer["stats"]["steps"] for answer in drafts["answers"])
+    assert drafts["mat"] == pytest.approx((accepted + steps) / steps, abs=0.1)
+    out = capsys.readouterr().out
+    for answer in drafts["answers"]:
+        assert f"{answer['prompt']}\n" in out
+    assert out.count("the same tokens") == out.count("■ rejected") == len(demo.QUESTIONS)
+
+
+def test_a_target_that_cannot_be_had_is_one_sentence_and_the_rest_goes_on(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: dict[str, Any] = {"model": {}}
+    monkeypatch.setattr(demo, "run", lambda *args: ran)
+    monkeypatch.setattr(demo, "summary", lambda console, result: ran.update(result))
+    assert demo.main(["--model", str(model_dir), "--target", "nowhere"]) == 0
+    assert "'nowhere' is no model directory" in ran["drafts"]["left_out"]
+    assert capsys.readouterr().out.count("left out: 'nowhere' is no model directory") == 1
 
 
 def test_on_a_terminal_depths_are_colours(model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,18 +134,21 @@ def test_a_model_without_a_rule_is_one_sentence(
         (path / file.name).write_bytes(file.read_bytes())
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "exit_rule": None}))
-    assert demo.main(["--model", str(path)]) == 2
+    assert demo.main(["--model", str(path), "--target", "nowhere"]) == 2
     assert "no calibrated exit rule" in capsys.readouterr().err
 
 
 def test_json_is_the_last_line(
-    model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, chat_dir: Path, books: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = {"parameters": 1, "train_loss": 1.0, "held_back_loss": 1.0, "held_back_loss_by_cycles": [1.0]}
     trained |= {"seconds": 1.0, "tokens": 1, "tokens_per_second": 1.0}
     monkeypatch.setattr(demo, "train", lambda *args: {"steps": 1, "ztt": trained, "vanilla": trained})
     monkeypatch.setattr(demo, "speed", lambda *args: [])
-    assert demo.main(["--model", str(model_dir), "--new-tokens", "2", "--json"]) == 0
+    words = ["--model", str(model_dir), "--new-tokens", "2", "--target", str(chat_dir), "--answer-tokens", "3"]
+    assert demo.main([*words, "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["training"]["steps"] == 1
+    result = json.loads(captured.out)
+    assert result["training"]["steps"] == 1
+    assert result["drafts"]["new_tokens"] == 3 * len(demo.QUESTIONS)
     assert "Summary" in captured.err

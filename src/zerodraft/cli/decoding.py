@@ -1,7 +1,7 @@
 """What the commands that decode with drafts share: getting target and drafter, generating, comparing, reporting."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from zerodraft.cli.command import Result
 from zerodraft.cli.loading import default_device, load_tokenizer_for, model_type
+from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
 
 if TYPE_CHECKING:
@@ -231,3 +232,41 @@ def speculate(
 def summary(written: Written, stats: "DecodeStats") -> str:
     """One line: how many tokens how fast, and how many a pass."""
     return f"{len(written.tokens)} tokens, {written.speed:.1f} tokens/s, {stats.mat:.2f} tokens a pass of the target"
+
+
+def decode_and_report(
+    model: Any,
+    tokenizer: Any,
+    decode: "DiffuSpec",
+    inputs: Any,
+    sampling: Sampling,
+    console: Console,
+    *,
+    name: str,
+    plainly_too: bool,
+) -> Result:
+    """Decodes with drafts by the drafter called `name`, shows the text (as it comes, or traced) and what came of the
+    drafts; decodes plainly too if wanted, and compares."""
+    if plainly_too:
+        # the first call sets things up that later ones use again, on both sides
+        short = replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
+        speculate(model, decode, inputs, short)
+        write(model, inputs, short)
+    streamer = None if decode.trace else live_streamer(console, tokenizer)
+    written, stats = speculate(model, decode, inputs, sampling, streamer)
+    text = tokenizer.decode(written.tokens, skip_special_tokens=True)
+    if decode.trace:
+        # without colours nobody could tell what was rejected
+        console.print(Text(text) if console.color_system is None else trace(stats, tokenizer))
+        console.print(trace_legend(stats))
+    else:
+        console.print()
+    console.print(f"{summary(written, stats)}, drafts by {name}")
+    return {
+        "text": text,
+        "new_tokens": len(written.tokens),
+        "mat": stats.mat,
+        "tokens_per_second": written.speed,
+        **(compare(model, inputs, sampling, written, console) if plainly_too else {}),
+        "stats": stats.to_dict(),
+    }

@@ -3,7 +3,7 @@ target and a drafter and shows what was drafted.
 """
 
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,20 +14,15 @@ from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.decoding import (
     Sampling,
     check_drafter,
-    compare,
+    decode_and_report,
     encode,
-    live_streamer,
     load_drafter,
     load_target,
     make_decoder,
-    speculate,
-    summary,
-    write,
 )
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.loading import load_tokenizer_for, load_ztt
-from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
 
 
@@ -100,32 +95,10 @@ class Generate(Command):
         drafter, name = load_drafter(self.drafter, model, self.target)
         decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)
-        sampling = self._sampling()
-        if self.compare:
-            # the first call sets things up that later ones use again, on both sides
-            short = replace(sampling, max_new_tokens=min(4, self.max_new_tokens))
-            speculate(model, decode, inputs, short)
-            write(model, inputs, short)
-        streamer = None if self.trace else live_streamer(console, tokenizer)
-        written, stats = speculate(model, decode, inputs, sampling, streamer)
-        if self.trace:
-            console.print(trace(stats, tokenizer))
-            console.print(trace_legend(stats))
-        else:
-            console.print()
-        console.print(f"{summary(written, stats)}, drafts by {name}")
-        compared = compare(model, inputs, sampling, written, console) if self.compare else {}
-        return {
-            "text": tokenizer.decode(written.tokens, skip_special_tokens=True),
-            "new_tokens": len(written.tokens),
-            "mat": stats.mat,
-            "tokens_per_second": written.speed,
-            **compared,
-            "target": self.target,
-            "drafter": name,
-            "stats": stats.to_dict(),
-            "seed": self.seed,
-        }
+        result = decode_and_report(
+            model, tokenizer, decode, inputs, self._sampling(), console, name=name, plainly_too=self.compare
+        )
+        return {**result, "target": self.target, "drafter": name, "seed": self.seed}
 
     def _run_ztt(self, console: Console) -> Result:
         """With a Zero Token Transformer: speed and depth."""

@@ -35,6 +35,7 @@ COMMANDS = {
     "train-drafter": "TrainDrafter",
     "eval-drafter": "EvalDrafter",
     "ngram": "Ngram",
+    "bench": "Bench",
 }
 """Each command lives in the module of its name, with `_` for `-`."""
 
@@ -88,7 +89,7 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
     # of several processes (accelerate launch, torchrun) the first one speaks
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=command.json, highlight=False, soft_wrap=True, quiet=not first)
-    _log_to_stderr(logging.INFO if first else logging.WARNING)
+    log_to_stderr(logging.INFO if first else logging.WARNING)
     prepare()
     _quiet_transformers()
     result = command.run(console)
@@ -101,7 +102,8 @@ def _load(name: str) -> type[Command]:
     return getattr(import_module(f"zerodraft.cli.{name.replace('-', '_')}"), COMMANDS[name])
 
 
-def _log_to_stderr(level: int) -> None:
+def log_to_stderr(level: int) -> None:
+    """Our messages from this level on, others' warnings; downloads and other long work report this way."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("zerodraft").setLevel(level)
