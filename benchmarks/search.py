@@ -19,7 +19,8 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.ngram import open_table, save_table
 from zerodraft.decoding.ngram_build import build_table
 from zerodraft.decoding.proxies import NgramProxy
-from zerodraft.decoding.search import ProxySession, SearchConfig, build_tree, prune
+from zerodraft.decoding.scorers import ProxySession
+from zerodraft.decoding.search import SearchConfig, build_tree, prune
 
 VOCABULARY = 49_152
 GOAL_MS = 0.5

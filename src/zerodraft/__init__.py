@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, DraftLength, FixedLength
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
-from zerodraft.decoding.search import CausalProxy, SearchConfig
+from zerodraft.decoding.scorers import CausalProxy
+from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter

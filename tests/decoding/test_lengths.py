@@ -144,14 +144,14 @@ def test_every_length_of_the_grid_gets_measured() -> None:
 
 def test_cost_curve() -> None:
     costs = Costs()
-    assert (np.diff(costs.curve(4)) > 0).all()
+    assert (np.diff(costs.curve(4, "draft", "verify")) > 0).all()
     for seconds in (1.0, 9.0, 1.0):  # the first is an outlier
         costs.observe("verify", 0, seconds)
     costs.observe("verify", 4, 3.0)
     costs.observe("draft", 4, 0.5)
-    np.testing.assert_allclose(costs.curve(6), [1.5, 2, 2.5, 3, 3.5, 4.01, 4.52])
+    np.testing.assert_allclose(costs.curve(6, "draft", "verify"), [1.5, 2, 2.5, 3, 3.5, 4.01, 4.52])
     costs.observe("verify", 2, 0.1)  # noise: a longer step is never cheaper
-    assert (np.diff(costs.curve(6)) >= 0).all()
+    assert (np.diff(costs.curve(6, "draft", "verify")) >= 0).all()
 
 
 def test_acceptance_counts_what_was_tried() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from zerodraft.decoding.ngram import save_table
 from zerodraft.decoding.ngram_build import build_table
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
-from zerodraft.decoding.search import CausalProxy, ProxySession
+from zerodraft.decoding.scorers import CausalProxy, ProxySession
 from zerodraft.errors import ZerodraftError
 
 V = 6

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
+from zerodraft.decoding.scorers import LatticeScores, ProxySession
 from zerodraft.decoding.search import (
-    LatticeScores,
-    ProxySession,
     SearchConfig,
     beam,
     best_first,
     build_tree,
+    merge,
     prune,
     sample_draft,
 )
@@ -49,15 +49,14 @@ def plain_prune(lattice: Lattice, tau: float, m_max: int, eos: tuple[int, ...]) 
     return positions
 
 
-def plain_beam(
-    positions: list[list[tuple[int, float]]], width: int, lam: float, proxy: ProxySession | None
-) -> list[tuple[list[int], float]]:
+def plain_beam(lattice: Lattice, width: int, lam: float, proxy: ProxySession | None) -> list[tuple[list[int], float]]:
     paths: list[tuple[list[int], float]] = [([], 0.0)]
-    for candidates in positions:
+    for candidates in rows(lattice):
         longer = []
         for path, score in paths:
-            for token, log_q in candidates:
-                step = log_q if proxy is None else lam * log_q + (1 - lam) * log_p(proxy, path, token)
+            for token, _ in candidates:
+                own = log_q(lattice, path, token)
+                step = own if proxy is None else lam * own + (1 - lam) * log_p(proxy, path, token)
                 longer.append(([*path, token], score + step))
         paths = sorted(longer, key=lambda scored: -scored[1])[:width]  # stable, as ties go to the drafter's order
     return paths
@@ -70,24 +69,33 @@ def log_p(proxy: ProxySession, path: list[int], token: int) -> float:
     return float(proxy.score([state], np.array([token]))[0, 0])
 
 
+def log_q(lattice: Lattice, path: list[int], token: int) -> float:
+    """The drafter's score of a token after a path."""
+    i = len(path)
+    at = lattice.ids[i].tolist().index(token)
+    if lattice.pairs is None:
+        return float(lattice.log_q[i, at])
+    return float(lattice.pairs[i, lattice.ids[i - 1].tolist().index(path[-1]) if i else 0, at])
+
+
 def all_prefixes(
-    positions: list[list[tuple[int, float]]],
+    lattice: Lattice,
     lam: float,
     proxy: ProxySession | None,
     eos: tuple[int, ...],
-    chain: bool = False,
 ) -> dict[tuple[int, ...], float]:
     """Every prefix through the positions that passes no EOS, with its score."""
     scores: dict[tuple[int, ...], float] = {(): 0.0}
     heads: list[tuple[int, ...]] = [()]
-    for candidates in positions:
+    for candidates in rows(lattice):
         following = []
-        for head, (rank, (token, log_q)) in itertools.product(heads, enumerate(candidates)):
+        for head, (rank, (token, _)) in itertools.product(heads, enumerate(candidates)):
             if token in eos:
                 continue
-            step = log_q if proxy is None else lam * log_q + (1 - lam) * log_p(proxy, list(head), token)
+            own = log_q(lattice, list(head), token)
+            step = own if proxy is None else lam * own + (1 - lam) * log_p(proxy, list(head), token)
             scores[(*head, token)] = scores[head] + step
-            if not chain or rank == 0:
+            if not lattice.chain or rank == 0:
                 following.append((*head, token))
         heads = following
     del scores[()]
@@ -128,14 +136,18 @@ class TrigramProxy:
 
 
 @st.composite
-def lattices(draw: st.DrawFn, max_k: int = 5, max_m: int = 5, *, chain: bool = False) -> Lattice:
+def lattices(draw: st.DrawFn, max_k: int = 5, max_m: int = 5, *, chain: bool = False, paired: bool = False) -> Lattice:
     k, m = draw(st.integers(0, max_k)), draw(st.integers(1, max_m))
     ids, log_q = np.full((k, m), NO_TOKEN, np.int64), np.full((k, m), -np.inf, np.float32)
     for i in range(k):
         n = draw(st.integers(1, m))
         ids[i, :n] = draw(st.permutations(range(10)))[:n]
         log_q[i, :n] = -np.array(sorted(draw(st.lists(st.integers(0, 40), min_size=n, max_size=n)))) / 8
-    return Lattice(ids, log_q, chain)
+    if not paired:
+        return Lattice(ids, log_q, chain)
+    pairs = -np.random.default_rng(draw(st.integers(0, 99))).integers(0, 40, (k, m, m)).astype(np.float32) / 8
+    pairs[:1] = pairs[:1, :1]
+    return Lattice(ids, log_q, pairs=pairs)
 
 
 def rows(lattice: Lattice) -> list[list[tuple[int, float]]]:
@@ -149,27 +161,43 @@ LAMS = st.sampled_from([0.0, 0.5, 0.75, 1.0])
 
 
 @settings(deadline=None)
-@given(lattice=lattices(), tau=st.sampled_from([0.0, 0.31, 0.8, 1.0]), m_max=st.integers(1, 6), eos=st.booleans())
+@given(
+    lattice=lattices() | lattices(paired=True),
+    tau=st.sampled_from([0.0, 0.31, 0.8, 1.0]),
+    m_max=st.integers(1, 6),
+    eos=st.booleans(),
+)
 def test_pruning_is_the_definition(lattice: Lattice, tau: float, m_max: int, eos: bool) -> None:
     eos_ids = EOS if eos else ()
     pruned = prune(lattice, SearchConfig(tau=tau, m_max=m_max), eos_ids)
     assert rows(pruned) == plain_prune(lattice, tau, m_max, eos_ids)
     assert ((pruned.ids == NO_TOKEN) == np.isneginf(pruned.log_q)).all()
+    for path in itertools.product(*([token for token, _ in row] for row in rows(pruned)[:3])):
+        for i, token in enumerate(path):
+            assert log_q(pruned, list(path[:i]), token) == log_q(lattice, list(path[:i]), token)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lattice=lattices(), width=st.integers(1, 5), lam=LAMS, seed=st.integers(0, 9), kind=st.integers(0, 2))
+@given(
+    lattice=lattices() | lattices(paired=True),
+    width=st.integers(1, 5),
+    lam=LAMS,
+    seed=st.integers(0, 9),
+    kind=st.integers(0, 2),
+)
 def test_the_beam_is_the_definition(lattice: Lattice, width: int, lam: float, seed: int, kind: int) -> None:
     proxy = None if kind == 0 else TrigramProxy(seed, tabled=kind == 1)
     config = SearchConfig(tau=1.0, beam=width, lam=lam)
     pruned = prune(lattice, config)
     found = beam(pruned, config, proxy)
-    assert [(path.tokens, path.score) for path in found] == plain_beam(rows(pruned), width, lam, proxy)
+    assert [(path.tokens, path.score) for path in found] == plain_beam(pruned, width, lam, proxy)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lattice=lattices(max_k=4, max_m=3) | lattices(max_k=4, max_m=3, chain=True),
+    lattice=lattices(max_k=4, max_m=3)
+    | lattices(max_k=4, max_m=3, chain=True)
+    | lattices(max_k=4, max_m=3, paired=True),
     budget=st.integers(1, 12),
     lam=LAMS,
     seed=st.integers(0, 9),
@@ -179,12 +207,32 @@ def test_best_first_holds_the_best_prefixes(lattice: Lattice, budget: int, lam: 
     proxy = None if kind == 0 else TrigramProxy(seed, tabled=kind == 1)
     config = SearchConfig(tau=1.0, lam=lam)
     pruned = prune(lattice, config, EOS)
-    tree = best_first(pruned, config, budget, proxy, EOS)
-    every = all_prefixes(rows(pruned), lam, None if lattice.chain else proxy, EOS, lattice.chain)
+    tree, chances = best_first(pruned, config, budget, proxy, EOS)
+    every = all_prefixes(pruned, lam, None if lattice.chain else proxy, EOS)
     held = [tuple(tree.path_to(node)) for node in range(len(tree))]
     assert len(set(held)) == len(held)
+    np.testing.assert_allclose(chances, np.exp([every[path] for path in held]), rtol=1e-5)
     # by their scores: which of several equal prefixes is in does not matter
     assert [every[path] for path in held] == sorted(every.values(), reverse=True)[:budget]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(lattices(max_k=3, max_m=3) | lattices(max_k=4, max_m=2, chain=True), min_size=1, max_size=3),
+    budget=st.integers(1, 12),
+)
+def test_merged_trees_hold_the_likeliest_nodes_of_all(parts: list[Lattice], budget: int) -> None:
+    config = SearchConfig(tau=1.0)
+    ranked = [best_first(prune(part, config), config, 99) for part in parts]
+    every: dict[tuple[int, ...], float] = {}
+    for tree, chances in ranked:
+        for node, chance in enumerate(chances.tolist()):
+            path = tuple(tree.path_to(node))
+            every[path] = max(every.get(path, 0.0), chance)
+    tree, chances = merge(ranked, budget)
+    held = [tuple(tree.path_to(node)) for node in range(len(tree))]
+    assert len(set(held)) == len(held) == min(budget, len(every))
+    assert chances.tolist() == [every[path] for path in held] == sorted(every.values(), reverse=True)[: len(held)]
 
 
 # One promise each

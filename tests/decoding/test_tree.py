@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft, merge
+from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.errors import ZerodraftError
 
 PATHS = st.lists(st.lists(st.integers(0, 3), max_size=5), max_size=6)
@@ -58,27 +58,12 @@ def test_children_and_lineage_invert_parents(paths: list[list[int]]) -> None:
     assert sum(map(len, children)) == len(tree)
 
 
-@settings(deadline=None)
-@given(lists=st.lists(PATHS, max_size=3), budget=st.none() | st.integers(1, 8))
-def test_merging_keeps_every_path_and_the_order_of_trees(lists: list[list[list[int]]], budget: int | None) -> None:
-    trees = [DraftTree.from_paths(paths) for paths in lists]
-    together = held(DraftTree.from_paths([path for paths in lists for path in paths]))
-    merged = held(merge(trees, budget))
-    if budget is None:
-        assert merged == together
-    else:
-        assert len(merged) == min(budget, len(together))
-        assert prefixes([list(path) for path in merged]) == set(merged)
-        assert merged == together[:budget]
-
-
 def test_a_path_is_a_tree_without_branches() -> None:
     tree = DraftTree.path([5, 6, 5])
     assert tree.parents.tolist() == [-1, 0, 1]
     np.testing.assert_array_equal(tree.visible(), np.tri(4, dtype=bool))
     empty = DraftTree.path([])
     assert (len(empty), empty.visible().tolist(), empty.depths().tolist()) == (0, [[True]], [0])
-    assert len(merge([])) == 0
 
 
 @pytest.mark.parametrize("parents", [[0], [-2], [-1, 1], [-1, 0, 0, 4]])

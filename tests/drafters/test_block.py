@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target, training_mask
@@ -28,10 +29,12 @@ TARGETS = {
 }
 
 
-def make(family: str = "llama", draft_ids: Tensor | None = None, block_size: int = 4):
+def make(family: str = "llama", draft_ids: Tensor | None = None, block_size: int = 4, coupling: int = 8):
     torch.manual_seed(0)
     target = TARGETS[family]().eval()
-    drafter = drafter_from_target(target, num_layers=2, block_size=block_size, draft_ids=draft_ids).eval()
+    drafter = drafter_from_target(
+        target, num_layers=2, block_size=block_size, draft_ids=draft_ids, coupling=coupling
+    ).eval()
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -43,13 +46,26 @@ def states(target, ids: Tensor) -> Tensor:
     return torch.stack([hidden[i] for i in (2, 3)], dim=2)
 
 
-def draft_plainly(target, drafter: BlockDrafterModel, ids: Tensor, taps: Tensor) -> Tensor:
-    """Log-probabilities over the draft vocabulary of one block after `ids`, whose last token has no states yet."""
+def draft_plainly(target, drafter: BlockDrafterModel, ids: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Final states and log-probabilities over the draft vocabulary of one block after `ids`, whose last token has no
+    states yet."""
     n = taps.shape[1]
     assert ids.shape[1] == n + 1
     embedding = target.get_input_embeddings().weight[ids[:, -1:]]
     hidden = drafter(taps, torch.ones(1, n, dtype=torch.bool), torch.tensor([[n - 1]]), embedding)
-    return (hidden[0, 0] @ target.get_output_embeddings().weight[drafter.draft_ids].T).log_softmax(-1)
+    return hidden[0, 0], (hidden[0, 0] @ target.get_output_embeddings().weight[drafter.draft_ids].T).log_softmax(-1)
+
+
+def couple_plainly(target, drafter: BlockDrafterModel, hidden: Tensor, newest: Tensor, lattice: Lattice) -> Tensor:
+    """Log-probability of each candidate after each of the slot before, one at a time."""
+    embed, head = target.get_input_embeddings(), target.get_output_embeddings().weight
+    ids, log_q = torch.from_numpy(lattice.ids), torch.from_numpy(lattice.log_q)
+    k, m = ids.shape
+    before = torch.cat([newest.expand(1, m), ids[:-1]])
+    rows = [
+        [drafter.rescored(hidden[i], embed(before[i, b]), head[ids[i]], log_q[i]) for b in range(m)] for i in range(k)
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 @torch.no_grad()
@@ -62,7 +78,7 @@ def test_blocks_of_one_pass_are_blocks_alone() -> None:
     together = drafter(taps, kept, anchors, embedding)
     for row in range(2):
         for block, t in enumerate(anchors[row].tolist()):
-            alone = draft_plainly(target, drafter, ids[row : row + 1, : t + 2], taps[row : row + 1, : t + 1])
+            _, alone = draft_plainly(target, drafter, ids[row : row + 1, : t + 2], taps[row : row + 1, : t + 1])
             logits = together[row, block] @ target.get_output_embeddings().weight.T
             assert torch.allclose(logits.log_softmax(-1), alone, atol=1e-5)
 
@@ -104,10 +120,15 @@ def test_decoding_agrees_with_the_network(family: str) -> None:
         for row, lattice in enumerate(session.propose(lengths)):
             assert len(lattice) == lengths[row]
             if lengths[row]:
-                log_q = draft_plainly(target, drafter, ids[row : row + 1, : known[row] + 1], taps[row][:, : known[row]])
+                so_far = ids[row : row + 1, : known[row] + 1]
+                hidden, log_q = draft_plainly(target, drafter, so_far, taps[row][:, : known[row]])
                 top = log_q[: lengths[row]].topk(5)
                 assert torch.allclose(torch.from_numpy(lattice.log_q), top.values, atol=1e-4)
                 assert torch.equal(torch.from_numpy(lattice.ids), draft_ids[top.indices])
+                assert lattice.pairs is not None
+                pairs = couple_plainly(target, drafter, hidden, so_far[0, -1], lattice)
+                assert torch.allclose(torch.from_numpy(lattice.pairs), pairs, atol=1e-4)
+                assert torch.allclose(pairs.logsumexp(-1), top.values.logsumexp(-1)[:, None].expand(-1, 5), atol=1e-4)
 
 
 @torch.no_grad()

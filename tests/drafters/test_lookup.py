@@ -59,7 +59,7 @@ def test_it_is_the_naive_search(text: list[int], length: int, ngrams: list[int],
 
 def test_the_longest_match_leads_and_then_the_latest() -> None:
     text = np.array([7, 8, 9, 1, 9, 2, 8, 9, 3, 9, 4, 8, 9])
-    assert matches(text, 3, 1).tolist() == [8, 3, 10, 5]
+    assert matches(text, 3, 1)[0].tolist() == [8, 3, 10, 5]
     found = lookup(text, 2)
     assert found.ids[:, 0].tolist() == [3, 9]
     assert found.ids[0].tolist() == [3, 1, 4, 2]

@@ -22,7 +22,8 @@ from zerodraft.decoding.choice import TokenChoice
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, TargetOutput
-from zerodraft.decoding.search import CausalProxy, ProxySession, SearchConfig, build_tree, sample_draft
+from zerodraft.decoding.scorers import CausalProxy, ProxySession
+from zerodraft.decoding.search import SearchConfig, build_tree, sample_draft
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
 from zerodraft.decoding.stopping import Stopping
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
@@ -135,7 +136,9 @@ class Engine:
                 ]
                 self.target.keep(kept)
             if any(going):
-                self._lengths[0].observe_cost("verify", max(asked), perf_counter() - began)
+                seconds = perf_counter() - began
+                self._lengths[0].observe_cost("verify", max(asked), seconds)
+                self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
             for at, row in enumerate(step.rows):
                 if row is not None and asked[at]:
                     filled = _generated(lattices[at], self.stopping.eos_ids)
@@ -200,7 +203,9 @@ class Engine:
         eos = self.stopping.eos_ids
         if self.sample_drafts and self.choice.sample:
             return sample_draft(lattice, self.search, self.dice, eos, tree=self.tree)
-        return build_tree(lattice, self.search, proxy, eos, tree=self.tree) if len(lattice) else NOTHING
+        if not len(lattice):
+            return NOTHING
+        return build_tree(lattice, self.search, proxy, eos, tree=self.tree, worth=self._lengths[at].worth)
 
     def _inputs(self, trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:
         """The last known tokens and the drafts behind them, padded to the widest: ids, depths and who sees whom."""

@@ -25,6 +25,13 @@ class Lattice:
 
     `chain` says that each row was computed given the first candidate of the row before (an autoregressive drafter, a
     prompt lookup), so that only the first candidates form a path and the others are alternatives to its next token.
+    `pairs[i, b, c]` is the drafter's log-probability of candidate c of position i after candidate b of position i - 1,
+    for drafters that know it (position 0 says the same for all b). `log_q` then serves to choose candidates, `pairs` to
+    score paths.
+
+    `beside` holds another lattice for the same positions, from a drafter that joins several: their paths go into one
+    draft.
+
     `drawn` says that these first candidates were drawn at random, from the candidates' renormalised mass `exp(log_q)`.
     """
 
@@ -32,6 +39,8 @@ class Lattice:
     log_q: Float32[np.ndarray, "k m"]
     chain: bool = False
     drawn: bool = False
+    pairs: Float32[np.ndarray, "k m m"] | None = None
+    beside: "Lattice | None" = None
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.log_q.shape or self.ids.ndim != 2:
@@ -40,8 +49,18 @@ class Lattice:
                 f"{self.log_q.shape}; give two arrays of the same shape (positions, candidates)."
             )
 
+        if self.pairs is not None and self.pairs.shape != (*self.ids.shape, self.ids.shape[1]):
+            raise ZerodraftError(
+                f"A lattice of {self.ids.shape} candidates has pairs of shape {self.pairs.shape}; give one score for "
+                "each candidate after each candidate of the position before."
+            )
+
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def parts(self) -> "list[Lattice]":
+        """This lattice and those beside it."""
+        return [self, *(self.beside.parts() if self.beside else ())]
 
     @staticmethod
     def empty() -> "Lattice":

@@ -1,8 +1,9 @@
 """How many positions to draft next.
 
 `AdaptiveLength` is the published controller of DiffuSpec (ADL, arXiv 2510.02358): moving averages of what the drafter
-fills before its EOS and of what the target accepts. `CostAwareLength` is ours: it knows what a step of k positions
-costs on this machine, because the engine tells it, and takes the k that promises the most tokens per second.
+fills before its EOS and of what the target accepts. `CostAwareLength` and `CostAwareTree` are ours: they know what a
+step costs on this machine, because the engine tells them, and take the length of a path, or of each tree the nodes,
+that promise the most tokens per second.
 
 A controller is one row's. `fresh` gives another row, or the next call, its own with the same settings; what was learnt
 about costs is shared.
@@ -17,7 +18,8 @@ from jaxtyping import Float64, Int64
 
 from zerodraft.errors import ZerodraftError
 
-CostKind = Literal["draft", "verify"]
+CostKind = Literal["draft", "verify", "score"]
+"""What seconds were spent on: drafting k positions; the rest of a step, by k; and by the nodes that were scored."""
 
 
 @runtime_checkable
@@ -38,7 +40,12 @@ class DraftLength(Protocol):
         ...
 
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
-        """Take note of what a step cost whose row asked for k positions (of a batch: the most of any row)."""
+        """Take note of what a step cost whose row asked for k positions, or (`"score"`) whose draft had k nodes (of a
+        batch: the most of any row)."""
+        ...
+
+    def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
+        """How many nodes of a draft tree to verify, given how likely each is taken to be accepted, likeliest first."""
         ...
 
 
@@ -63,6 +70,10 @@ class FixedLength:
 
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
         """Nothing to learn."""
+
+    def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
+        """All."""
+        return len(chances)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,28 +121,31 @@ class AdaptiveLength:
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
         """The published rule knows no costs."""
 
+    def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
+        """All."""
+        return len(chances)
+
 
 @dataclass(slots=True)
 class Costs:
     """What steps of k positions cost: the median of the last few measurements at each k that was tried."""
 
-    seconds: dict[CostKind, dict[int, deque[float]]] = field(default_factory=lambda: {"draft": {}, "verify": {}})
+    seconds: dict[CostKind, dict[int, deque[float]]] = field(default_factory=dict)
 
     def observe(self, kind: CostKind, k: int, seconds: float) -> None:
         # a median, since the first step of a shape often pays for its kernels
-        self.seconds[kind].setdefault(k, deque(maxlen=9)).append(seconds)
+        self.seconds.setdefault(kind, {}).setdefault(k, deque(maxlen=9)).append(seconds)
 
-    def measured(self, k: int) -> bool:
+    def measured(self, kind: CostKind, k: int) -> bool:
         """Whether a step of k positions was ever timed."""
-        return k in self.seconds["verify"]
+        return k in self.seconds.get(kind, {})
 
-    def curve(self, k_max: int) -> Float64[np.ndarray, " k"]:
-        """Seconds of a step for k = 0..k_max: straight lines between what was measured, never falling."""
+    def curve(self, k_max: int, *kinds: CostKind) -> Float64[np.ndarray, " k"]:
+        """Seconds for k = 0..k_max, summed over kinds: straight lines between what was measured, never falling."""
         total = np.zeros(k_max + 1)
-        for tried in self.seconds.values():
-            if tried:
-                medians = [sorted(tried[k])[len(tried[k]) // 2] for k in sorted(tried)]
-                total += _interpolate(np.array(sorted(tried)), np.array(medians), k_max)
+        for tried in (self.seconds[kind] for kind in kinds if kind in self.seconds):
+            medians = [sorted(tried[k])[len(tried[k]) // 2] for k in sorted(tried)]
+            total += _interpolate(np.array(sorted(tried)), np.array(medians), k_max)
         # nothing known yet: a step costs much the same whatever its length
         return total if total.any() else 1 + SLOPE * np.arange(k_max + 1)
 
@@ -219,14 +233,14 @@ class CostAwareLength:
         pooled = (self._all.hits.sum() + 1) / (self._all.tries.sum() + 2)
         rates = self._row.rates(self._all.rates(pooled, weight=4), weight=4)
         tokens = np.concatenate([[1.0], 1 + rates.cumprod().cumsum()])
-        promise = tokens / self._costs.curve(self.k_max)
+        promise = tokens / self._costs.curve(self.k_max, "draft", "verify")
         return self.k_min + int(promise[self.k_min :].argmax())
 
     def next_length(self) -> int:
         self._clock[0] += 1
         step = self._clock[0]
         grid = [k for k in sorted({self.k_max, *(1 << i for i in range(6)), 0}) if self.k_min <= k <= self.k_max]
-        unknown = [k for k in grid if not self._costs.measured(k)]
+        unknown = [k for k in grid if not self._costs.measured("verify", k)]
         # long drafts first: they say something about every position
         if unknown and step % 2:
             return unknown[-1]
@@ -241,4 +255,108 @@ class CostAwareLength:
         self._all.update(drafted, accepted)
 
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
-        self._costs.observe(kind, min(k, self.k_max), seconds)
+        if kind != "score":
+            self._costs.observe(kind, min(k, self.k_max), seconds)
+
+    def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
+        """All: the length is what this one decides."""
+        return len(chances)
+
+
+@dataclass(slots=True)
+class Promises:
+    """What drafts promised and what came of them: sums that fade by `keep` with each draft."""
+
+    keep: float
+    hoped: float = 0.0
+    accepted: float = 0.0
+    drafts: float = 0.0
+    seconds: float = 0.0
+
+    def update(self, hoped: float, accepted: int, seconds: float) -> None:
+        for name, new in (("hoped", hoped), ("accepted", accepted), ("drafts", 1), ("seconds", seconds)):
+            setattr(self, name, getattr(self, name) * self.keep + new)
+
+    def scale(self) -> float:
+        """Accepted tokens for each one promised, on a prior of 4 promises kept."""
+        return (self.accepted + 4) / (self.hoped + 4)
+
+    def speed(self) -> float:
+        """Tokens per second of steps with a draft."""
+        return (self.accepted + self.drafts) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class CostAwareTree:
+    """Always k positions; of the tree that grows from them, the n likeliest nodes with the most expected tokens per
+    second, `(1 + sum_{i<n} chance_i) / seconds(n)`.
+
+    Chances are the drafter's own, scaled by what lately became of such promises. While steps with a draft bring fewer
+    tokens per second than plain ones would, most steps are plain.
+
+    Attributes:
+        k: Positions asked for.
+        explore: One step in so many scores another number of nodes or none, or drafts where drafts do not pay.
+        keep: Factor by which old promises fade with each draft.
+    """
+
+    k: int = 8
+    explore: int = 24
+    keep: float = 0.98
+    _costs: Costs = field(default_factory=Costs, init=False)
+    _promises: Promises = field(init=False)
+    _clock: list[int] = field(default_factory=lambda: [0], init=False)
+    _hoped: float = field(default=0.0, init=False)
+    _nodes: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ZerodraftError(f"k={self.k} drafts nothing; give at least 1.")
+        if self.explore < 2:
+            raise ZerodraftError(f"explore={self.explore} would never use the best size; give at least 2.")
+        if not 0 < self.keep <= 1:
+            raise ZerodraftError(f"keep={self.keep} is out of range; give a number above 0 and at most 1.")
+        self._promises = Promises(self.keep)
+
+    def fresh(self) -> "CostAwareTree":
+        other = replace(self)
+        other._costs, other._promises, other._clock = self._costs, self._promises, self._clock
+        return other
+
+    def next_length(self) -> int:
+        self._clock[0] += 1
+        self._hoped, self._nodes = 0.0, 0
+        explore = self._clock[0] % self.explore == 0
+        return self.k if self.pays() != explore else 0
+
+    def pays(self) -> bool:
+        """Whether drafts have been worth their time lately."""
+        if self._promises.drafts < 8 or not self._costs.measured("score", 0):
+            return True
+        return self._promises.speed() > 1 / self._costs.curve(0, "score")[0]
+
+    def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
+        sizes = [n for n in (1, 3, 7, 15, 31, 63) if n <= len(chances)]
+        unknown = [n for n in sizes if not self._costs.measured("score", n)]
+        turn, rest = divmod(self._clock[0], self.explore)
+        if unknown and self._clock[0] % 2:
+            n = unknown[-1]
+        elif sizes and rest == self.explore // 2:
+            n = sizes[turn % len(sizes)]
+        else:
+            n = int((self._tokens(chances) / self._seconds(len(chances))).argmax())
+        self._hoped, self._nodes = float(chances[:n].sum()), n
+        return n
+
+    def _tokens(self, chances: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " sizes"]:
+        return 1 + self._promises.scale() * np.concatenate([[0.0], chances.cumsum()])
+
+    def _seconds(self, nodes: int) -> Float64[np.ndarray, " sizes"]:
+        return self._costs.curve(nodes, "score") + self._costs.curve(self.k, "draft")[-1]
+
+    def update(self, drafted: int, generated: int, accepted: int) -> None:
+        self._promises.update(self._hoped, accepted, float(self._seconds(self._nodes)[-1]))
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        if kind != "verify":
+            self._costs.observe(kind, k, seconds)

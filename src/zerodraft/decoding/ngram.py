@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32, UInt64
 
 from zerodraft.decoding.lattice import NO_TOKEN
-from zerodraft.decoding.search import LatticeScores
+from zerodraft.decoding.scorers import LatticeScores
 from zerodraft.errors import ZerodraftError
 
 MAGIC = b"ZDNGRAM\n"

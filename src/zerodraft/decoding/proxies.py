@@ -1,7 +1,7 @@
 """Causal proxies: small models that say which candidates of a lattice go together.
 
 The path search (DiffuSpec, arXiv 2510.02358) weighs the drafter's scores with those of a causal model that is cheap
-enough to ask for every candidate after every path. Each one here follows the protocol `search.CausalProxy`:
+enough to ask for every candidate after every path. Each one here follows the protocol `scorers.CausalProxy`:
 `NgramProxy` reads a table made beforehand, `ContextProxy` learns from the prompt and the output as they come,
 `KenLMProxy` asks a KenLM model, `MixtureProxy` joins several. What a proxy says decides which paths are verified and so
 how many tokens are accepted; whether they are right is the target's to say.
@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int64
 
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.ngram import NgramTable, open_table
-from zerodraft.decoding.search import CausalProxy, LatticeScores, ProxySession
+from zerodraft.decoding.scorers import CausalProxy, LatticeScores, ProxySession
 from zerodraft.errors import ZerodraftError
 
 LN_10 = math.log(10)

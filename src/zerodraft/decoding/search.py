@@ -3,7 +3,7 @@
 A drafter that fills all positions at once does not know which of its candidates go together. CPS (DiffuSpec, arXiv
 2510.02358) prunes each position to the smallest set of top candidates whose mass reaches tau, stops after the first
 position where the drafter's choice is an EOS, and runs a beam search from left to right over
-`lam * log q + (1 - lam) * log p`, p being a small causal model, the proxy.
+`lam * log q + (1 - lam) * log p`, p being a small causal model, the proxy (`scorers.py`).
 
 Ours: the same scores can grow a tree best-first (`expand="best_first"`), which holds the `budget` likeliest prefixes of
 the whole lattice rather than a few complete paths; and a draft can be sampled from the pruned lattice.
@@ -16,65 +16,20 @@ Legend: q drafter, p proxy, k positions, m candidates of a position, b states of
 """
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float32, Float64
 
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
+from zerodraft.decoding.scorers import ProxySession, scorer
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.decoding.verify import Randomness
 from zerodraft.errors import ZerodraftError
 
 Expand = Literal["beam", "best_first"]
-
-
-class LatticeScores(NamedTuple):
-    """What a proxy that looks back two tokens at most says about a whole lattice: candidate c of position i, after
-    candidates a and b of the two positions before it, scores `pairs[i, b, c] + extra[i, a, b, c]`.
-
-    Known tokens stand in before position 0, so position 0 scores the same for all a and b, position 1 for all a. In two
-    parts because `extra` is mostly zero, and only what the search visits of it is ever read.
-    """
-
-    pairs: Float32[np.ndarray, "k m m"]
-    extra: Float32[np.ndarray, "k m m m"]
-
-
-@runtime_checkable
-class ProxySession(Protocol):
-    """A proxy that follows one row of a generate call. What its states are is its own affair."""
-
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Take note of known tokens: the prompt, then whatever each step emits."""
-        ...
-
-    def root(self) -> Any:
-        """The state after all known tokens."""
-        ...
-
-    def score(self, states: Sequence[Any], candidates: Int64[np.ndarray, " m"]) -> Float32[np.ndarray, "b m"]:
-        """log p(candidate | state), natural, finite, at most 0."""
-        ...
-
-    def advance(self, state: Any, token: int) -> Any:
-        """The state one token further. Pure."""
-        ...
-
-    def table(self, ids: Int64[np.ndarray, "k m"]) -> "LatticeScores | None":
-        """All scores of a lattice at once, where the proxy looks back at most two tokens (None elsewhere)."""
-        ...
-
-
-@runtime_checkable
-class CausalProxy(Protocol):
-    """A small causal language model that says which candidates go together."""
-
-    def start(self) -> ProxySession:
-        """A session for one row."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +82,7 @@ def prune(lattice: Lattice, config: SearchConfig, eos_ids: Collection[int] = ())
         if token in eos_ids:
             break
     ids, log_q = ids[:k], log_q[:k]
+    pairs = None if lattice.pairs is None else lattice.pairs[:k]
     if not k:
         return Lattice(ids, log_q, lattice.chain)
     mass = np.exp(log_q, dtype=np.float64).cumsum(1)
@@ -143,115 +99,30 @@ def prune(lattice: Lattice, config: SearchConfig, eos_ids: Collection[int] = ())
         # an EOS from further down moves up to the others
         order = (~keep).argsort(1, kind="stable")
         ids, log_q, keep = (np.take_along_axis(x, order, 1) for x in (ids, log_q, keep))
+        if pairs is not None:
+            pairs = np.take_along_axis(pairs, order[:, None], 2)
+            pairs[1:] = np.take_along_axis(pairs[1:], order[:-1, :, None], 1)
     m = int(keep.sum(1).max())
     keep = keep[:, :m]
     return Lattice(
-        np.where(keep, ids[:, :m], NO_TOKEN), np.where(keep, log_q[:, :m], np.float32(-np.inf)), lattice.chain
+        np.where(keep, ids[:, :m], NO_TOKEN),
+        np.where(keep, log_q[:, :m], np.float32(-np.inf)),
+        lattice.chain,
+        pairs=None if pairs is None else pairs[:, :m, :m],
     )
-
-
-@runtime_checkable
-class _Scorer(Protocol):
-    """Costs (negated scores, in units of `unit`) of the candidates of a position, for each of several contexts; padding
-    costs infinity."""
-
-    unit: float
-
-    def root(self) -> list[Any]: ...
-
-    def costs(self, i: int, contexts: list[Any]) -> Float[np.ndarray, "b m"]: ...
-
-    def extend(self, i: int, contexts: list[Any], parents: list[int], columns: list[int]) -> list[Any]:
-        """The contexts after a candidate (a column) of position i each."""
-        ...
-
-
-class _Independent:
-    """No proxy: a candidate costs the same after any path."""
-
-    unit = 1.0
-
-    def __init__(self, q_cost: Float64[np.ndarray, "k m"]) -> None:
-        self.q_cost = q_cost[:, None]
-
-    def root(self) -> list[None]:
-        return [None]
-
-    def costs(self, i: int, contexts: list[None]) -> Float[np.ndarray, "1 m"]:
-        return self.q_cost[i]
-
-    def extend(self, i: int, contexts: list[None], parents: list[int], columns: list[int]) -> list[None]:
-        return contexts
-
-
-class _Tabled:
-    """A proxy with a table; a context is m * a + b of the columns (a, b) of the two positions before."""
-
-    def __init__(self, q_cost: Float64[np.ndarray, "k m"], lam: float, table: LatticeScores) -> None:
-        k, self.m = q_cost.shape
-        # in units of the proxy's weight, so that what the search visits of the table need not be multiplied
-        self.unit = 1 - lam
-        self.base = (q_cost[:, None] / self.unit - table.pairs).astype(np.float32)
-        self.extra = table.extra.reshape(k, -1, self.m)
-
-    def root(self) -> list[int]:
-        return [0]
-
-    def costs(self, i: int, contexts: list[int]) -> Float[np.ndarray, "b m"]:
-        costs = self.base[i].take([at % self.m for at in contexts], 0)
-        costs -= self.extra[i].take(contexts, 0)
-        return costs
-
-    def extend(self, i: int, contexts: list[int], parents: list[int], columns: list[int]) -> list[int]:
-        m = self.m
-        return [contexts[p] % m * m + c for p, c in zip(parents, columns, strict=True)]
-
-
-class _Stepped:
-    """A proxy that looks back further; a context is its own state."""
-
-    unit = 1.0
-
-    def __init__(
-        self, q_cost: Float64[np.ndarray, "k m"], lam: float, proxy: ProxySession, ids: Int64[np.ndarray, "k m"]
-    ) -> None:
-        self.q_cost, self.weight, self.proxy = q_cost, lam - 1, proxy
-        self.ids = [row[: int((row != NO_TOKEN).sum())] for row in ids]
-
-    def root(self) -> list[Any]:
-        return [self.proxy.root()]
-
-    def costs(self, i: int, contexts: list[Any]) -> Float[np.ndarray, "b m"]:
-        ids = self.ids[i]
-        return self.q_cost[i, : len(ids)] + self.weight * self.proxy.score(contexts, ids)
-
-    def extend(self, i: int, contexts: list[Any], parents: list[int], columns: list[int]) -> list[Any]:
-        ids = self.ids[i]
-        return [self.proxy.advance(contexts[p], int(ids[c])) for p, c in zip(parents, columns, strict=True)]
-
-
-def _scorer(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None) -> _Scorer:
-    lam = config.lam if proxy is not None and not pruned.chain else 1.0
-    q_cost = np.full(pruned.ids.shape, np.inf)
-    # where: a weight of 0 times minus infinity would be NaN
-    np.multiply(pruned.log_q, -lam, out=q_cost, where=pruned.ids != NO_TOKEN)
-    if proxy is None or lam == 1:
-        return _Independent(q_cost)
-    table = proxy.table(pruned.ids)
-    return _Stepped(q_cost, lam, proxy, pruned.ids) if table is None else _Tabled(q_cost, lam, table)
 
 
 def beam(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None = None) -> list[ScoredPath]:
     """The `config.beam` best paths through a pruned lattice, best first; ties go to the drafter's order."""
     if not len(pruned):
         return [ScoredPath([], 0.0)]
-    scorer = _scorer(pruned, config, proxy)
+    scores = scorer(pruned, config.lam, proxy)
     candidates = (pruned.ids != NO_TOKEN).sum(1).tolist()
-    contexts = scorer.root()
+    contexts = scores.root()
     totals = np.zeros(1, np.float32)
     steps: list[tuple[list[int], list[int]]] = []
     for i, m in enumerate(candidates):
-        costs = totals[:, None] + scorer.costs(i, contexts)
+        costs = totals[:, None] + scores.costs(i, contexts)
         best = costs.argsort(axis=None, kind="stable")[: min(config.beam, m * len(totals))]
         totals = costs.take(best)
         width = costs.shape[1]
@@ -259,7 +130,7 @@ def beam(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None = Non
         at = best.tolist()
         parents = [x // width for x in at]
         columns = [x % width for x in at]
-        contexts = scorer.extend(i, contexts, parents, columns)
+        contexts = scores.extend(i, contexts, parents, columns)
         steps.append((parents, columns))
     paths = []
     ids = pruned.ids.tolist()
@@ -269,8 +140,15 @@ def beam(pruned: Lattice, config: SearchConfig, proxy: ProxySession | None = Non
             parents, columns = steps[i]
             tokens.append(ids[i][columns[rank]])
             rank = parents[rank]
-        paths.append(ScoredPath(tokens[::-1], -cost * scorer.unit))
+        paths.append(ScoredPath(tokens[::-1], -cost * scores.unit))
     return paths
+
+
+class RankedTree(NamedTuple):
+    """A tree whose nodes come likeliest first, and how likely each is taken to be accepted."""
+
+    tree: DraftTree
+    chances: Float64[np.ndarray, " n"]
 
 
 def best_first(
@@ -279,17 +157,18 @@ def best_first(
     budget: int,
     proxy: ProxySession | None = None,
     eos_ids: Collection[int] = (),
-) -> DraftTree:
+) -> RankedTree:
     """The tree of the `budget` best prefixes of a pruned lattice. A prefix scores the sum over its positions, which
     only falls along a path, so the best are found from the root outwards. In a chain first candidates alone have
     children.
     """
     if not len(pruned):
-        return DraftTree.path([])
-    scorer = _scorer(pruned, config, proxy)
+        return RankedTree(DraftTree.path([]), np.empty(0))
+    scores = scorer(pruned, config.lam, proxy)
     ids = pruned.ids.tolist()
     tokens: list[int] = []
     parents: list[int] = []
+    costs: list[float] = []
     # Of a node's children only the best that is not yet in the tree waits in the heap, with its siblings behind it. The
     # counter settles ties by age.
     heap: list[tuple[float, int, int, int, list[tuple[float, int]], Any]] = []
@@ -302,22 +181,53 @@ def best_first(
             pushed += 1
 
     def children(depth: int, cost: float, contexts: Any) -> list[tuple[float, int]]:
-        row = scorer.costs(depth, contexts)[0].tolist()
+        row = scores.costs(depth, contexts)[0].tolist()
         real = [(cost + c, at) for at, c in enumerate(row) if c < np.inf and ids[depth][at] not in eos_ids]
         return sorted(real, reverse=True)
 
-    push(0, ROOT, children(0, 0.0, scorer.root()), scorer.root())
+    push(0, ROOT, children(0, 0.0, scores.root()), scores.root())
     while heap and len(tokens) < budget:
         _, _, depth, parent, siblings, contexts = heapq.heappop(heap)
         cost, at = siblings.pop()
         node = len(tokens)
         tokens.append(ids[depth][at])
         parents.append(parent)
+        costs.append(cost)
         push(depth, parent, siblings, contexts)
         if depth + 1 < len(ids) and not (pruned.chain and at):
-            after = scorer.extend(depth, contexts, [0], [at])
+            after = scores.extend(depth, contexts, [0], [at])
             push(depth + 1, node, children(depth + 1, cost, after), after)
-    return DraftTree.from_lists(tokens, parents)
+    return RankedTree(DraftTree.from_lists(tokens, parents), np.exp(-scores.unit * np.array(costs)))
+
+
+def merge(parts: Sequence[RankedTree], budget: int) -> RankedTree:
+    """One tree of the `budget` likeliest nodes of several; a node that several have is as likely as the likeliest."""
+    if len(parts) == 1:
+        tree, chances = parts[0]
+        return RankedTree(tree.first(budget), chances[:budget])
+    nodes = [(-chance, part, node) for part, (_, chances) in enumerate(parts) for node, chance in enumerate(chances)]
+    places: list[dict[int, int]] = [{ROOT: ROOT} for _ in parts]
+    children: list[dict[int, int]] = [{}]
+    tokens: list[int] = []
+    parents: list[int] = []
+    chances: list[float] = []
+    for cost, part, node in sorted(nodes):
+        tree = parts[part].tree
+        place = places[part].get(int(tree.parents[node]))
+        if place is None:
+            continue
+        token = int(tree.tokens[node])
+        child = children[place + 1].get(token)
+        if child is None:
+            if len(tokens) == budget:
+                continue
+            child = children[place + 1][token] = len(tokens)
+            children.append({})
+            tokens.append(token)
+            parents.append(place)
+            chances.append(-cost)
+        places[part][node] = child
+    return RankedTree(DraftTree.from_lists(tokens, parents), np.array(chances))
 
 
 def build_tree(
@@ -327,16 +237,24 @@ def build_tree(
     eos_ids: Collection[int] = (),
     *,
     tree: bool = True,
+    worth: Callable[[Float64[np.ndarray, " n"]], int] | None = None,
 ) -> DraftTree:
     """The draft to verify: a tree of at most `config.budget` nodes, or (`tree=False`) the best path alone. A chain's
-    best path is its first candidates, whatever a proxy says."""
-    pruned = prune(lattice, config, eos_ids)
+    best path is its first candidates, whatever a proxy says.
+
+    `worth` is told how likely the nodes of a best-first tree are, likeliest first, and says how many to verify.
+    """
+    pruned = [prune(part, config, eos_ids) for part in lattice.parts()]
     if tree and config.expand == "best_first":
-        return best_first(pruned, config, config.budget or len(lattice), proxy, eos_ids)
-    if pruned.chain:
-        paths = [pruned.ids[:, 0].tolist()]
-    else:
-        paths = [path.tokens for path in beam(pruned, config, proxy)]
+        budget = config.budget or len(lattice)
+        ranked = merge([best_first(part, config, budget, proxy, eos_ids) for part in pruned], budget)
+        return ranked.tree if worth is None else ranked.tree.first(worth(ranked.chances))
+    paths: list[list[int]] = []
+    for part in pruned:
+        if part.chain:
+            paths.append(part.ids[:, 0].tolist())
+        else:
+            paths += [path.tokens for path in beam(part, config, proxy)]
     return DraftTree.from_paths([cut(path, eos_ids) for path in (paths if tree else paths[:1])], config.budget)
 
 

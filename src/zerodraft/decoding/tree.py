@@ -67,6 +67,10 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def first(self, n: int) -> "DraftTree":
+        """The tree of the first n nodes."""
+        return self if n >= len(self) else DraftTree(self.tokens[:n], self.parents[:n])
+
     def depths(self) -> Int64[np.ndarray, " nodes"]:
         """Distance of the root and of each node from the root."""
         depths = [0]
@@ -100,32 +104,6 @@ class DraftTree:
     def path_to(self, node: int) -> list[int]:
         """The drafted tokens up to and including this node."""
         return [int(self.tokens[n]) for n in self.lineage(node)]
-
-
-def merge(trees: Sequence[DraftTree], budget: int | None = None) -> DraftTree:
-    """One tree that holds all paths of several (hybrid drafters). Under a `budget` the first trees come first, each
-    node by node in its own order."""
-    if len(trees) == 1 and (budget is None or len(trees[0]) <= budget):
-        return trees[0]
-    children: list[dict[int, int]] = [{}]
-    tokens: list[int] = []
-    parents: list[int] = []
-    for tree in trees:
-        places = {ROOT: ROOT}
-        for node, (token, parent) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)):
-            if parent not in places:
-                continue
-            place = places[parent]
-            child = children[place + 1].get(token)
-            if child is None:
-                if len(tokens) == budget:
-                    continue
-                child = children[place + 1][token] = len(tokens)
-                children.append({})
-                tokens.append(token)
-                parents.append(place)
-            places[node] = child
-    return DraftTree.from_lists(tokens, parents)
 
 
 @dataclass(frozen=True, slots=True)

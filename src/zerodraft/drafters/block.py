@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -56,6 +56,7 @@ class BlockDrafter:
             self.head = PackedLinear(head.weight[model.draft_ids.to(device)])
             model.to(head.weight)  # its device and dtype
             self.slots = PackedLinear.of(model.slots)
+            self.coupling = None if model.coupling is None else _FastCoupling(model, self.embedding, head.weight)
             self.layers = [_FastLayer(layer) for layer in model.layers if isinstance(layer, BlockLayer)]
         self.draft_ids = model.draft_ids
 
@@ -135,16 +136,56 @@ class _Row:
         for i, layer in enumerate(drafter.layers):
             x_KH = layer(x_KH, taps_MFH[:, i], (cos, sin), self.cache[i], self.length)
         self.length += new
-        log_q = drafter.head(model.norm(x_KH)[:length]).float().log_softmax(-1)
-        top = log_q.topk(drafter.candidates)
-        ids = drafter.draft_ids[top.indices]
-        return Lattice(ids.cpu().numpy(), top.values.cpu().numpy())
+        states_KH = model.norm(x_KH)[:length]
+        logits = drafter.head(states_KH)
+        scores, columns = logits.topk(drafter.candidates)
+        log_q = scores.float() - logits.float().logsumexp(-1, keepdim=True)
+        ids = drafter.draft_ids[columns]
+        if drafter.coupling is None:
+            return Lattice(ids.cpu().numpy(), log_q.cpu().numpy())
+        pairs = drafter.coupling(states_KH, embedding, columns, scores, log_q)
+        return Lattice(ids.cpu().numpy(), log_q.cpu().numpy(), pairs=pairs.cpu().numpy())
 
     def _grow(self, needed: int) -> None:
         slots = self.cache[0].shape[2]
         if needed > slots:
             more = max(needed, 2 * slots) - slots
             self.cache = [F.pad(cache, (0, 0, 0, more)) for cache in self.cache]
+
+
+class _FastCoupling:
+    """`BlockDrafterModel.rescored` among candidates, with all that depends on a token alone computed beforehand."""
+
+    def __init__(self, model: BlockDrafterModel, embedding: Float[Tensor, "v H"], head: Float[Tensor, "v H"]) -> None:
+        assert model.coupling is not None
+        self.coupling, self.norm = model.coupling, model.token_norm
+        self.state = PackedLinear.of(model.coupling.state)
+        ids = model.draft_ids.to(head.device)
+        # V x r, r the coupling's width: what each token adds as the one before, and what it gains as the one after
+        self.before = self.coupling.token(self.norm(embedding[ids]))
+        self.after = head[ids] @ self.coupling.out.weight
+
+    def __call__(
+        self,
+        states: Float[Tensor, "k H"],
+        newest: Float[Tensor, " H"],
+        columns: Int[Tensor, "k m"],
+        scores: Float[Tensor, "k m"],
+        log_q: Float[Tensor, "k m"],
+    ) -> Float[Tensor, "k m m"]:
+        """Log-probability of each candidate after each candidate of the slot before (for slot 0, after `newest`).
+
+        Args:
+            states: final states of the slots.
+            newest: the known token's embedding.
+            columns: the candidates' places in the draft vocabulary.
+            scores: their logits.
+            log_q: their log-probabilities.
+        """
+        first = self.coupling.token(self.norm(newest))[None, None].expand(1, columns.shape[1], -1)
+        before = torch.cat([first, self.before[columns[:-1]]])
+        change = F.silu(self.state(states)[:, None] + before) @ self.after[columns].transpose(1, 2)
+        return (scores[:, None] + change).float().log_softmax(-1) + log_q.logsumexp(-1)[:, None, None]
 
 
 class _FastLayer:

@@ -10,6 +10,10 @@ layers would.
 
 Slot j of a block after position t predicts the token at position t + 2 + j: slot 0 holds the known token t + 1.
 
+All slots are filled at once, so none knows which token the one before it will get. The coupling makes up for it: a
+small network turns a slot's state and a token of the slot before into what the slot makes of that token (the idea of
+Hydra's heads, arXiv 2402.05109, at the price of a few dot products among candidates).
+
 Legend: B rows, N context positions, A blocks (anchors), K slots of a block, F tapped states, H hidden size, nq query
 heads, nk key/value heads, D head size, V draft vocabulary.
 """
@@ -36,6 +40,7 @@ class BlockDrafterConfig(PreTrainedConfig):
         layers: the target layers that the drafter's stand in for, rising; their inputs are the taps.
         block_size: slots of a block, the known token included; as many tokens are drafted.
         draft_vocab_size: size of the reduced vocabulary, 0 for the target's whole one.
+        coupling: width of the network that couples neighbouring slots, 0 for none.
         qk_norm: RMS norms on queries and keys, as in Qwen3.
         attention_bias: biases of the query, key and value projections, as in Qwen2.
     """
@@ -48,6 +53,7 @@ class BlockDrafterConfig(PreTrainedConfig):
         layers: Sequence[int] = (),
         block_size: int = 8,
         draft_vocab_size: int = 0,
+        coupling: int = 0,
         qk_norm: bool = False,
         attention_bias: bool = False,
         **kwargs: Any,
@@ -58,6 +64,7 @@ class BlockDrafterConfig(PreTrainedConfig):
         self.layers = list(layers)
         self.block_size = block_size
         self.draft_vocab_size = draft_vocab_size
+        self.coupling = coupling
         self.qk_norm = qk_norm
         self.attention_bias = attention_bias
         super().__init__(**kwargs)
@@ -151,6 +158,20 @@ class BlockLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Coupling(nn.Module):
+    """What a slot's state becomes once the token before it is known: starts as no change."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(size, width, bias=False)
+        self.token = nn.Linear(size, width)
+        self.out = nn.Linear(width, size, bias=False)
+
+    def forward(self, state: Float[Tensor, "*s H"], token: Float[Tensor, "*s H"]) -> Float[Tensor, "*s H"]:
+        """The state after `token`, a normed embedding."""
+        return state + self.out(F.silu(self.state(state) + self.token(token)))
+
+
 class BlockDrafterModel(PreTrainedModel):
     """The drafter's trainable part; embeddings and LM head stay the target's and are not stored.
 
@@ -172,6 +193,7 @@ class BlockDrafterModel(PreTrainedModel):
         self.token_norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
         self.slots = nn.Linear(2 * size, config.block_size * size)
         self.norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
+        self.coupling = Coupling(size, config.coupling) if config.coupling else None
         self.rotary = LlamaRotaryEmbedding(target)
         vocabulary = config.draft_vocab_size or target.vocab_size
         self.register_buffer("draft_ids", torch.arange(vocabulary))
@@ -187,6 +209,8 @@ class BlockDrafterModel(PreTrainedModel):
         else:
             # transformers' own: the rotary frequencies, which no checkpoint holds
             super()._init_weights(module)
+        if isinstance(module, Coupling):
+            nn.init.zeros_(module.out.weight)
 
     def rotate(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions."""
@@ -195,6 +219,29 @@ class BlockDrafterModel(PreTrainedModel):
     def entry(self, state: Float[Tensor, "*s H"], embedding: Float[Tensor, "*s H"]) -> Float[Tensor, "*s J"]:
         """What `slots` projects: the first tap at the last known position and the newest token's embedding, normed."""
         return torch.cat([self.state_norm(state), self.token_norm(embedding)], dim=-1)
+
+    def coupled(self, states: Float[Tensor, "*s H"], embeddings: Float[Tensor, "*s H"]) -> Float[Tensor, "*s H"]:
+        """Final states of slots, given the embeddings of the tokens in the slots before them."""
+        assert self.coupling is not None
+        return self.coupling(states, self.token_norm(embeddings))
+
+    def rescored(
+        self,
+        states: Float[Tensor, "*s H"],
+        embeddings: Float[Tensor, "*s H"],
+        rows: Float[Tensor, "*s m H"],
+        log_q: Float[Tensor, "*s m"],
+    ) -> Float[Tensor, "*s m"]:
+        """Log-probabilities of candidates once the token before is known; together they keep the mass they had.
+
+        Args:
+            states: final states of slots.
+            embeddings: of the tokens before them.
+            rows: the LM head's rows of each slot's candidates.
+            log_q: the candidates' log-probabilities as the slots alone see them.
+        """
+        scores = (rows @ self.coupled(states, embeddings)[..., None])[..., 0].float()
+        return scores.log_softmax(-1) + log_q.logsumexp(-1, keepdim=True)
 
     def forward(
         self,
@@ -254,6 +301,7 @@ def drafter_from_target(
     num_layers: int = 4,
     block_size: int = 8,
     draft_ids: Int[Tensor, "V"] | None = None,
+    coupling: int = 0,
 ) -> BlockDrafterModel:
     """A new drafter whose layers are copies of the target's last `num_layers`.
 
@@ -265,6 +313,7 @@ def drafter_from_target(
         num_layers: drafter layers.
         block_size: slots of a block, the known token included.
         draft_ids: target ids that can be drafted, all of them if None.
+        coupling: as in `BlockDrafterConfig`.
 
     Raises:
         ZerodraftError: the target has fewer layers, or is of a kind that gives no layer to start from.
@@ -284,6 +333,7 @@ def drafter_from_target(
         layers=range(count - num_layers, count),
         block_size=block_size,
         draft_vocab_size=0 if draft_ids is None else len(draft_ids),
+        coupling=coupling,
         qk_norm="self_attn.q_norm.weight" in names,
         attention_bias="self_attn.q_proj.bias" in names,
     )

@@ -35,7 +35,7 @@ def lookup(
         it ends, so that a repeating text goes on repeating); the others followed other matches that agree so far. The
         i-th best match weighs 2^-i, hence the best match always leads. Empty where nothing matches.
     """
-    starts = matches(text, max_ngram, min_ngram)
+    starts, _ = matches(text, max_ngram, min_ngram)
     if length < 1 or not len(starts):
         return Lattice.empty()
     # float64 holds 2^-i of 52 matches beside 1; later ones would change nothing
@@ -60,10 +60,13 @@ def lookup(
     return Lattice(ids, log_q, chain=True)
 
 
-def matches(text: Int64[np.ndarray, "n"], max_ngram: int, min_ngram: int) -> Int64[np.ndarray, "m"]:
-    """Where the text went on after earlier occurrences of its end: after the longest first, the latest first."""
+def matches(
+    text: Int64[np.ndarray, "n"], max_ngram: int, min_ngram: int
+) -> tuple[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
+    """Where the text went on after earlier occurrences of its end, and how many tokens of it stood there: the longest
+    first, then the latest."""
     if len(text) < 2:
-        return np.empty(0, np.int64)
+        return np.empty(0, np.int64), np.empty(0, np.int64)
     ends = np.flatnonzero(text[:-1] == text[-1]) + 1
     sizes = np.ones(len(ends), np.int64)
     longer = np.arange(len(ends))
@@ -74,7 +77,8 @@ def matches(text: Int64[np.ndarray, "n"], max_ngram: int, min_ngram: int) -> Int
             break
         sizes[longer] = size
     ends, sizes = ends[sizes >= min_ngram], sizes[sizes >= min_ngram]
-    return ends[np.lexsort((-ends, -sizes))]
+    order = np.lexsort((-ends, -sizes))
+    return ends[order], sizes[order]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,8 @@ from zerodraft.drafters.block_model import BlockDrafterModel
 from zerodraft.training.blocks import Blocks, collate, first_anchor
 from zerodraft.training.features import FeatureCache
 
+CANDIDATES = 16
+"""Of each slot, where slots are coupled: as many as decoding looks at."""
 CHUNK = 64
 """Blocks judged at once: keeps the attention mask small."""
 
@@ -95,12 +97,19 @@ def _ranks(
 ) -> tuple[Int64[np.ndarray, "A K"], Float[np.ndarray, "A K"]]:
     """Rank of each right token among the drafter's choices (at most `ranks`), and its first choice's probability."""
     device = drafter.norm.weight.device
+
+    def embed(ids: Tensor) -> Tensor:
+        return embedding[ids.to(embedding.device)].to(device)
+
     hidden = drafter(
-        blocks.taps[:, :, :-1].to(device), blocks.kept.to(device), blocks.anchors.to(device),
-        embedding[blocks.newest.to(embedding.device)].to(device),
-    )  # fmt: skip
-    q = (hidden[0] @ head.T).float().softmax(-1)
-    top = q.topk(min(ranks, q.shape[-1]))
-    right = drafter.draft_ids[top.indices] == blocks.labels[0].to(device)[..., None]
+        blocks.taps[:, :, :-1].to(device), blocks.kept.to(device), blocks.anchors.to(device), embed(blocks.newest)
+    )[0]  # fmt: skip
+    log_q = (hidden @ head.T).float().log_softmax(-1)
+    scores, ids = log_q.topk(min(ranks if drafter.coupling is None else CANDIDATES, log_q.shape[-1]))
+    if drafter.coupling is not None:
+        # as all tokens before were right, those of the completion are the ones that decoding would have drafted
+        scores, order = drafter.rescored(hidden, embed(blocks.previous[0]), head[ids], scores).topk(ids.shape[-1])
+        ids = ids.gather(-1, order)
+    right = drafter.draft_ids[ids[..., :ranks]] == blocks.labels[0].to(device)[..., None]
     rank = torch.where(right.any(-1), right.int().argmax(-1), ranks)
-    return rank.cpu().numpy(), top.values[..., 0].cpu().numpy()
+    return rank.cpu().numpy(), scores[..., 0].exp().cpu().numpy()

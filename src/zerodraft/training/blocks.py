@@ -43,6 +43,12 @@ class Blocks:
         return self.tokens.gather(1, at).view_as(self.is_label)
 
     @property
+    def previous(self) -> Int[Tensor, "B A K"]:
+        """The token before each slot's label."""
+        at = (self._label_positions() - 1).flatten(1)
+        return self.tokens.gather(1, at).view_as(self.is_label)
+
+    @property
     def target_states(self) -> Float[Tensor, "B A K H"]:
         """The target's final state from which it predicts each slot's label."""
         at = (self._label_positions() - 1).flatten(1)
@@ -86,6 +92,42 @@ def draw_anchors(features: FeatureCache, index: int, count: int, seed: int) -> I
     if count > choices:
         return first + torch.randint(choices, (count,), generator=dice)
     return first + torch.randperm(choices, generator=dice)[:count]
+
+
+def coupled_loss(
+    coupled: Float[Tensor, "B A K H"],
+    logits: Float[Tensor, "B A K V"],
+    head: Float[Tensor, "V H"],
+    target_logits: Float[Tensor, "B A K V"] | None,
+    labels: Int[Tensor, "B A K"],
+    counts: Bool[Tensor, "B A K"],
+    label: Label,
+    decay: float,
+    candidates: int = 32,
+) -> Float[Tensor, ""]:
+    """`block_loss` of slots that know the token before them, among the candidates that decoding would look at.
+
+    Args:
+        coupled: final states, given the tokens before.
+        logits: of the slots alone; each slot's candidates are its likeliest tokens.
+        head: the LM head's rows of the draft vocabulary.
+        target_logits: see `block_loss`, as are the others.
+        labels: see `block_loss`.
+        counts: see `block_loss`.
+        label: see `block_loss`.
+        decay: see `block_loss`.
+        candidates: how many.
+    """
+    ids = logits.topk(min(candidates, logits.shape[-1])).indices
+    found = ids == labels[..., None]
+    return block_loss(
+        (head[ids] @ coupled[..., None])[..., 0],
+        None if target_logits is None else target_logits.gather(-1, ids),
+        torch.where(found.any(-1), found.int().argmax(-1), -1),
+        counts,
+        label,
+        decay,
+    )
 
 
 def block_loss(

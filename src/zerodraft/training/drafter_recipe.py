@@ -22,6 +22,8 @@ class BlockRecipe:
     """Slots of a block, the known token included: as many tokens are drafted at once."""
     draft_vocab: int = 8192
     """Draft only the tokens that are most frequent in the completions; 0: the whole vocabulary."""
+    coupling: int = 256
+    """Width of the network that tells a slot which token the slot before it got; 0: none."""
     start: str | None = None
     """Continue from this drafter (a folder) instead of from the target's layers."""
 

@@ -1,0 +1,166 @@
+"""Two drafters in one draft: what the text itself repeats is copied, the rest is the model drafter's.
+
+A small target repeats itself a good deal, and a copy costs nothing. How far a copy can be trusted depends on how long
+the text has agreed with the place that it is copied from, and each copied token that turns out right makes the
+agreement one longer; so one table, the chance by the length of the agreement, gives the chance of every position of a
+copy. The table starts from what was measured on completions of SmolLM2-135M-Instruct and follows the text at hand.
+
+Both drafts go into one tree, ordered by chance (`search.merge`). The model drafter is left out where the copy is so
+likely that another pass cannot pay for itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64
+
+from zerodraft.decoding.lattice import Lattice
+from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
+from zerodraft.drafters.lookup import GrowingText, matches
+
+FIRST_RATES = (0.23, 0.58, 0.65, 0.68, 0.74, 0.78, 0.79, 0.85, 0.88, 0.91, 0.93, 0.95)
+"""Share of right copies after an agreement of 1, 2, ... tokens (and more than the last)."""
+
+
+@dataclass(slots=True)
+class CopyTrust:
+    """How often a copied token was right, by the length of the agreement before it.
+
+    Attributes:
+        weight: How many copies the first rates count for.
+        keep: Factor by which old copies fade when a new one of the same length is counted.
+    """
+
+    weight: float = 12.0
+    keep: float = 0.98
+    _hits: Float64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(len(FIRST_RATES)), init=False)
+    _tries: Float64[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(len(FIRST_RATES)), init=False)
+
+    def rates(self, agreement: int, count: int) -> Float64[np.ndarray, " k"]:
+        """The chance of each of `count` copied tokens, all before it being right."""
+        known = (self._hits + self.weight * np.array(FIRST_RATES)) / (self._tries + self.weight)
+        return known[np.minimum(np.arange(agreement, agreement + count), len(known)) - 1]
+
+    def learn(self, agreement: int, copied: Int64[np.ndarray, " n"], right: Int64[np.ndarray, " m"]) -> None:
+        """Takes note of what stood where a copy was proposed."""
+        for place, (proposed, real) in enumerate(zip(copied.tolist(), right.tolist(), strict=False)):
+            at = min(agreement + place, len(self._hits)) - 1
+            self._hits[at] = self.keep * self._hits[at] + (proposed == real)
+            self._tries[at] = self.keep * self._tries[at] + 1
+            if proposed != real:
+                return
+
+
+def copy(text: Int64[np.ndarray, " n"], length: int, max_ngram: int) -> tuple[Int64[np.ndarray, " k"], int]:
+    """What followed the longest and latest earlier occurrence of the text's end (running on into the copy itself), and
+    how many tokens agreed there; empty without one."""
+    starts, sizes = matches(text, max_ngram, 1)
+    if length < 1 or not len(starts):
+        return np.empty(0, np.int64), 0
+    start = int(starts[0])
+    # a copy that reaches the text's end goes on with its own beginning
+    return text[start + np.arange(length) % (len(text) - start)], int(sizes[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridDrafter:
+    """Copies from the text, and another drafter's drafts where copies are not to be had or not to be trusted."""
+
+    other: Drafter
+    """Drafts what is not copied."""
+    max_ngram: int = 12
+    """The longest agreement that is looked for."""
+    max_length: int = 24
+    """The most positions of a copy; the other drafter fills at most its own."""
+    least_gain: float | None = None
+    """Ask the other drafter where its tokens are expected to add at least this share to those of the copy; None: the
+    share that its passes have had of the steps' time."""
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """Those of the other drafter."""
+        return self.other.taps
+
+    def check(self, config: Any) -> None:
+        """Copies fit every target; the other drafter may not."""
+        self.other.check(config)
+
+    def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "HybridSession":
+        """A session for `batch` rows."""
+        return HybridSession(self, self.other.start(batch, device, generator), batch)
+
+
+@dataclass(slots=True)
+class _Row:
+    text: GrowingText = field(default_factory=GrowingText)
+    trust: CopyTrust = field(default_factory=CopyTrust)
+    copied: Int64[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, np.int64))
+    agreement: int = 0
+    drafted: bool = False
+
+
+class HybridSession:
+    """The texts, what was copied last, and what the other drafter costs and brings."""
+
+    def __init__(self, drafter: HybridDrafter, other: DraftSession, batch: int) -> None:
+        self.drafter, self.other = drafter, other
+        self.rows = [_Row() for _ in range(batch)]
+        self.gain, self.share = 0.8, 0.1
+        self._drafting = 0.0
+        self._step_began: float | None = None
+
+    def observe(self, progress: Sequence[Progress]) -> None:
+        """Tells both, and learns from what became of the last drafts."""
+        if self._step_began is not None and self._drafting:
+            step = perf_counter() - self._step_began
+            self.share += 0.1 * (self._drafting / step - self.share)
+        for row, news in zip(self.rows, progress, strict=True):
+            tokens = news.tokens.cpu().numpy()
+            if len(tokens):
+                row.trust.learn(row.agreement, row.copied, tokens)
+                if row.drafted and not (len(row.copied) and row.copied[0] == tokens[0]):
+                    self.gain += 0.02 * (len(tokens) - 1 - self.gain)
+                row.text.append(tokens)
+        self.other.observe(progress)
+
+    def propose(self, lengths: Sequence[int]) -> list[Lattice]:
+        """A copy and a draft for each row, side by side, or one of them."""
+        self._step_began = perf_counter()
+        copies, asked = [], []
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
+            rates = row.trust.rates(row.agreement, len(row.copied)) if len(row.copied) else np.empty(0)
+            row.drafted = self._worth_it(rates)
+            asked.append(min(length, self.drafter.other.max_length) if row.drafted else 0)
+            copies.append(_chain(row.copied, rates))
+        if not any(asked):
+            self._drafting = 0.0
+            return copies
+        drafts = self.other.propose(asked)
+        self._drafting = perf_counter() - self._step_began
+        return [_beside(draft, copied) for draft, copied in zip(drafts, copies, strict=True)]
+
+    def _worth_it(self, rates: Float64[np.ndarray, " k"]) -> bool:
+        """Whether the other drafter's expected tokens are worth its pass, beside a copy with these rates."""
+        if not len(rates):
+            return True
+        least = self.share if self.drafter.least_gain is None else self.drafter.least_gain
+        return (1 - rates[0]) * self.gain >= least * (1 + rates.cumprod().sum())
+
+
+def _chain(tokens: Int64[np.ndarray, " k"], rates: Float64[np.ndarray, " k"]) -> Lattice:
+    if not len(tokens):
+        return Lattice.empty()
+    return Lattice(tokens[:, None], np.log(rates)[:, None].astype(np.float32), chain=True)
+
+
+def _beside(draft: Lattice, copied: Lattice) -> Lattice:
+    """Both, the one that begins more surely first."""
+    if not len(draft) or not len(copied):
+        return draft if len(draft) else copied
+    first, second = (draft, copied) if draft.log_q[0, 0] >= copied.log_q[0, 0] else (copied, draft)
+    return Lattice(first.ids, first.log_q, first.chain, pairs=first.pairs, beside=second)
