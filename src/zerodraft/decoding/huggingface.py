@@ -20,7 +20,8 @@ from zerodraft.decoding.door import PREFIX, RestoringSignature
 from zerodraft.decoding.engine import Engine, Text
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength
 from zerodraft.decoding.protocols import Drafter, Target
-from zerodraft.decoding.search import CausalProxy, SearchConfig
+from zerodraft.decoding.scorers import CausalProxy
+from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats, Step
 from zerodraft.decoding.stopping import Stopping
 from zerodraft.decoding.target import HfTarget

@@ -4,6 +4,7 @@ The folder of a run is that of `pretrain`: `recipe.json`, `log.jsonl` (every ste
 `model/` and `results.json`.
 """
 
+import copy
 import os
 import random
 import time
@@ -24,12 +25,13 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.acceptance import Acceptance, measure_acceptance
 from zerodraft.training.base import RecipeTrainer, training_arguments
-from zerodraft.training.blocks import Blocks, block_loss, collate, draw_anchors
+from zerodraft.training.blocks import Blocks, block_loss, collate, coupled_loss, draw_anchors
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.completions import Completions, read_completions
 from zerodraft.training.drafter_recipe import BlockLossRecipe, DrafterRecipe
 from zerodraft.training.features import FeatureCache
 from zerodraft.training.run import check_folder, provenance, save_model, start_folder, write_json
+from zerodraft.ztt.loading import load_pretrained
 
 SHORTEST = 12
 """Completions of fewer tokens are left out."""
@@ -84,18 +86,25 @@ class DrafterTrainer(RecipeTrainer):
     ) -> Any:
         """The loss of one batch of blocks."""
         blocks = Blocks(**inputs)
-        embeddings = self.embedding[blocks.newest.to(self.embedding.device)].to(blocks.taps.device)
-        hidden = model(blocks.taps[:, :, :-1], blocks.kept, blocks.anchors, embeddings)
+        hidden = model(blocks.taps[:, :, :-1], blocks.kept, blocks.anchors, self._embed(blocks.newest))
+        logits = hidden @ self.head.T
         soft = self.block_loss.label != "tokens"
-        loss = block_loss(
-            hidden @ self.head.T,
+        goal = (
             blocks.target_states @ self.head.T if soft else None,
             self.draft_index[blocks.labels],
             blocks.is_label,
             self.block_loss.label,
             self.block_loss.decay,
         )
+        loss = block_loss(logits, *goal)
+        drafter: Any = self.accelerator.unwrap_model(model)
+        if drafter.coupling is not None:
+            coupled = drafter.coupled(hidden, self._embed(blocks.previous))
+            loss = loss + coupled_loss(coupled, logits, self.head, *goal)
         return (loss, hidden) if return_outputs else loss
+
+    def _embed(self, ids: Int[Tensor, "*s"]) -> Float[Tensor, "*s H"]:
+        return self.embedding[ids.to(self.embedding.device)].to(ids.device)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean accepted tokens and acceptance by position on some held-back completions."""
@@ -256,13 +265,31 @@ def frequent_tokens(completions: Completions, indices: Sequence[int], size: int,
 
 def _drafter(recipe: DrafterRecipe, target: Any, completions: Completions, train: Sequence[int]) -> BlockDrafterModel:
     if recipe.drafter.start is not None:
-        return BlockDrafterModel.from_pretrained(recipe.drafter.start, dtype=torch.float32)
+        return _continued(recipe)
     vocabulary = target.get_output_embeddings().weight.shape[0]
     size = recipe.drafter.draft_vocab
     draft_ids = frequent_tokens(completions, train, size or vocabulary, vocabulary)
     return drafter_from_target(
-        target, recipe.drafter.layers, recipe.drafter.block_size, draft_ids if 0 < size < vocabulary else None
+        target,
+        recipe.drafter.layers,
+        recipe.drafter.block_size,
+        draft_ids if 0 < size < vocabulary else None,
+        recipe.drafter.coupling,
     )
+
+
+def _continued(recipe: DrafterRecipe) -> BlockDrafterModel:
+    """The drafter that the recipe starts from, with a new coupling if it had none."""
+    assert recipe.drafter.start is not None
+    old = load_pretrained(BlockDrafterModel, recipe.drafter.start, dtype=torch.float32)
+    assert isinstance(old, BlockDrafterModel)
+    if old.coupling is not None or not recipe.drafter.coupling:
+        return old
+    config = copy.deepcopy(old.config)
+    config.coupling = recipe.drafter.coupling
+    drafter = BlockDrafterModel(config)
+    drafter.load_state_dict(old.state_dict(), strict=False)
+    return drafter
 
 
 def _plain(value: Any) -> Any:
