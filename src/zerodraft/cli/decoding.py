@@ -91,6 +91,8 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
     from zerodraft.drafters.block import BlockDrafter
     from zerodraft.drafters.block_model import BlockDrafterConfig
     from zerodraft.drafters.lookup import PromptLookupDrafter
+    from zerodraft.drafters.masked import MaskedDrafter
+    from zerodraft.drafters.masked_formats import is_masked
     from zerodraft.targets import resolve
     from zerodraft.ztt.loading import load_pretrained
 
@@ -103,8 +105,11 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
         path = resolve(text)
     except ZerodraftError as error:
         raise ZerodraftError(f"--drafter is neither 'lookup', 'lookup:N' nor a model: {error}") from error
-    if model_type(path) == BlockDrafterConfig.model_type:
+    kind = model_type(path)
+    if kind == BlockDrafterConfig.model_type:
         return BlockDrafter.from_pretrained(path, target), Path(text).name
+    if is_masked(kind):
+        return MaskedDrafter.from_pretrained(path, target), Path(text).name
     from transformers import AutoModelForCausalLM
 
     drafter = AutoregressiveDrafter(load_pretrained(AutoModelForCausalLM, path).to(target.device).eval())

@@ -1,0 +1,492 @@
+"""Masked diffusion drafters: parity with a plain implementation on the hub's own files, drafting, exact decoding."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.decoding.lengths import FixedLength
+from zerodraft.decoding.protocols import Progress
+from zerodraft.drafters.masked import MaskedDrafter, denoise
+from zerodraft.drafters.masked_formats import is_masked, load_masked
+from zerodraft.drafters.masked_model import MaskedModel, layers_to_take, masked_from_target
+from zerodraft.errors import ZerodraftError
+
+VOCABULARY, MASK, LAYERS, WIDTH, INNER = 64, 60, 2, 32, 48
+
+DREAM: dict[str, Any] = {
+    "architectures": ["DreamModel"], "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "bos_token_id": 58, "eos_token_id": 58, "hidden_act": "silu", "hidden_size": WIDTH, "initializer_range": 0.02,
+    "intermediate_size": INNER, "mask_token_id": MASK, "max_position_embeddings": 128, "max_window_layers": 28,
+    "model_type": "Dream", "num_attention_heads": 4, "num_hidden_layers": LAYERS, "num_key_value_heads": 2,
+    "pad_token_id": 58, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.46.2", "use_cache": True,
+    "use_mrope": False, "use_sliding_window": False, "vocab_size": VOCABULARY,
+}  # fmt: skip
+
+LLADA: dict[str, Any] = {
+    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0, "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
+    "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
+    "bias_for_layer_norm": False, "block_group_size": 1, "block_type": "llama", "d_model": WIDTH,
+    "embedding_dropout": 0.0, "embedding_size": VOCABULARY, "eos_token_id": 58, "flash_attention": False,
+    "include_bias": False, "include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta",
+    "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms",
+    "layer_norm_with_affine": True, "mask_token_id": MASK, "max_sequence_length": 128, "mlp_hidden_size": INNER,
+    "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": None, "n_heads": 4, "n_kv_heads": 4,
+    "n_layers": LAYERS, "pad_token_id": 58, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05,
+    "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.46.2", "use_cache": False, "vocab_size": VOCABULARY,
+    "weight_tying": False,
+}  # fmt: skip
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape) * (0.2 if len(shape) > 1 else 0.5) + (len(shape) == 1)
+
+
+def dream_tensors() -> dict[str, Tensor]:
+    names = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    names["lm_head.weight"] = (VOCABULARY, WIDTH)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        for part, rows in (("q", WIDTH), ("k", WIDTH // 2), ("v", WIDTH // 2)):
+            names |= {f"{layer}self_attn.{part}_proj.weight": (rows, WIDTH)}
+            names |= {f"{layer}self_attn.{part}_proj.bias": (rows,)}
+        names |= {f"{layer}self_attn.o_proj.weight": (WIDTH, WIDTH)}
+        names |= {f"{layer}mlp.{part}_proj.weight": (INNER, WIDTH) for part in ("gate", "up")}
+        names |= {f"{layer}mlp.down_proj.weight": (WIDTH, INNER)}
+        names |= {f"{layer}{part}_layernorm.weight": (WIDTH,) for part in ("input", "post_attention")}
+    return {name: noise(*shape) for name, shape in names.items()}
+
+
+def llada_tensors() -> dict[str, Tensor]:
+    names = {"wte": (VOCABULARY, WIDTH), "ln_f": (WIDTH,), "ff_out": (VOCABULARY, WIDTH)}
+    for i in range(LAYERS):
+        square = {f"blocks.{i}.{part}": (WIDTH, WIDTH) for part in ("q_proj", "k_proj", "v_proj", "attn_out")}
+        inner = {f"blocks.{i}.{part}": (INNER, WIDTH) for part in ("ff_proj", "up_proj")}
+        norms = {f"blocks.{i}.{part}": (WIDTH,) for part in ("attn_norm", "ff_norm")}
+        names |= square | inner | norms | {f"blocks.{i}.ff_out": (WIDTH, INNER)}
+    return {f"model.transformer.{name}.weight": noise(*shape) for name, shape in names.items()}
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Head by head, position by position, pair by pair."""
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    for t in range(x.shape[0]):
+        for j in range(half):
+            angle = torch.tensor(t / theta ** (j / half))
+            a, b = x[t, :, j], x[t, :, half + j]
+            out[t, :, j], out[t, :, half + j] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+    return out
+
+
+def attend(x: Tensor, qkv: list[Tensor], heads: int, theta: float) -> Tensor:
+    """Every position sees every position."""
+    q, k, v = (part.view(len(x), -1, WIDTH // heads) for part in qkv)
+    q, k = rotate(q, theta), rotate(k, theta)
+    out = torch.empty_like(q)
+    for head in range(heads):
+        shared = head * k.shape[1] // heads
+        scores = q[:, head] @ k[:, shared].T / (WIDTH // heads) ** 0.5
+        out[:, head] = scores.softmax(-1) @ v[:, shared]
+    return out.flatten(1)
+
+
+def dream_plainly(w: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Logits at every position of one text, in double precision."""
+    w = {name: tensor.double() for name, tensor in w.items()}
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(LAYERS):
+        p = f"model.layers.{i}."
+        y = rms(x, w[p + "input_layernorm.weight"], 1e-6)
+        qkv = [y @ w[f"{p}self_attn.{n}_proj.weight"].T + w[f"{p}self_attn.{n}_proj.bias"] for n in "qkv"]
+        x = x + attend(y, qkv, 4, 1e6) @ w[p + "self_attn.o_proj.weight"].T
+        y = rms(x, w[p + "post_attention_layernorm.weight"], 1e-6)
+        gate, up = y @ w[p + "mlp.gate_proj.weight"].T, y @ w[p + "mlp.up_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ w[p + "mlp.down_proj.weight"].T
+    return rms(x, w["model.norm.weight"], 1e-6) @ w["lm_head.weight"].T
+
+
+def llada_plainly(w: dict[str, Tensor], ids: Tensor) -> Tensor:
+    w = {name.removeprefix("model.transformer."): tensor.double() for name, tensor in w.items()}
+    x = w["wte.weight"][ids]
+    for i in range(LAYERS):
+        p = f"blocks.{i}."
+        y = rms(x, w[p + "attn_norm.weight"], 1e-5)
+        qkv = [y @ w[f"{p}{n}_proj.weight"].T for n in "qkv"]
+        x = x + attend(y, qkv, 4, 5e5) @ w[p + "attn_out.weight"].T
+        y = rms(x, w[p + "ff_norm.weight"], 1e-5)
+        gate, up = y @ w[p + "ff_proj.weight"].T, y @ w[p + "up_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ w[p + "ff_out.weight"].T
+    return rms(x, w["ln_f.weight"], 1e-5) @ w["ff_out.weight"].T
+
+
+Plain = Callable[[dict[str, Tensor], Tensor], Tensor]
+FAMILIES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Tensor]], Plain]] = {
+    "Dream": (DREAM, dream_tensors, dream_plainly),
+    "llada": (LLADA, llada_tensors, llada_plainly),
+}
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], shards: int = 1) -> Path:
+    """A checkpoint as the hub has it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    parts = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    where = {name: parts[i % shards] for i, name in enumerate(tensors)}
+    for part in parts:
+        save_file({name: tensors[name] for name in tensors if where[name] == part}, folder / part, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor], Plain, bool]:
+    config, make, plain = FAMILIES[request.param]
+    torch.manual_seed(0)
+    tensors = make()
+    return write(tmp_path / "hub", config, tensors), tensors, plain, request.param == "Dream"
+
+
+@torch.no_grad()
+def test_parity_with_a_plain_implementation(family, tmp_path: Path) -> None:
+    folder, tensors, plain, shifted = family
+    ids = torch.randint(VOCABULARY, (2, 17))
+    config = json.loads((folder / "config.json").read_text())
+    assert is_masked(config["model_type"])
+    for path in (folder, write(tmp_path / "sharded", config, tensors, shards=3)):
+        model = load_masked(path)
+        assert (model.config.shifted, model.config.mask_token_id) == (shifted, MASK)
+        logits = model.lm_head(model(ids))
+        for row in range(2):
+            assert torch.allclose(logits[row].double(), plain(tensors, ids[row]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_dtype_and_tied_embeddings(tmp_path: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in dream_tensors().items()}
+    head = tensors.pop("lm_head.weight")
+    folder = write(tmp_path / "tied", DREAM | {"tie_word_embeddings": True}, tensors)
+    assert load_masked(folder).lm_head.weight.dtype == torch.bfloat16
+    model = load_masked(folder, torch.float32)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    ids = torch.randint(VOCABULARY, (1, 9))
+    plain = dream_plainly(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, ids[0])
+    assert torch.allclose(model.lm_head(model(ids))[0].double(), plain, atol=1e-4)
+    assert not torch.equal(head, tensors["model.embed_tokens.weight"])
+
+
+def progress(*tokens: Tensor) -> list[Progress]:
+    return [Progress(row, None) for row in tokens]
+
+
+def expected(plain: Plain, tensors: dict[str, Tensor], text: Tensor, block: Tensor, shifted: bool) -> Tensor:
+    """Log-probabilities at the masks: all but the mask's own."""
+    logits = plain(tensors, torch.cat([text, block]))[len(text) - shifted :][: len(block)]
+    logits[:, MASK] = -torch.inf
+    return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def test_one_step_drafts(family) -> None:
+    """What became known in several portions, two rows of different lengths, with and without the packed weights."""
+    folder, tensors, plain, shifted = family
+    texts = torch.randint(58, (2, 30))
+    target = LlamaForCausalLM(LlamaConfig(**SIZES))
+    drafters = (
+        MaskedDrafter(load_masked(folder), prefix_cache=False, candidates=5),
+        MaskedDrafter.from_pretrained(folder, target, prefix_cache=False, candidates=5),
+    )
+    for drafter in drafters:
+        session = drafter.start(2, torch.device("cpu"), None)
+        known = [0, 0]
+        for portion in ((6, 9), (1, 3), (4, 0)):
+            ends = [a + b for a, b in zip(known, portion, strict=True)]
+            session.observe(progress(*(texts[row, known[row] : ends[row]] for row in range(2))))
+            known = ends
+            for row, lattice in enumerate(session.propose([4, 3])):
+                block = torch.full((4 - row,), MASK)
+                top = expected(plain, tensors, texts[row, : known[row]], block, shifted).topk(5)
+                assert np.allclose(lattice.log_q, top.values.float(), atol=1e-4)
+                assert np.array_equal(lattice.ids, top.indices)
+                assert not lattice.chain
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@torch.no_grad()
+def test_several_steps_against_a_loop(family, steps: int) -> None:
+    folder, tensors, plain, shifted = family
+    text, k = torch.randint(58, (11,)), 5
+    drafter = MaskedDrafter(load_masked(folder), prefix_cache=False, candidates=3, steps=steps)
+    session = drafter.start(1, torch.device("cpu"), None)
+    session.observe(progress(text))
+    (lattice,) = session.propose([k])
+
+    block = torch.full((k,), MASK)
+    for step in range(steps):
+        log_q = expected(plain, tensors, text, block, shifted)
+        masked = [i for i in range(k) if block[i] == MASK]
+        goal = k * (step + 1) // steps
+        surest = sorted(masked, key=lambda i: -float(log_q[i].max()))[: goal - (k - len(masked))]
+        for i in surest:
+            block[i] = log_q[i].argmax()
+            top = log_q[i].topk(3)
+            assert np.allclose(lattice.log_q[i], top.values.float(), atol=1e-4)
+            assert np.array_equal(lattice.ids[i], top.indices)
+    assert MASK not in block
+
+
+def test_steps_fill_the_surest_first() -> None:
+    """On made-up scores: position 2 is surest, and what it is filled with changes the others."""
+
+    def score(block: Tensor, length: int) -> Tensor:
+        p = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.8, 0.1]])
+        if block[2] == 1:
+            p[0] = torch.tensor([0.1, 0.2, 0.7])
+        return p[:length].log()
+
+    log_q, ids = denoise(score, torch.full((4,), 9), 3, 1, 2)
+    assert ids.tolist() == [[0, 1], [0, 1], [1, 0]]
+    log_q, ids = denoise(score, torch.full((4,), 9), 3, 3, 2)
+    assert ids.tolist() == [[2, 1], [0, 1], [1, 0]]
+    assert log_q.exp()[:, 0].tolist() == pytest.approx([0.7, 0.5, 0.8])
+
+
+@torch.no_grad()
+def test_prefix_cache(family) -> None:
+    """The first draft is that without a cache; later ones keep what the first pass made of the known tokens."""
+    folder, _, _, _ = family
+    model = load_masked(folder)
+    text = torch.randint(58, (40,))
+    sessions = [
+        MaskedDrafter(model, prefix_cache=cached).start(1, torch.device("cpu"), None) for cached in (True, False)
+    ]
+    for begin, end, equal in ((0, 20, True), (20, 23, False), (23, 40, False)):
+        lattices = []
+        for session in sessions:
+            session.observe(progress(text[begin:end]))
+            lattices += session.propose([4])
+        ours, plain = lattices
+        assert np.allclose(ours.log_q, plain.log_q, atol=1e-4) == equal
+        assert len(ours) == 4
+
+
+@torch.no_grad()
+def test_causal_prefix_makes_the_cache_exact() -> None:
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model = masked_from_target(target, block_size=3, causal_prefix=True)
+    shake(model)
+    text = torch.randint(VOCABULARY, (400,))
+    for steps in (1, 2):
+        drafters = [MaskedDrafter(model, prefix_cache=cached, steps=steps) for cached in (True, False)]
+        sessions = [drafter.start(1, torch.device("cpu"), None) for drafter in drafters]
+        for begin, end in ((0, 20), (20, 21), (21, 350), (350, 353)):
+            lattices = []
+            for session in sessions:
+                session.observe(progress(text[begin:end]))
+                lattices += session.propose([2])
+            assert np.allclose(lattices[0].log_q, lattices[1].log_q, atol=1e-4)
+            assert np.array_equal(lattices[0].ids, lattices[1].ids)
+    # twice without news: the same again
+    (again,) = sessions[0].propose([2])
+    assert np.allclose(again.log_q, lattices[0].log_q, atol=1e-5)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+}  # fmt: skip
+TARGETS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama3 rope": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        )
+    ),
+    "qwen2, tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+def shake(model: MaskedModel) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@torch.no_grad()
+def test_made_from_a_target_it_is_the_target_under_a_causal_mask(kind: str) -> None:
+    torch.manual_seed(0)
+    target = TARGETS[kind]().eval()
+    model = masked_from_target(target).eval()
+    ids = torch.randint(VOCABULARY, (2, 12))
+    causal = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    logits = model.lm_head(model(ids, visible=causal))
+    assert torch.allclose(logits[..., :-1], target(ids).logits, atol=1e-4)
+    assert (model.lm_head.weight is model.embed_tokens.weight) == target.config.tie_word_embeddings
+    # and without one it is not
+    assert not torch.allclose(model.lm_head(model(ids))[..., :-1], target(ids).logits, atol=0.1)
+
+
+def test_some_of_the_layers() -> None:
+    assert layers_to_take(6, 2, "first") == [0, 1]
+    assert layers_to_take(6, 2, "last") == [4, 5]
+    assert layers_to_take(6, 3, "spread") == [0, 2, 5]
+    target = TARGETS["qwen3"]()
+    model = masked_from_target(target, 2, "spread")
+    for ours, theirs in ((0, 0), (1, 3)):
+        source = dict(target.model.layers[theirs].named_parameters())
+        for name, parameter in model.layers[ours].named_parameters():
+            assert torch.equal(parameter, source[name])
+    assert torch.equal(model.embed_tokens.weight[-1], target.model.embed_tokens.weight.mean(0))
+
+
+@pytest.mark.parametrize("kind", ["qwen2, tied", "qwen3"])
+@torch.no_grad()
+def test_own_checkpoints(kind: str, tmp_path: Path) -> None:
+    model = masked_from_target(TARGETS[kind](), 2, block_size=5, causal_prefix=True).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = load_masked(tmp_path)
+    ids = torch.randint(VOCABULARY, (1, 10))
+    assert torch.equal(loaded.lm_head(loaded(ids)), model.lm_head(model(ids)))
+    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == model.config.tie_word_embeddings
+    drafter = MaskedDrafter(loaded)
+    assert (drafter.max_length, drafter.vocab_size, loaded.config.causal_prefix) == (5, VOCABULARY, True)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_decoding_writes_what_the_target_writes(family, steps: int, cached: bool) -> None:
+    folder, _, _, _ = family
+    torch.manual_seed(1)
+    target = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    prompts = torch.randint(VOCABULARY, (2, 7))
+    own = masked_from_target(target, block_size=6, causal_prefix=cached)
+    options: dict[str, Any] = {"steps": steps, "prefix_cache": cached}
+    drafters = (MaskedDrafter.from_pretrained(folder, target, **options), MaskedDrafter(own, **options))
+    plain = target.generate(prompts, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for drafter in drafters:
+        spec = DiffuSpec(drafter, length=FixedLength(6))
+        ours = target.generate(
+            prompts, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0, custom_generate=spec
+        )
+        assert torch.equal(ours, plain)
+    assert spec.last_stats is not None
+    # with the target's own layers and causal known tokens, the first drafted token is what the target will choose
+    assert spec.last_stats.mat > (1.8 if cached else 1)
+
+
+def test_positions_end_with_the_context() -> None:
+    model = masked_from_target(LlamaForCausalLM(LlamaConfig(**(SIZES | {"max_position_embeddings": 16}))))
+    session = MaskedDrafter(model).start(1, torch.device("cpu"), None)
+    assert len(session.propose([3])[0]) == 0  # nothing known yet
+    session.observe(progress(torch.randint(VOCABULARY, (14,))))
+    assert len(session.propose([8])[0]) == 2
+    session.observe(progress(torch.randint(VOCABULARY, (2,))))
+    assert len(session.propose([8])[0]) == 0
+
+
+def test_only_tokens_of_the_target_are_drafted(family) -> None:
+    """A target whose embedding has fewer rows, and one with more, whose last tokens the drafter does not know."""
+    folder, _, _, _ = family
+    for size in (40, 70):
+        target = LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": size})))
+        drafter = MaskedDrafter.from_pretrained(folder, target, candidates=100)
+        drafter.check(target.config)
+        session = drafter.start(1, torch.device("cpu"), None)
+        session.observe(progress(torch.tensor([1, 2, size - 1])))
+        (lattice,) = session.propose([3])
+        real = lattice.ids[lattice.log_q > -np.inf]
+        assert real.max() < min(size, VOCABULARY)
+        assert MASK not in real
+        assert np.allclose(np.exp(lattice.log_q).sum(1), 1, atol=1e-4)
+
+
+def test_what_does_not_fit_is_refused(family, tmp_path: Path) -> None:
+    folder, tensors, _, dream = family
+    config = json.loads((folder / "config.json").read_text())
+    target = LlamaForCausalLM(LlamaConfig(**(SIZES | {"vocab_size": 5000})))
+    with pytest.raises(ZerodraftError, match="vocabulary has 64 tokens, the target's 5000"):
+        MaskedDrafter.from_pretrained(folder, target)
+    drafter = MaskedDrafter(load_masked(folder))
+    with pytest.raises(ZerodraftError, match="vocabulary of 64 tokens, the target's has 5000"):
+        drafter.check(target.config)
+    with pytest.raises(ZerodraftError, match="0 steps"):
+        MaskedDrafter(load_masked(folder), steps=0)
+
+    def refused(match: str, fields: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None) -> None:
+        path = write(tmp_path / "odd", config | (fields or {}), tensors if weights is None else weights)
+        with pytest.raises(ZerodraftError, match=match):
+            load_masked(path)
+
+    refused("a model of type 'gpt9'; the masked diffusion models", {"model_type": "gpt9"})
+    refused(
+        "has no 'num_attention_heads'" if dream else "has no 'n_heads'", {"num_attention_heads": None, "n_heads": None}
+    )
+    refused(
+        "'use_mrope' is True" if dream else "'block_type' is 'sequential'",
+        {"use_mrope": True, "block_type": "sequential"},
+    )
+    refused("mask_token_id=99, but the embedding has 64 rows", {"mask_token_id": 99})
+    norm = "model.norm.weight" if dream else "model.transformer.ln_f.weight"
+    refused("lacks the weights of 'norm.weight'", weights={n: t for n, t in tensors.items() if n != norm})
+    refused(r"has shape \(3,\), but config.json makes it \(32,\)", weights=tensors | {norm: torch.ones(3)})
+    refused("holds a tensor 'vision.weight'", weights=tensors | {"vision.weight": torch.ones(3)})
+    refused("holds NaN", weights=tensors | {norm: torch.full((WIDTH,), torch.nan)})
+    (tmp_path / "odd" / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ZerodraftError, match="is damaged"):
+        load_masked(tmp_path / "odd")
+    (tmp_path / "odd" / "model.safetensors").unlink()
+    with pytest.raises(ZerodraftError, match=r"model\.safetensors' is missing"):
+        load_masked(tmp_path / "odd")
+    index = tmp_path / "odd" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    with pytest.raises(ZerodraftError, match="not beside it"):
+        load_masked(tmp_path / "odd")
+    index.write_text("{}")
+    with pytest.raises(ZerodraftError, match="no weight_map"):
+        load_masked(tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text("[")
+    with pytest.raises(ZerodraftError, match="is not JSON"):
+        load_masked(tmp_path / "odd")
+    with pytest.raises(ZerodraftError, match="cannot be read"):
+        load_masked(tmp_path / "nowhere")
+
+
+def test_targets_of_other_kinds_are_refused() -> None:
+    target = LlamaForCausalLM(LlamaConfig(**SIZES))
+    with pytest.raises(ZerodraftError, match="the target has 4: choose 1 to 4"):
+        masked_from_target(target, 5)
+    target.config.model_type = "gemma3_text"
+    with pytest.raises(ZerodraftError, match="a target of the kind llama"):
+        masked_from_target(target)
