@@ -208,18 +208,55 @@ def top_gap(model: Any, inputs: Any, tokens: list[int]) -> float:
     return float(best[0] - best[1])
 
 
-def make_decoder(model: Any, drafter: "Drafter", *, ngram: str = "", trace: bool = False) -> "DiffuSpec":
-    """The decoder as the commands use it: the fastest exact target for the model, lengths by measured cost."""
+def make_decoder(
+    model: Any,
+    drafter: "Drafter",
+    *,
+    ngram: str = "",
+    trace: bool = False,
+    hybrid: bool = True,
+    tree: bool = True,
+    search: bool = True,
+    adaptive: bool = True,
+    lean: bool = True,
+) -> "DiffuSpec":
+    """The decoder as the commands use it: the fastest exact one there is. The switches take parts of it away.
+
+    Args:
+        model: The target.
+        drafter: Whose drafts are verified.
+        ngram: A table that helps the path search (`zerodraft ngram build`).
+        trace: Keep every step.
+        hybrid: Copy from the text too.
+        tree: Verify a tree rather than a path.
+        search: Look for paths among the candidates rather than take each position's first.
+        adaptive: Drafts as long as they pay by measured costs, rather than always the drafter's longest.
+        lean: The packed decoding path where it fits the model, rather than the model's own forward pass.
+    """
     from zerodraft.decoding.huggingface import DiffuSpec
-    from zerodraft.decoding.lengths import CostAwareLength
+    from zerodraft.decoding.lengths import CostAwareLength, CostAwareTree, FixedLength
     from zerodraft.decoding.proxies import NgramProxy
+    from zerodraft.decoding.search import SearchConfig
+    from zerodraft.drafters.hybrid import HybridDrafter
+    from zerodraft.drafters.lookup import PromptLookupDrafter
     from zerodraft.targets.lean import lean_target
 
+    if hybrid and not isinstance(drafter, PromptLookupDrafter):
+        drafter = HybridDrafter(other=drafter)
+    k = drafter.max_length
+    config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
+    if not search:
+        config = SearchConfig(m_max=1)
+    elif not tree:
+        config = SearchConfig()
+    length = CostAwareTree(k=k) if config.expand == "best_first" else CostAwareLength(k_max=k)
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,
-        length=CostAwareLength(k_max=drafter.max_length),
-        make_target=None if lean_target(model) is None else lean_target,
+        length=length if adaptive else FixedLength(k),
+        search=config,
+        tree=tree,
+        make_target=lean_target if lean and lean_target(model) is not None else None,
         trace=trace,
     )
 
