@@ -36,6 +36,7 @@ COMMANDS = {
     "eval-drafter": "EvalDrafter",
     "ngram": "Ngram",
     "bench": "Bench",
+    "bench": "Bench",
 }
 """Each command lives in the module of its name, with `_` for `-`."""
 

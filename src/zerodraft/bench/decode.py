@@ -1,0 +1,193 @@
+"""Decoding methods against each other on real prompts: seconds, tokens per pass of the target, equality of tokens.
+
+All methods run on one prompt before the next prompt begins, in an order that changes from prompt to prompt, so that a
+machine whose speed drifts slows all of them. Tokens are counted by ids. Greedy tokens of every method are compared with
+those of transformers' plain `generate`; where they differ, the distance of the two best logits at the first difference
+is noted: below `NEAR_TIE` it is rounding.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zerodraft.bench.methods import BASE, Decoded, Method, eos_ids
+from zerodraft.bench.prompts import Question
+from zerodraft.bench.rows import References, RowFile
+from zerodraft.cli.decoding import NEAR_TIE, encode, first_difference, top_gap
+from zerodraft.decoding.stats import DecodeStats
+from zerodraft.errors import ZerodraftError
+
+Row = dict[str, Any]
+"""One prompt: `id`, `task`, `prompt_tokens`, and by method what was measured."""
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How texts are continued."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """For `generate`."""
+        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        return chosen | ({"temperature": self.temperature} if self.temperature > 0 else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question with its tokens."""
+
+    question: Question
+    inputs: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.inputs["input_ids"].shape[1])
+
+
+def encode_all(questions: Iterable[Question], tokenizer: Any, model: Any, new: int) -> list[Task]:
+    """All prompts as tokens, in the chat template if there is one.
+
+    Raises:
+        ZerodraftError: one that leaves no room for the answer.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tasks = []
+    for question in questions:
+        encoded = encode(tokenizer, question.text, bool(tokenizer.chat_template)).to(model.device)
+        tasks.append(Task(question, {name: encoded[name] for name in ("input_ids", "attention_mask")}))
+        if context is not None and tasks[-1].length + new > context:
+            raise ZerodraftError(
+                f"Prompt '{question.id}' has {tasks[-1].length} tokens; with {new} new ones that is more than the "
+                f"{context} that the target reads: leave it out, or lower --max-new-tokens."
+            )
+    return tasks
+
+
+def measure(
+    methods: Mapping[str, Method],
+    tasks: Sequence[Task],
+    settings: Settings,
+    model: Any,
+    kept: RowFile,
+    on_row: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Every method on every prompt that `kept` does not have yet; the first method is what the others must equal."""
+    names = list(methods)
+    rows = [row for row in kept.rows if row["id"] in {task.question.id for task in tasks}]
+    done = {row["id"] for row in rows}
+    missing = [(number, task) for number, task in enumerate(tasks) if task.question.id not in done]
+    if missing:
+        short = settings.options() | {"max_new_tokens": min(WARM_UP_TOKENS, settings.max_new_tokens)}
+        for name in names:
+            methods[name].decode(missing[0][1].inputs, short)
+    for number, task in missing:
+        at = number % len(names)
+        found: dict[str, Decoded] = {}
+        for name in names[at:] + names[:at]:
+            torch.manual_seed(settings.seed)
+            found[name] = methods[name].decode(task.inputs, settings.options())
+        expected = found[names[0]].tokens[0] if not settings.temperature else None
+        measured = {
+            name: _record(found[name], 0, expected, task, model if methods[name].exact else None) for name in names
+        }
+        rows.append(_row(task, measured))
+        kept.add(rows[-1])
+        on_row(rows)
+    return rows
+
+
+def check_equality(
+    methods: Mapping[str, Method],
+    tasks: Sequence[Task],
+    settings: Settings,
+    model: Any,
+    kept: RowFile,
+    references: References,
+    *,
+    reference: Method,
+    batch: int = 1,
+    on_row: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """The greedy tokens of every method, `batch` prompts at once, against references that are decoded where missing."""
+    rows = [row for row in kept.rows if row["id"] in {task.question.id for task in tasks}]
+    done = {row["id"] for row in rows}
+    missing = [task for task in tasks if task.question.id not in done]
+    for start in range(0, len(missing), batch):
+        part = missing[start : start + batch]
+        expected = []
+        for task in part:
+            tokens = references.get(task.question.id, settings.max_new_tokens, eos_ids(model))
+            if tokens is None:
+                tokens = reference.decode(task.inputs, settings.options()).tokens[0]
+                references.add(task.question.id, tokens)
+            expected.append(tokens)
+        found = {name: method.decode(left_padded(part), settings.options()) for name, method in methods.items()}
+        for at, task in enumerate(part):
+            measured = {name: _record(decoded, at, expected[at], task, model) for name, decoded in found.items()}
+            rows.append(_row(task, measured))
+            kept.add(rows[-1])
+        on_row(rows)
+    return rows
+
+
+def left_padded(tasks: Sequence[Task]) -> dict[str, Any]:
+    """Several prompts as one batch."""
+    if len(tasks) == 1:
+        return dict(tasks[0].inputs)
+    width = max(task.length for task in tasks)
+    first = tasks[0].inputs["input_ids"]
+    ids, mask = (first.new_zeros(len(tasks), width) for _ in range(2))
+    for row, task in enumerate(tasks):
+        ids[row, width - task.length :] = task.inputs["input_ids"][0]
+        mask[row, width - task.length :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _row(task: Task, measured: dict[str, Any]) -> Row:
+    question = task.question
+    return {"id": question.id, "task": question.task, "prompt_tokens": task.length, "methods": measured}
+
+
+def _record(decoded: Decoded, at: int, expected: list[int] | None, task: Task, model: Any) -> dict[str, Any]:
+    """What is kept of one method on one prompt; `model` (if given) tells how close a differing choice was."""
+    tokens, alone = decoded.tokens[at], len(decoded.tokens) == 1
+    record: dict[str, Any] = {"count": len(tokens)}
+    if alone:
+        record |= {"seconds": decoded.seconds, "passes": decoded.passes}
+    if decoded.stats is not None:
+        record |= _of_stats(decoded.stats, at, alone)
+    if expected is None:
+        return record
+    record["equal"] = tokens == expected
+    if not record["equal"]:
+        place = first_difference(tokens, expected)
+        record["first_difference"] = place
+        if model is not None:
+            record["top_gap"] = top_gap(model, task.inputs, expected[:place])
+    return record
+
+
+def _of_stats(stats: DecodeStats, at: int, alone: bool) -> dict[str, Any]:
+    """Nodes and accepted tokens of each step of a row; of a row alone also seconds and acceptance by position."""
+    steps = [step.rows[at] for step in (stats.trace or [])[1:]]
+    traced = {"steps": [[len(row.drafted), len(row.accepted)] for row in steps if row is not None]}
+    if not alone:
+        return traced
+    told = stats.to_dict()
+    return traced | {name: told[name] for name in ("tried_at", "accepted_at")} | {"phases": told["seconds"]}
+
+
+def unexplained(record: Mapping[str, Any]) -> bool:
+    """Whether a record's tokens differ where the best logits were not nearly tied."""
+    return record.get("equal") is False and not record.get("top_gap", 1.0) < NEAR_TIE
+
+
+__all__ = ["BASE", "Row", "Settings", "Task", "check_equality", "encode_all", "measure", "unexplained"]

@@ -1,0 +1,55 @@
+"""Results from files, and figures into files."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zerodraft.bench.measure import write_bytes
+from zerodraft.bench.report import plots_of
+from zerodraft.errors import ZerodraftError
+
+KINDS = ("decode", "kernels")
+
+
+def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str, Any]]:
+    """Results by the names of their files.
+
+    Args:
+        files: Of `zerodraft bench`, `--output`.
+        ours_only: Refuse what another command measured.
+
+    Raises:
+        ZerodraftError: a file that cannot be read or is no such result, or two files with one name.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for file in files:
+        path = Path(file).expanduser()
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ZerodraftError(f"The result '{file}' cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise ZerodraftError(f"'{file}' is not JSON: {error}") from error
+        if not isinstance(result, dict) or (ours_only and result.get("benchmark") not in KINDS):
+            raise ZerodraftError(
+                f"'{file}' is no result of 'zerodraft bench decode' or 'zerodraft bench kernels': name what they wrote."
+            )
+        if path.stem in results:
+            raise ZerodraftError(f"Two results are called '{path.stem}': give them different names.")
+        results[path.stem] = result
+    return results
+
+
+def write_plots(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """All figures as PNG."""
+    written = []
+    for name, result in results.items():
+        if result.get("benchmark") not in KINDS:
+            continue
+        for title, image in plots_of(result).items():
+            path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower())}.png"
+            write_bytes(image, path)
+            written.append(path)
+    return written

@@ -1,0 +1,128 @@
+"""What every measurement shares: interleaved timing, median and spread, provenance, results written whole.
+
+Cases are run in turn (A B A B ...), so that a machine whose speed drifts slows all of them; ratios are taken pair by
+pair.
+"""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import zerodraft
+
+Case = Callable[[], object]
+ROOT = Path(__file__).resolve().parents[3]
+"""The checkout, if this package runs from one."""
+
+
+def interleave(cases: dict[str, Case], *, repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each run of each case, run in turn and in alternating order."""
+    for _ in range(warmup):
+        for case in cases.values():
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repeat in range(repeats):
+        order = list(cases) if repeat % 2 == 0 else list(reversed(cases))
+        for name in order:
+            start = time.perf_counter()
+            cases[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and range."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "q1": low, "q3": high, "min": min(values), "max": max(values)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios of two cases' runs, pair by pair."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def provenance(*, seed: int, words: Sequence[str]) -> dict[str, Any]:
+    """Versions, machine, threads, seed, commit and command, for a result to be measured again.
+
+    Args:
+        seed: Of all random choices.
+        words: The command line; what it says about this machine's directories is left out.
+    """
+    return {
+        "versions": {
+            "zerodraft": zerodraft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": version("tokenizers"),
+            "python": platform.python_version(),
+        },
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_at_end": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "seed": seed,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src")),
+        "command": shlex.join(_portable(word) for word in words),
+    }
+
+
+def command_line() -> list[str]:
+    """The words that started this process."""
+    name = Path(sys.argv[0]).name
+    return ["zerodraft" if name == "__main__.py" else name, *sys.argv[1:]]
+
+
+def write_json(result: Any, path: Path) -> None:
+    """Write a result, beside its place first."""
+    write_text(json.dumps(result, indent=1) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file, beside its place first."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write a file, beside its place first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _git(*words: str) -> str | None:
+    if not (ROOT / ".git").exists():
+        return None
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _portable(word: str) -> str:
+    """A word of the command line without this machine's directories."""
+    name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    path = Path(value)
+    if not path.is_absolute():
+        return word
+    data = os.environ.get("ZERODRAFT_DATA")
+    for root, shown in ((Path.cwd(), ""), (Path(data) if data else ROOT, "$ZERODRAFT_DATA/" if data else "")):
+        if path.is_relative_to(root):
+            return name + equals + shown + path.relative_to(root).as_posix()
+    return name + equals + path.name

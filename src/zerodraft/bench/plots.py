@@ -1,0 +1,147 @@
+"""The figures of reports as PNG; needs matplotlib (the `train` extra)."""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, PARTS
+from zerodraft.bench.tables import task_name
+from zerodraft.ztt.plot import check_matplotlib
+
+Result = Mapping[str, Any]
+PALETTE = ("#9a9a9a", "#edae49", "#d1495b", "#5b5f97", "#66a182", "#00798c", "#2e4057", "#a26769", "#8cb369", "#c17767")
+PHASES = {"prefill": "#c9c9c9", "draft": "#edae49", "search": "#d1495b", "verify": "#00798c", "other": "#5b5f97"}
+
+
+def decode_plots(result: Result) -> dict[str, bytes]:
+    """PNG by title, of a result of `bench decode`."""
+    drawn: dict[str, Callable[[Result, Any], None]] = {}
+    if any("speedup" in values for values in result["overall"].values()):
+        drawn["Speedup by task"] = _speedup_by_task
+        if any(name in result["overall"] for name in PARTS):
+            drawn["What each part brings"] = _parts
+    drawn["MAT by task"] = _mat
+    if any(counts["tried_at"] for counts in result["acceptance"].values()):
+        drawn["Acceptance by position"] = _acceptance
+    if result["phases"]:
+        drawn["Where the time goes"] = _phases
+    return {title: _png(draw, result) for title, draw in drawn.items()}
+
+
+def kernel_plots(result: Result) -> dict[str, bytes]:
+    """PNG by title, of a result of `bench kernels`: a section each."""
+    return {
+        section["title"]: _png(_lines, section)
+        for section in result["sections"].values()
+        if len({point["at"][section["x"]] for point in section["points"]}) > 1
+    }
+
+
+def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.8), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    draw(measured, axes)
+    axes.grid(alpha=0.25, axis="both" if axes.lines else axes.get_label() or "y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    return image.getvalue()
+
+
+def _bars(axes: Any, groups: list[str], bars: Mapping[str, list[float]], errors: Mapping[str, Any]) -> None:
+    width = 0.8 / len(bars)
+    for at, (name, heights) in enumerate(bars.items()):
+        places = [group + (at - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(
+            places, heights, width, label=name, color=PALETTE[at % len(PALETTE)], yerr=errors.get(name),
+            error_kw={"elinewidth": 0.7, "alpha": 0.6},
+        )  # fmt: skip
+    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n", 1) for group in groups], fontsize=8)
+    axes.legend(fontsize=7, frameon=False, ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _speedup_by_task(result: Result, axes: Any) -> None:
+    """Without the variations that lack a part: they have a figure of their own."""
+    groups = {"all": result["overall"], **result["by_task"]}
+    names = [name for name in result["overall"] if name not in (BASE, *PARTS)]
+    bars = {name: [methods[name]["speedup"] for methods in groups.values()] for name in names}
+    errors = {}
+    for name in names:
+        spreads = [methods[name]["speedup_by_prompt"] for methods in groups.values()]
+        low = [max(bar - spread["q1"], 0) for bar, spread in zip(bars[name], spreads, strict=True)]
+        high = [max(spread["q3"] - bar, 0) for bar, spread in zip(bars[name], spreads, strict=True)]
+        errors[name] = [low, high]
+    _bars(axes, list(map(task_name, groups)), bars, errors)
+    axes.axhline(1, color="0.3", linewidth=0.8)
+    axes.set(ylabel="times plain decoding")
+
+
+def _parts(result: Result, axes: Any) -> None:
+    overall = result["overall"]
+    names = [name for name in (OWN_PLAIN, *PARTS, FULL) if name in overall]
+    values = [overall[name]["speedup"] for name in names]
+    spreads = [overall[name]["speedup_by_prompt"] for name in names]
+    low = [max(value - spread["q1"], 0) for value, spread in zip(values, spreads, strict=True)]
+    high = [max(spread["q3"] - value, 0) for value, spread in zip(values, spreads, strict=True)]
+    colours = [PALETTE[5] if name == FULL else PALETTE[0] for name in names]
+    axes.barh(names, values, color=colours, xerr=[low, high], error_kw={"elinewidth": 0.7, "alpha": 0.6})
+    for at, value in enumerate(values):
+        axes.annotate(f"{value:.2f}x", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(1, color="0.3", linewidth=0.8)
+    axes.set(xlabel="times plain decoding (quartiles over prompts)", label="x")
+
+
+def _mat(result: Result, axes: Any) -> None:
+    groups = {"all": result["overall"], **result["by_task"]}
+    names = [name for name in result["overall"] if result["overall"][name]["mat"] is not None]
+    names = [name for name in names if name not in (BASE, OWN_PLAIN, "no_lean")]
+    bars = {name: [methods[name]["mat"] or 0 for methods in groups.values()] for name in names}
+    if bars:
+        _bars(axes, list(map(task_name, groups)), bars, {})
+    axes.axhline(1, color="0.3", linewidth=0.8)
+    axes.set(ylabel="tokens per pass of the target")
+
+
+def _acceptance(result: Result, axes: Any) -> None:
+    for at, (name, counts) in enumerate(result["acceptance"].items()):
+        pairs = [(a / t) for a, t in zip(counts["accepted_at"], counts["tried_at"], strict=True) if t]
+        if pairs:
+            places = range(1, len(pairs) + 1)
+            axes.plot(places, pairs, marker="o", markersize=3, color=PALETTE[(at + 1) % len(PALETTE)], label=name)
+    axes.set(xlabel="drafted position", ylabel="share accepted up to here", ylim=(0, 1))
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _phases(result: Result, axes: Any) -> None:
+    names = list(result["phases"])
+    tokens = [result["overall"][name]["tokens"] for name in names]
+    left = [0.0] * len(names)
+    for phase, colour in PHASES.items():
+        widths = [1e3 * result["phases"][name][phase] / n for name, n in zip(names, tokens, strict=True)]
+        axes.barh(names, widths, left=left, color=colour, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(xlabel="milliseconds per new token", label="x")
+    axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _lines(section: Mapping[str, Any], axes: Any) -> None:
+    x = section["x"]
+    series: dict[str, list[tuple[float, Mapping[str, float]]]] = {}
+    for point in section["points"]:
+        others = ", ".join(f"{name} {value}" for name, value in point["at"].items() if name != x)
+        for name, spread in point["milliseconds"].items():
+            series.setdefault(f"{name}, {others}" if others else name, []).append((point["at"][x], spread))
+    for at, (name, points) in enumerate(series.items()):
+        points = sorted(points, key=lambda pair: pair[0])
+        places, spreads = [place for place, _ in points], [spread for _, spread in points]
+        colour = PALETTE[(at + 1) % len(PALETTE)]
+        axes.plot(places, [s["median"] for s in spreads], marker="o", markersize=3, color=colour, label=name)
+        axes.fill_between(places, [s["q1"] for s in spreads], [s["q3"] for s in spreads], color=colour, alpha=0.15)
+    axes.set(xlabel=section["x_label"], ylabel="milliseconds")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,219 @@
+"""The figures of results as tables of text, for every form of report."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zerodraft.bench.whatif import Costs, break_even, modelled_speedup
+
+Result = Mapping[str, Any]
+
+TASKS = {
+    "mt_bench": "conversation (MT-Bench)",
+    "qa": "question answering",
+    "rag": "retrieval-augmented",
+    "math_reasoning": "mathematics",
+    "summarization": "summarisation",
+    "translation": "translation",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, what to know about it, and cells; the first column names the rows."""
+
+    title: str
+    note: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def spread_of(spread: Mapping[str, float] | None, digits: int = 2) -> str:
+    """Median, quartiles and range."""
+    if not spread:
+        return "-"
+    low, high, least, most = (number(spread[key], digits) for key in ("q1", "q3", "min", "max"))
+    return f"{number(spread['median'], digits)} [{low}, {high}] ({least} to {most})"
+
+
+def task_name(task: str) -> str:
+    """What people call it."""
+    return TASKS.get(task, task)
+
+
+def decode_tables(result: Result) -> list[Table]:
+    """Of `bench decode`: overall, by task, acceptance, time, differences."""
+    overall = Table(
+        "All prompts",
+        "Speed: all tokens over all seconds. Speedups are over transformers' plain decoding in the same run; by "
+        "prompt: median [quartiles] (range). MAT: new tokens per pass of the target. Equal: prompts with exactly the "
+        "tokens of plain decoding; near ties: of the others, those where the two best logits lay within 0.001.",
+        ("method", "what", "tokens/s", "speedup", "speedup by prompt", "MAT", "equal", "near ties", "new tokens"),
+        [
+            (
+                name,
+                result["methods"].get(name, ""),
+                number(values.get("tokens_per_second"), 1),
+                number(values.get("speedup"), 2, "x"),
+                spread_of(values.get("speedup_by_prompt")),
+                number(values["mat"]),
+                f"{values['equal']}/{values['prompts']}" if "equal" in values else "-",
+                str(values.get("near_ties", "-")),
+                str(values["tokens"]),
+            )
+            for name, values in result["overall"].items()
+        ],
+    )
+    tables = [overall]
+    speeds = {
+        "Speedup by task": (
+            "All tokens over all seconds of the task, over plain decoding.",
+            lambda v: number(v.get("speedup"), 2, "x"),
+        ),
+        "Tokens per second by task": (
+            "Median [quartiles] (range) over the prompts.",
+            lambda v: spread_of(v.get("tokens_per_second_by_prompt"), 1),
+        ),
+    }
+    others = {
+        "MAT by task": ("New tokens per pass of the target.", lambda v: number(v["mat"])),
+        "Equal tokens by task": (
+            "Prompts with the tokens of plain decoding.",
+            lambda v: f"{v['equal']}/{v['prompts']}" if "equal" in v else "-",
+        ),
+    }
+    timed = any("speedup" in values for values in result["overall"].values())
+    for title, (note, cell) in ((speeds if timed else {}) | others).items():
+        rows = [(name, *(cell(methods[name]) for methods in result["by_task"].values())) for name in result["overall"]]
+        tables.append(Table(title, note, ("method", *map(task_name, result["by_task"])), rows))
+    return [*tables, *_inside(result), *_differences(result)]
+
+
+def _inside(result: Result) -> Iterator[Table]:
+    """What our decoders did: acceptance by position, seconds by phase."""
+    drafted = {name: counts for name, counts in result["acceptance"].items() if counts["tried_at"]}
+    if drafted:
+        width = max(len(counts["tried_at"]) for counts in drafted.values())
+        rows = []
+        for name, counts in drafted.items():
+            shares = [
+                f"{a / t:.3f} ({a}/{t})" if t else "-"
+                for a, t in zip(counts["accepted_at"], counts["tried_at"], strict=True)
+            ]
+            rows.append((name, *shares, *[""] * (width - len(shares))))
+        yield Table(
+            "Acceptance by position",
+            "Of the drafts that reach so far, the share that was accepted so far.",
+            ("method", *(str(position) for position in range(1, width + 1))),
+            rows,
+        )
+    if result["phases"]:
+        phases = list(next(iter(result["phases"].values())))
+        rows = [
+            (name, *(f"{s[p]:.2f} ({100 * s[p] / s['total']:.1f}%)" for p in phases))
+            for name, s in result["phases"].items()
+        ]
+        yield Table(
+            "Where the time goes",
+            "Seconds over all prompts. Verify holds the target's pass; prefill is the pass over the prompt.",
+            ("method", *phases),
+            rows,
+        )
+
+
+def _differences(result: Result) -> Iterator[Table]:
+    if result["differences"]:
+        yield Table(
+            "Differing tokens",
+            "The first difference of each text, and how far apart the two best logits of plain decoding lay there.",
+            ("prompt", "method", "token", "logits apart"),
+            [
+                (d["id"], d["method"], str(d["place"] + 1), "-" if d["top_gap"] is None else f"{d['top_gap']:.1e}")
+                for d in result["differences"]
+            ],
+        )
+
+
+def prompt_tables(result: Result) -> list[Table]:
+    """Every prompt's own figures."""
+    names = list(result["overall"])
+    cells = {
+        "seconds": ("Seconds by prompt", lambda v: number(v, 3)),
+        "mat": ("MAT by prompt", number),
+        "count": ("New tokens by prompt", lambda v: "-" if v is None else str(v)),
+    }
+    return [
+        Table(
+            title,
+            "",
+            ("prompt", "task", "prompt tokens", *names),
+            [
+                (row["id"], row["task"], str(row["prompt_tokens"]), *(cell(row[key][name]) for name in names))
+                for row in result["prompts"]
+            ],
+        )
+        for key, (title, cell) in cells.items()
+    ]
+
+
+def kernel_tables(result: Result) -> list[Table]:
+    """Of `bench kernels`: one for each section."""
+    tables = []
+    for section in result["sections"].values():
+        points = section["points"]
+        settings = list(points[0]["at"])
+        timed = list(dict.fromkeys(name for point in points for name in point["milliseconds"]))
+        extras = list(dict.fromkeys(name for point in points for name in point.get("figures", {})))
+        rows = [
+            (
+                *(str(point["at"][name]) for name in settings),
+                *(spread_of(point["milliseconds"].get(name), 3) for name in timed),
+                *(f"{point['figures'][name]:.3g}" if name in point.get("figures", {}) else "-" for name in extras),
+            )
+            for point in points
+        ]
+        header = (*settings, *(f"{name} (ms)" for name in timed), *extras)
+        tables.append(Table(section["title"], section["about"], header, rows))
+    return tables
+
+
+def provenance_table(result: Result) -> Table:
+    """How to measure it again, and where it was measured."""
+    said = {**result.get("settings", {}), **result["provenance"]}
+    rows = [(name.replace("_", " "), _plain(value)) for name, value in said.items()]
+    return Table("How it was measured", "", ("", ""), rows)
+
+
+def what_if_table(result: Result, costs: Costs) -> Table:
+    """Modelled speedups by task, from measured acceptance and stated costs."""
+    tasks = list(result["by_task"])
+    rows = []
+    for name, by_task in result["steps"].items():
+        every = [step for steps in by_task.values() for step in steps]
+        rows.append(
+            (
+                name,
+                number(modelled_speedup(every, costs), 2, "x"),
+                *(number(modelled_speedup(by_task[task], costs), 2, "x") for task in tasks),
+                number(break_even(every, costs), 1, " ms"),
+            )
+        )
+    return Table(
+        "Modelled speedup over plain decoding",
+        f"If a step cost: {costs}. The last column: what a draft may cost before it stops paying.",
+        ("method", "all prompts", *map(task_name, tasks), "break-even draft"),
+        rows,
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,81 @@
+"""What speedup the measured acceptance would give on another machine, whose costs the user states.
+
+Modelled, not measured: a run has told how many tokens each step drafted and how many of them were accepted; the time
+of each step is taken from the stated costs instead of the clock. Passes over the prompt are left out on both sides.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from zerodraft.errors import ZerodraftError
+
+SYNTAX = "target_ms=30,draft_ms=4 or target_ms=1:30/8:45/32:80,draft_ms=4,other_ms=1"
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Milliseconds of a step's parts.
+
+    Attributes:
+        target_ms: Of a pass of the target, by the number of tokens that it scores; straight lines between, constant
+            beyond.
+        draft_ms: Of a draft, whatever its length.
+        other_ms: Of search, verification and the rest.
+    """
+
+    target_ms: Mapping[int, float]
+    draft_ms: float
+    other_ms: float = 0.0
+
+    def target(self, tokens: int) -> float:
+        """A pass over so many tokens."""
+        known = sorted(self.target_ms)
+        return float(np.interp(tokens, known, [self.target_ms[k] for k in known]))
+
+    def step(self, drafted: int) -> float:
+        """A step with so many drafted tokens; one without a draft is a plain pass."""
+        return self.target(drafted + 1) + (self.draft_ms + self.other_ms if drafted else 0.0)
+
+    def __str__(self) -> str:
+        curve = ", ".join(f"{ms:g} ms for {k}" for k, ms in sorted(self.target_ms.items()))
+        target = f"target {curve} tokens" if len(self.target_ms) > 1 else f"target {curve.split(' for')[0]}"
+        return f"{target}, draft {self.draft_ms:g} ms, other {self.other_ms:g} ms"
+
+
+def parse_costs(text: str) -> Costs:
+    """The costs that `--what-if` states.
+
+    Raises:
+        ZerodraftError: they cannot be read, or make no sense.
+    """
+    given = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    known = {"target_ms", "draft_ms", "other_ms"}
+    try:
+        if not {"target_ms", "draft_ms"} <= set(given) <= known or len(given) != len(text.split(",")):
+            raise ValueError
+        points = [point.rpartition(":") for point in given["target_ms"].split("/")]
+        target = {int(k or 1): float(ms) for k, _, ms in points}
+        costs = Costs(target, float(given["draft_ms"]), float(given.get("other_ms", 0)))
+    except ValueError as error:
+        raise ZerodraftError(f"--what-if is '{text}'; it must look like {SYNTAX}") from error
+    if min(target.values()) <= 0 or min(target) < 1 or costs.draft_ms < 0 or costs.other_ms < 0:
+        raise ZerodraftError(f"--what-if is '{text}'; a pass of the target takes more than 0 ms, the rest 0 or more")
+    return costs
+
+
+def modelled_speedup(steps: Sequence[Sequence[int]], costs: Costs) -> float | None:
+    """Tokens per second over those of plain decoding; `steps` has [drafted, accepted, times]. None without steps."""
+    tokens = sum((accepted + 1) * times for _, accepted, times in steps)
+    spent = sum(costs.step(drafted) * times for drafted, _, times in steps)
+    return tokens * costs.target(1) / spent if spent else None
+
+
+def break_even(steps: Sequence[Sequence[int]], costs: Costs) -> float | None:
+    """The milliseconds that a draft may take before these steps are no faster than plain decoding. None where nothing
+    was drafted."""
+    drafts = sum(times for drafted, _, times in steps if drafted)
+    tokens = sum((accepted + 1) * times for _, accepted, times in steps)
+    rest = sum((costs.step(drafted) - (costs.draft_ms if drafted else 0)) * times for drafted, _, times in steps)
+    return (tokens * costs.target(1) - rest) / drafts if drafts else None

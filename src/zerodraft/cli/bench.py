@@ -1,0 +1,268 @@
+"""`zerodraft bench`: measure decoding methods and kernels, and write reports of what was measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.errors import ZerodraftError
+
+if TYPE_CHECKING:
+    from zerodraft.bench.decode import Settings, Task
+    from zerodraft.bench.methods import Equipment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench(Command):
+    """Measure decoding methods side by side, or the cost of their parts, and report it.
+
+    'decode' runs all methods on every prompt in turn and compares their tokens. 'kernels' times path search, attention,
+    the target and a step. 'report' makes an HTML page (or, for an --out that ends in .md, Markdown) of results.
+    """
+
+    example: ClassVar[str] = "zerodraft bench decode --prompts FILE.jsonl --limit 12 --output results/decode.json"
+
+    action: Literal["decode", "kernels", "report"] = positional("decode|kernels|report")
+    """What to do."""
+    files: tuple[str, ...] = positional("RESULTS.json...", default=())
+    """For 'report': what the others wrote to --output."""
+    target: str = metavar("DIR|NAME", default="smollm2")
+    """The model that decodes."""
+    drafter: str = metavar("DIR|NAME", default="")
+    """As for 'zerodraft generate'."""
+    ngram: str = metavar("FILE", default="")
+    """A table from 'zerodraft ngram'."""
+    assistant: str = metavar("DIR|NAME", default="")
+    """A small causal model, for hf_assisted."""
+    dflash: str = metavar("DIR", default="")
+    """A drafter in transformers' DFlash format, for hf_dflash."""
+    gguf: tuple[str, ...] = metavar("FILE...", default=())
+    """The target for llama.cpp, for llama_cpp_*."""
+    prompts: tuple[str, ...] = metavar("FILE...", default=())
+    """JSONL or text; by default Spec-Bench in $ZERODRAFT_DATA."""
+    limit: int = 30
+    """So many prompts, spread over the tasks; 0: all."""
+    max_new_tokens: int = 128
+    """Write at most so many tokens."""
+    methods: tuple[str, ...] = metavar("NAME...", default=())
+    """Methods, with spaces or commas between; by default all."""
+    temperature: float = 0.0
+    """Sampling temperature; 0: greedy, tokens are compared."""
+    threads: int = 0
+    """Threads of torch; 0: its default."""
+    seed: int = 0
+    """Draws the prompts; seeds sampling."""
+    output: str = metavar("FILE.json", default="")
+    """Write the result; rows beside it until all are there."""
+    equality_only: bool = False
+    """Compare tokens only, without timing."""
+    references: str = metavar("FILE.jsonl", default="")
+    """With it: tokens of plain decoding, added where missing."""
+    batch: int = 1
+    """With it: prompts decoded at once."""
+
+    quick: bool = False
+    """For 'kernels': fewer points and repeats."""
+    out: str = metavar("FILE", default="")
+    """For 'report': the page to write, .html or .md."""
+    plots: str = metavar("DIR", default="")
+    """For 'report': write the figures there too, as PNG."""
+    what_if: str = metavar("COSTS", default="")
+    """For 'report': model a machine, target_ms=30,draft_ms=4."""
+
+    def check(self) -> None:
+        """Looks at the numbers."""
+        for name, least in (("limit", 0), ("max_new_tokens", 2), ("threads", 0), ("batch", 1), ("temperature", 0)):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ZerodraftError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
+        if not self.equality_only and (self.references or self.batch > 1):
+            raise ZerodraftError("--references and --batch belong to --equality-only")
+        if self.equality_only and self.temperature:
+            raise ZerodraftError("--equality-only compares greedy tokens: leave --temperature out")
+        if bool(self.files) != (self.action == "report"):
+            raise ZerodraftError("'report' takes files with results, 'decode' and 'kernels' take none")
+        if self.action == "report" and Path(self.out).suffix not in (".html", ".md"):
+            raise ZerodraftError(f"--out is '{self.out}'; name a file that ends in .html or .md")
+
+    def run(self, console: Console) -> Result:
+        """Measures or reports."""
+        return {"decode": self._decode, "kernels": self._kernels, "report": self._report}[self.action](console)
+
+    def _decode(self, console: Console) -> Result:
+        from zerodraft.bench.decode import Settings, encode_all
+        from zerodraft.bench.prompts import default_files, read_questions
+        from zerodraft.cli.decoding import load_target
+
+        self._prepare()
+        files = self.prompts or default_files()
+        questions = read_questions(files, limit=self.limit, seed=self.seed)
+        model, tokenizer = load_target(self.target)
+        equipment, drafter = self._equipment(model)
+        tasks = encode_all(questions, tokenizer, model, self.max_new_tokens)
+        how = Settings(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
+        settings = {
+            "target": self.target,
+            "drafter": drafter,
+            "ngram": Path(self.ngram).name,
+            "prompts": [Path(file).name for file in files],
+            "limit": self.limit,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "equality_only": self.equality_only,
+            "batch": self.batch,
+        }
+        return self._measure(equipment, tasks, how, settings, console)
+
+    def _measure(
+        self, equipment: "Equipment", tasks: "list[Task]", how: "Settings", settings: dict[str, Any], console: Console
+    ) -> Result:
+        import torch
+
+        from zerodraft.bench.decode import check_equality, measure
+        from zerodraft.bench.measure import command_line, provenance, write_json
+        from zerodraft.bench.methods import BASE, available, choose
+        from zerodraft.bench.rows import References, RowFile
+        from zerodraft.bench.summary import figures, headline, line
+
+        wanted = [name for word in self.methods for name in word.split(",") if name]
+        methods = choose(wanted, available(equipment))
+        model, reference = equipment.model, methods[BASE]
+        if self.equality_only:
+            methods = {name: method for name, method in methods.items() if name in wanted or method.ours}
+            methods.pop(BASE, None)
+        names = list(methods)
+        threads = torch.get_num_threads()
+        output = Path(self.output).expanduser() if self.output else None
+        kept = RowFile(output and output.with_suffix(".rows.jsonl"), {**settings, "methods": names, "threads": threads})
+
+        def show(rows: list[dict[str, Any]]) -> None:
+            console.print(f"{len(rows)}/{len(tasks)} {rows[-1]['task']}: {line(rows, names)}")
+
+        if self.equality_only:
+            references = References(Path(self.references).expanduser() if self.references else None)
+            rows = check_equality(
+                methods, tasks, how, model, kept, references, reference=reference, batch=self.batch, on_row=show
+            )
+        else:
+            rows = measure(methods, tasks, how, model, kept, on_row=show)
+        first = headline(rows, names)
+        result: Result = {
+            "benchmark": "decode",
+            **first,
+            "settings": settings,
+            "methods": {name: method.about for name, method in methods.items()},
+            **figures(rows, names),
+            "provenance": provenance(seed=self.seed, words=command_line()),
+        }
+        show_table(result, console)
+        if output is not None:
+            write_json(result, output)
+            kept.remove()
+            console.print(f"written to {self.output}")
+        # what the file has for every prompt would only hide the rest on a terminal
+        return {key: value for key, value in result.items() if key not in ("prompts", "steps")}
+
+    def _kernels(self, console: Console) -> Result:
+        from zerodraft.bench.kernels import kernel_sections
+        from zerodraft.bench.measure import command_line, provenance, write_json
+        from zerodraft.bench.sections import Effort
+        from zerodraft.bench.tables import kernel_tables
+        from zerodraft.cli.decoding import load_target
+
+        self._prepare()
+        model, tokenizer = load_target(self.target)
+        equipment, drafter = self._equipment(model)
+        effort = Effort(repeats=3 if self.quick else 20, quick=self.quick)
+        result: Result = {
+            "benchmark": "kernels",
+            "settings": {"target": self.target, "drafter": drafter, "quick": self.quick},
+            "sections": kernel_sections(equipment, tokenizer, effort, self.seed),
+            "provenance": provenance(seed=self.seed, words=command_line()),
+        }
+        for table in kernel_tables(result):
+            shown = Table(*table.header, title=table.title, title_justify="left", box=None, pad_edge=False)
+            for row in table.rows:
+                shown.add_row(*row)
+            console.print(shown)
+        if self.output:
+            write_json(result, Path(self.output).expanduser())
+            console.print(f"written to {self.output}")
+        return result
+
+    def _report(self, console: Console) -> Result:
+        from zerodraft.bench.files import read_results, write_plots
+        from zerodraft.bench.measure import write_text
+        from zerodraft.bench.page import markdown
+        from zerodraft.bench.report import page
+        from zerodraft.bench.whatif import parse_costs
+        from zerodraft.ztt.plot import check_matplotlib
+
+        costs = parse_costs(self.what_if) if self.what_if else None
+        as_html = Path(self.out).suffix == ".html"
+        if as_html or self.plots:
+            check_matplotlib()
+        results = read_results(self.files, ours_only=as_html)
+        text = page(results, costs) if as_html else markdown(results)
+        write_text(text, Path(self.out).expanduser())
+        console.print(f"{len(results)} results -> {self.out}")
+        plots = write_plots(results, Path(self.plots).expanduser()) if self.plots else []
+        return {"out": self.out, "results": list(results), "plots": [path.name for path in plots]}
+
+    def _prepare(self) -> None:
+        import torch
+        import transformers
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        transformers.utils.logging.set_verbosity_error()
+
+    def _equipment(self, model: Any) -> "tuple[Equipment, str]":
+        """What the methods need, and the drafter's name."""
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        from zerodraft.bench.methods import Equipment
+        from zerodraft.cli.decoding import load_drafter
+        from zerodraft.targets import resolve
+        from zerodraft.ztt.loading import load_pretrained
+
+        def load(kind: Any, name: str) -> Any:
+            return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
+
+        drafter, name = load_drafter(self.drafter, model, self.target)
+        equipment = Equipment(
+            model=model,
+            drafter=drafter,
+            ngram=self.ngram,
+            assistant=load(AutoModelForCausalLM, self.assistant),
+            dflash=load(AutoModel, self.dflash),
+            gguf=self.gguf,
+            threads=torch.get_num_threads(),
+        )
+        return equipment, name
+
+
+def show_table(result: Mapping[str, Any], console: Console) -> None:
+    """The overall figures, a line for each method."""
+    table = Table("method", "tokens/s", "speedup", "by prompt", "MAT", "equal", box=None, pad_edge=False)
+    for name, values in result["overall"].items():
+        spread, mat = values.get("speedup_by_prompt"), values["mat"]
+        table.add_row(
+            name,
+            f"{values['tokens_per_second']:.1f}" if "tokens_per_second" in values else "",
+            f"{values['speedup']:.2f}x" if "speedup" in values else "",
+            f"{spread['min']:.2f} - {spread['max']:.2f}" if spread else "",
+            f"{mat:.2f}" if mat is not None else "",
+            f"{values['equal']}/{values['prompts']}" if "equal" in values else "",
+        )
+    console.print(table)
+    for row in result["differences"]:
+        gap = "" if row["top_gap"] is None else f", the two best logits {row['top_gap']:.1e} apart"
+        console.print(f"{row['method']} differs on {row['id']} from token {row['place'] + 1} on{gap}")
