@@ -3,12 +3,14 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from zerodraft.decoding.huggingface import DiffuSpec
-from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, DraftLength, FixedLength
+from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, CostAwareTree, DraftLength, FixedLength
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
 from zerodraft.decoding.scorers import CausalProxy
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
+from zerodraft.drafters.block import BlockDrafter
+from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
@@ -35,10 +37,12 @@ AutoModelForCausalLM.register(ZttConfig, ZttForCausalLM, exist_ok=True)
 __all__ = [
     "AdaptiveLength",
     "AutoregressiveDrafter",
+    "BlockDrafter",
     "CausalProxy",
     "ConfidenceExit",
     "ContextProxy",
     "CostAwareLength",
+    "CostAwareTree",
     "CycleOutput",
     "DecodeStats",
     "DiffuSpec",
@@ -47,6 +51,7 @@ __all__ = [
     "ExitRule",
     "FixedExit",
     "FixedLength",
+    "HybridDrafter",
     "KenLMProxy",
     "KlExit",
     "LatentExit",

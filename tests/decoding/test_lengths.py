@@ -10,6 +10,7 @@ from zerodraft.decoding.lengths import (
     Acceptance,
     AdaptiveLength,
     CostAwareLength,
+    CostAwareTree,
     Costs,
     DraftLength,
     FixedLength,
@@ -17,7 +18,7 @@ from zerodraft.decoding.lengths import (
 from zerodraft.errors import ZerodraftError
 
 
-@pytest.mark.parametrize("length", [FixedLength(4), AdaptiveLength(), CostAwareLength()])
+@pytest.mark.parametrize("length", [FixedLength(4), AdaptiveLength(), CostAwareLength(), CostAwareTree()])
 def test_all_follow_the_protocol(length: DraftLength) -> None:
     assert isinstance(length, DraftLength)
     row = length.fresh()
@@ -25,7 +26,10 @@ def test_all_follow_the_protocol(length: DraftLength) -> None:
         k = row.next_length()
         assert k >= 0
         row.observe_cost("draft", k, 0.001)
+        nodes = row.worth(np.array([0.5, 0.4, 0.1]))
+        assert 0 <= nodes <= 3
         row.observe_cost("verify", k, 0.01)
+        row.observe_cost("score", nodes, 0.01)
         row.update(k, k, k // 2)
 
 
@@ -177,3 +181,60 @@ def test_acceptance_counts_what_was_tried() -> None:
 def test_bad_settings_are_named(make: object, named: str) -> None:
     with pytest.raises(ZerodraftError, match=named):
         make()  # type: ignore[operator]  # each is a constructor call
+
+
+def grow(
+    length: CostAwareTree, chances: np.ndarray, seconds: np.ndarray, steps: int, honest: float = 1.0
+) -> tuple[list[int], float]:
+    """The sizes chosen, and the tokens per second, where nodes are accepted with these chances times `honest`, scoring n
+    of them takes `seconds[n]`, and a draft a tenth of a plain step."""
+    rng = np.random.default_rng(0)
+    sizes, tokens, spent = [], 0, 0.0
+    for _ in range(steps):
+        k = length.next_length()
+        n = 0
+        if k:
+            length.observe_cost("draft", k, seconds[0] / 10)
+            n = length.worth(chances)
+            spent += seconds[0] / 10
+        accepted = int((rng.random() < honest * chances[:n]).sum())
+        busy = 5 if rng.random() < 0.05 else 1
+        length.observe_cost("score", n, seconds[n] * busy)
+        if k:
+            length.update(k, k, accepted)
+        sizes.append(n)
+        tokens += accepted + 1
+        spent += seconds[n]
+    return sizes, tokens / spent
+
+
+@pytest.mark.parametrize("first", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("slope", [0.002, 0.05, 0.2])
+def test_trees_have_nearly_the_best_size(first: float, slope: float) -> None:
+    chances = first ** np.arange(1, 17)
+    seconds = 0.05 * (1 + slope * np.arange(17))
+    tree = CostAwareTree()
+    grow(tree, chances, seconds, 300)
+    tokens = 1 + np.concatenate([[0], chances.cumsum()])
+    best = max((tokens / (seconds + seconds[0] / 10)).max(), 1 / seconds[0])
+    _, speed = grow(tree.fresh(), chances, seconds, 600)
+    assert speed >= 0.88 * best
+
+
+def test_trees_of_a_drafter_that_boasts_are_small_and_in_the_end_left_out() -> None:
+    chances, seconds = np.linspace(0.9, 0.5, 12), 0.05 * (1 + 0.1 * np.arange(13))
+    sizes, _ = grow(CostAwareTree(), chances, seconds, 600)
+    assert np.median(sizes[300:]) == 12
+    sizes, _ = grow(CostAwareTree(), chances, seconds, 600, honest=0.2)
+    assert np.median(sizes[300:]) <= 2
+    tree = CostAwareTree()
+    sizes, _ = grow(tree, chances, seconds, 600, honest=0.0)
+    assert np.mean(np.array(sizes[300:]) == 0) > 0.9
+    sizes, _ = grow(tree, chances, seconds, 3000)  # and back again
+    assert np.median(sizes[-300:]) == 12
+
+
+def test_a_tree_of_nothing_is_bad() -> None:
+    for bad in ({"k": 0}, {"explore": 1}, {"keep": 0.0}):
+        with pytest.raises(ZerodraftError, match=next(iter(bad))):
+            CostAwareTree(**bad)

@@ -15,8 +15,10 @@ from zerodraft import (
     AutoregressiveDrafter,
     ContextProxy,
     CostAwareLength,
+    CostAwareTree,
     DiffuSpec,
     FixedLength,
+    HybridDrafter,
     PromptLookupDrafter,
     SearchConfig,
 )
@@ -27,6 +29,7 @@ from zerodraft.targets.lean import lean_target
 DRAFTERS: dict[str, Any] = {
     "block": lambda target, block: BlockDrafter(block, target, candidates=6),
     "lookup": lambda target, block: PromptLookupDrafter(),
+    "hybrid": lambda target, block: HybridDrafter(other=BlockDrafter(block, target, candidates=6), least_gain=0.1),
     "autoregressive": lambda target, block: AutoregressiveDrafter(target, max_length=5),
     "other": lambda target, block: AutoregressiveDrafter(make("qwen3")[0], max_length=4),
 }
@@ -39,11 +42,19 @@ class KnownCosts(CostAwareLength):
         super().observe_cost(kind, k, 1e-3)
 
 
+class KnownTreeCosts(CostAwareTree):
+    """A pass takes longer by a twentieth for each node."""
+
+    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
+        super().observe_cost(kind, k, 1e-4 if kind == "draft" else 1e-3 * (1 + k / 20))
+
+
 # made anew for each test, since a controller remembers what it has seen
 OPTIONS_OF_SPEC: dict[str, Callable[[], dict[str, Any]]] = {
     "published": dict,
     "proxy": lambda: {"proxy": ContextProxy(64), "length": FixedLength(4)},
     "best first": lambda: {"search": SearchConfig(expand="best_first", budget=7), "length": KnownCosts(k_max=5)},
+    "by cost": lambda: {"search": SearchConfig(tau=1, expand="best_first", budget=9), "length": KnownTreeCosts(k=6)},
     "lean": lambda: {"make_target": lean_target, "length": FixedLength(3)},
 }
 

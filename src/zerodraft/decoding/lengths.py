@@ -128,12 +128,12 @@ class AdaptiveLength:
 
 @dataclass(slots=True)
 class Costs:
-    """What steps of k positions cost: the median of the last few measurements at each k that was tried."""
+    """What steps of k positions cost: the lower quartile of the last few measurements at each k that was tried, since a
+    busy machine and the first step of a shape only ever add to a time."""
 
     seconds: dict[CostKind, dict[int, deque[float]]] = field(default_factory=dict)
 
     def observe(self, kind: CostKind, k: int, seconds: float) -> None:
-        # a median, since the first step of a shape often pays for its kernels
         self.seconds.setdefault(kind, {}).setdefault(k, deque(maxlen=9)).append(seconds)
 
     def measured(self, kind: CostKind, k: int) -> bool:
@@ -144,8 +144,8 @@ class Costs:
         """Seconds for k = 0..k_max, summed over kinds: straight lines between what was measured, never falling."""
         total = np.zeros(k_max + 1)
         for tried in (self.seconds[kind] for kind in kinds if kind in self.seconds):
-            medians = [sorted(tried[k])[len(tried[k]) // 2] for k in sorted(tried)]
-            total += _interpolate(np.array(sorted(tried)), np.array(medians), k_max)
+            typical = [sorted(tried[k])[(len(tried[k]) - 1) // 4] for k in sorted(tried)]
+            total += _interpolate(np.array(sorted(tried)), np.array(typical), k_max)
         # nothing known yet: a step costs much the same whatever its length
         return total if total.any() else 1 + SLOPE * np.arange(k_max + 1)
 
@@ -157,7 +157,8 @@ SLOPE = 0.02
 def _interpolate(
     k: Int64[np.ndarray, " n"], seconds: Float64[np.ndarray, " n"], k_max: int
 ) -> Float64[np.ndarray, " k"]:
-    seconds = np.maximum.accumulate(seconds)
+    # fewer positions never cost more
+    seconds = np.minimum.accumulate(seconds[::-1])[::-1]
     grid = np.arange(k_max + 1)
     slope = SLOPE * seconds[-1] if len(k) == 1 else (seconds[-1] - seconds[0]) / (k[-1] - k[0])
     return np.interp(grid, k, seconds) + slope * np.maximum(grid - k[-1], 0)
@@ -333,10 +334,11 @@ class CostAwareTree:
         """Whether drafts have been worth their time lately."""
         if self._promises.drafts < 8 or not self._costs.measured("score", 0):
             return True
-        return self._promises.speed() > 1 / self._costs.curve(0, "score")[0]
+        return self._promises.speed() * float(self._costs.curve(0, "score")[0]) > 1
 
     def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
-        sizes = [n for n in (1, 3, 7, 15, 31, 63) if n <= len(chances)]
+        # the whole tree among them, or one slow step of that size would keep it from being tried again
+        sizes = [n for n in (1, 3, 7, 15, 31, 63, len(chances)) if 0 < n <= len(chances)]
         unknown = [n for n in sizes if not self._costs.measured("score", n)]
         turn, rest = divmod(self._clock[0], self.explore)
         if unknown and self._clock[0] % 2:

@@ -149,7 +149,7 @@ class HybridSession:
         if not len(rates):
             return True
         least = self.share if self.drafter.least_gain is None else self.drafter.least_gain
-        return (1 - rates[0]) * self.gain >= least * (1 + rates.cumprod().sum())
+        return float(1 - rates[0]) * self.gain >= least * float(1 + rates.cumprod().sum())
 
 
 def _chain(tokens: Int64[np.ndarray, " k"], rates: Float64[np.ndarray, " k"]) -> Lattice:
