@@ -55,7 +55,11 @@ def attention_section(effort: Effort) -> Section:
         for context in effort.pick(CONTEXTS):
             q, k, v = torch.randn(1, 9, queries, 64), torch.randn(1, 3, context, 64), torch.randn(1, 3, context, 64)
             zero_key = torch.randn(3, 64)
-            mask = None if queries == 1 else torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
+            mask = (
+                None
+                if queries == 1
+                else torch.ones(queries, context, dtype=torch.bool).tril(context - queries)[None, None]
+            )
             cases: dict[str, Case] = {
                 "plain": lambda q=q, k=k, v=v, mask=mask: F.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
@@ -65,7 +69,7 @@ def attention_section(effort: Effort) -> Section:
                 ),
             }
             at = {"queries": queries, "context": context}
-            points.append(point(at, cases, 10 * effort.repeats, over=("zero token", "plain")))
+            points.append(point(at, cases, 5 * effort.repeats, over=("zero token", "plain")))
     return Section(
         title="Zero-token attention",
         about="One layer's attention, 9 query heads over 3 key-value heads of 64, with and without a zero token.",
@@ -166,7 +170,8 @@ def step_section(equipment: Equipment, tokenizer: Any, effort: Effort) -> Sectio
     """Where a decoding step's time goes; its overhead is what is neither drafter nor target."""
     points = []
     for name in (OWN_PLAIN, "lookup", "full"):
-        runs = [step_costs(equipment, name, tokenizer, text, 24 if effort.quick else 96) for text in PROMPTS]
+        texts, new = (PROMPTS[:2], 16) if effort.quick else (PROMPTS, 96)
+        runs = [step_costs(equipment, name, tokenizer, text, new) for text in texts]
         milliseconds = {part: spread([run[part] for run in runs]) for part in runs[0]}
         rest = [run["search"] + run["rest"] for run in runs]
         shares = [over / run["step"] for over, run in zip(rest, runs, strict=True)]

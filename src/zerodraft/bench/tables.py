@@ -50,10 +50,21 @@ def decode_tables(result: Result) -> list[Table]:
     """Of `bench decode`: overall, by task, acceptance, time, differences."""
     overall = Table(
         "All prompts",
-        "Speed: all tokens over all seconds. Speedups are over transformers' plain decoding in the same run; by "
+        "Speed: all tokens over all seconds. Speedups are over transformers' plain decoding in the same run. By "
         "prompt: median [quartiles] (range). MAT: new tokens per pass of the target. Equal: prompts with exactly the "
         "tokens of plain decoding; near ties: of the others, those where the two best logits lay within 0.001.",
-        ("method", "what", "tokens/s", "speedup", "speedup by prompt", "MAT", "equal", "near ties", "new tokens"),
+        (
+            "method",
+            "what",
+            "tokens/s",
+            "speedup",
+            "speedup by prompt",
+            "tokens/s by prompt",
+            "MAT",
+            "equal",
+            "near ties",
+            "new tokens",
+        ),
         [
             (
                 name,
@@ -61,6 +72,7 @@ def decode_tables(result: Result) -> list[Table]:
                 number(values.get("tokens_per_second"), 1),
                 number(values.get("speedup"), 2, "x"),
                 spread_of(values.get("speedup_by_prompt")),
+                spread_of(values.get("tokens_per_second_by_prompt"), 1),
                 number(values["mat"]),
                 f"{values['equal']}/{values['prompts']}" if "equal" in values else "-",
                 str(values.get("near_ties", "-")),
@@ -74,6 +86,10 @@ def decode_tables(result: Result) -> list[Table]:
         "Speedup by task": (
             "All tokens over all seconds of the task, over plain decoding.",
             lambda v: number(v.get("speedup"), 2, "x"),
+        ),
+        "Speedup by prompt, by task": (
+            "Median [quartiles] (range) over the prompts.",
+            lambda v: spread_of(v.get("speedup_by_prompt")),
         ),
         "Tokens per second by task": (
             "Median [quartiles] (range) over the prompts.",

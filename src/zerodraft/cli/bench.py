@@ -178,7 +178,7 @@ class Bench(Command):
         self._prepare()
         model, tokenizer = load_target(self.target)
         equipment, drafter = self._equipment(model)
-        effort = Effort(repeats=3 if self.quick else 20, quick=self.quick)
+        effort = Effort(repeats=3 if self.quick else 30, quick=self.quick)
         result: Result = {
             "benchmark": "kernels",
             "settings": {"target": self.target, "drafter": drafter, "quick": self.quick},
