@@ -186,8 +186,8 @@ def test_bad_settings_are_named(make: object, named: str) -> None:
 def grow(
     length: CostAwareTree, chances: np.ndarray, seconds: np.ndarray, steps: int, honest: float = 1.0
 ) -> tuple[list[int], float]:
-    """The sizes chosen, and the tokens per second, where nodes are accepted with these chances times `honest`, scoring n
-    of them takes `seconds[n]`, and a draft a tenth of a plain step."""
+    """The sizes chosen, and the tokens per second, where nodes are accepted with these chances times `honest`, scoring
+    n of them takes `seconds[n]`, and a draft a tenth of a plain step."""
     rng = np.random.default_rng(0)
     sizes, tokens, spent = [], 0, 0.0
     for _ in range(steps):

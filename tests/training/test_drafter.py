@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.acceptance import measure_acceptance
-from zerodraft.training.blocks import block_loss, collate, draw_anchors, first_anchor
+from zerodraft.training.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor
 from zerodraft.training.completions import read_completions
 from zerodraft.training.drafter import frequent_tokens, split_completions, train_drafter
 from zerodraft.training.drafter_recipe import load_drafter_recipe
@@ -138,11 +139,43 @@ def test_loss_against_a_loop(label) -> None:
     assert block_loss(q, p, labels, counts, label, 0.7).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("label", ["tokens", "both"])
+def test_coupled_loss_against_a_loop(label) -> None:
+    """Each slot is judged among its own likeliest tokens; labels that are not among them say nothing."""
+    torch.manual_seed(0)
+    coupled, logits, p = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 9), torch.randn(2, 3, 4, 9)
+    head, labels, counts = torch.randn(9, 5), torch.randint(-1, 9, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
+    among, small_p, small_labels = torch.empty(2, 3, 4, 6), torch.empty(2, 3, 4, 6), torch.full((2, 3, 4), -1)
+    for place in np.ndindex(2, 3, 4):
+        ids = logits[place].argsort(descending=True)[:6]
+        among[place], small_p[place] = head[ids] @ coupled[place], p[place][ids]
+        if labels[place] in ids:
+            small_labels[place] = ids.tolist().index(labels[place])
+    expected = block_loss(among, small_p, small_labels, counts, label, 0.7)
+    found = coupled_loss(coupled, logits, head, p, labels, counts, label, 0.7, candidates=6)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def most_likely(lattice: Lattice) -> np.ndarray:
+    """The tokens of each slot's likeliest candidate, after the one before."""
+    if lattice.pairs is None:
+        return lattice.ids[:, 0]
+    path, at = [], 0
+    for ids, pairs in zip(lattice.ids, lattice.pairs, strict=True):
+        at = int(pairs[at].argmax())
+        path.append(ids[at])
+    return np.array(path)
+
+
+@pytest.mark.parametrize("coupling", [0, 8])
 @torch.no_grad()
-def test_acceptance_is_that_of_decoding(features: FeatureCache, target: LlamaForCausalLM) -> None:
+def test_acceptance_is_that_of_decoding(features: FeatureCache, target: LlamaForCausalLM, coupling: int) -> None:
     """The measured tokens per pass are those of a plain loop of draft and check with the drafter at work."""
     torch.manual_seed(0)
-    model = drafter_from_target(target, num_layers=2, block_size=4).eval()
+    model = drafter_from_target(target, num_layers=2, block_size=4, coupling=coupling).eval()
+    for name, parameter in model.named_parameters():
+        if name.startswith("coupling"):
+            parameter.add_(0.5 * torch.randn_like(parameter))
     embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     indices = [1, 2, 4, 5]
     measured = measure_acceptance(model, features, indices, embedding, head)
@@ -154,7 +187,7 @@ def test_acceptance_is_that_of_decoding(features: FeatureCache, target: LlamaFor
             session.observe([Progress(torch.tensor(tokens[seen : t + 2]), features[i][seen : t + 1, :-1])])
             seen = t + 1
             (lattice,) = session.propose([4])
-            right = (lattice.ids[:, 0][: len(tokens) - t - 2] == tokens[t + 2 : t + 6]).cumprod()
+            right = (most_likely(lattice)[: len(tokens) - t - 2] == tokens[t + 2 : t + 6]).cumprod()
             accepted.append(int(right.sum()))
             t += accepted[-1] + 1
         new_tokens += len(tokens) - prompt_length - 1
@@ -224,6 +257,20 @@ def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folde
 
     with pytest.raises(ZerodraftError, match="already holds a run"):
         train_drafter(recipe(target_folder, completions_folder, again), callbacks=[])
+
+
+def test_a_drafter_without_coupling_gets_one(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
+    before = recipe(target_folder, completions_folder, tmp_path / "before", steps=1)
+    train_drafter(dataclasses.replace(before, drafter=dataclasses.replace(before.drafter, coupling=0)), callbacks=[])
+    settings = recipe(target_folder, completions_folder, tmp_path / "after", steps=1, learning_rate=1e-9)
+    start = dataclasses.replace(settings.drafter, start=str(tmp_path / "before" / "model"), coupling=8)
+    train_drafter(dataclasses.replace(settings, drafter=start), callbacks=[])
+    old, new = (BlockDrafterModel.from_pretrained(tmp_path / name / "model") for name in ("before", "after"))
+    assert old.coupling is None
+    assert new.config.coupling == 8
+    weights = new.state_dict()
+    assert set(weights) - set(old.state_dict()) == {name for name in weights if name.startswith("coupling.")}
+    assert all(torch.allclose(weights[name], weight, atol=1e-6) for name, weight in old.state_dict().items())
 
 
 def test_only_cached_completions(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
