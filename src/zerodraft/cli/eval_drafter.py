@@ -1,4 +1,4 @@
-"""`zerodraft eval-drafter`: how far a block drafter's drafts are accepted, without decoding."""
+"""`zerodraft eval-drafter`: how far a block or DFlash drafter's drafts are accepted, without decoding."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from zerodraft.errors import ZerodraftError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalDrafter(Command):
-    """Measure a block drafter on greedy completions of its target: acceptance by position, rank, calibration.
+    """Measure a block or DFlash drafter on greedy completions of its target: acceptance by position, rank, calibration.
 
     Use completions that it was not trained on; 'zerodraft distill' makes some.
     """
@@ -45,6 +45,8 @@ class EvalDrafter(Command):
 
         from zerodraft.cli.decoding import load_target
         from zerodraft.drafters.block import BlockDrafter
+        from zerodraft.drafters.dflash import DFlashDrafter
+        from zerodraft.drafters.dflash_files import is_dflash
         from zerodraft.training.acceptance import measure_acceptance
         from zerodraft.training.completions import read_completions
         from zerodraft.training.features import FeatureCache
@@ -61,7 +63,8 @@ class EvalDrafter(Command):
         if self.limit:
             greedy = [greedy[i] for i in np.unique(np.linspace(0, len(greedy) - 1, self.limit).astype(int))]
         target, _ = load_target(self.target)
-        model = BlockDrafter.from_pretrained(self.drafter, target).model
+        kind = DFlashDrafter if is_dflash(self.drafter) else BlockDrafter
+        model = kind.from_pretrained(self.drafter, target).model
         head = target.get_output_embeddings().weight.detach()[model.draft_ids]
         taps = [*model.config.layers, target.config.get_text_config().num_hidden_layers]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

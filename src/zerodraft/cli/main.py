@@ -34,8 +34,8 @@ COMMANDS = {
     "distill": "Distill",
     "train-drafter": "TrainDrafter",
     "eval-drafter": "EvalDrafter",
+    "export-drafter": "ExportDrafter",
     "ngram": "Ngram",
-    "bench": "Bench",
     "bench": "Bench",
 }
 """Each command lives in the module of its name, with `_` for `-`."""

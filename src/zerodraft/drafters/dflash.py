@@ -54,7 +54,7 @@ class DFlashDrafter:
             layers = [layer for layer in model.layers if isinstance(layer, BlockLayer)]
             self.layers = [_FastLayer(layer) for layer in layers]
             parts = [part for layer in layers for part in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
-            biases = [part.bias for part in parts if part.bias is not None]
+            biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
             self.context = PackedLinear(
                 torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
             )

@@ -141,6 +141,8 @@ class DFlashModel(PreTrainedModel):
     base_model_prefix = "drafter"
     _supports_sdpa = True
     mask_embedding: Tensor
+    embedding_scale: float = 1.0
+    """What the target's embedding multiplies its rows with (Gemma's does)."""
     coupling: None = None
     """Its slots are not coupled (see `BlockDrafterModel`)."""
 
@@ -190,6 +192,7 @@ class DFlashModel(PreTrainedModel):
                 f"The drafter's masks are token {self.config.mask_token_id}, but the target has {rows} embeddings: use "
                 "the target that the drafter was made for."
             )
+        self.embedding_scale = float(getattr(_embedding(target), "embed_scale", 1.0))
         self.config.vocab_size = target.config.get_text_config().vocab_size
         mask = torch.tensor(self.config.mask_token_id)
         self.mask_embedding = embed(target, mask).to(self.norm.weight)
@@ -217,11 +220,11 @@ class DFlashModel(PreTrainedModel):
             taps: the target's outputs of `config.target_layer_ids`.
             kept: false on padding.
             anchors: the last position t of each block's context.
-            embeddings: of the known token at t + 1, by the target's embedding.
+            embeddings: the rows of the target's embedding for the known tokens at t + 1.
         """
         slots = self.config.block_size + 1
         masks = self.mask_embedding.expand(*anchors.shape, slots - 1, -1)
-        x = torch.cat([embeddings[:, :, None], masks], dim=2).flatten(1, 2)
+        x = torch.cat([self.embedding_scale * embeddings[:, :, None], masks], dim=2).flatten(1, 2)
         here = torch.arange(taps.shape[1], device=taps.device)
         places = (anchors[:, :, None] + 1 + torch.arange(slots, device=taps.device)).flatten(1)
         mask = training_mask(kept, anchors, slots)

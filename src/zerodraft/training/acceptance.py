@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from zerodraft.drafters.block_model import BlockDrafterModel
+from zerodraft.drafters.dflash_model import DFlashModel
 from zerodraft.training.blocks import Blocks, collate, first_anchor
 from zerodraft.training.features import FeatureCache
 
@@ -45,7 +46,7 @@ class Acceptance:
 
 @torch.no_grad()
 def measure_acceptance(
-    drafter: BlockDrafterModel,
+    drafter: BlockDrafterModel | DFlashModel,
     features: FeatureCache,
     indices: Sequence[int],
     embedding: Float[Tensor, "V H"],
@@ -93,7 +94,7 @@ def measure_acceptance(
 
 
 def _ranks(
-    drafter: BlockDrafterModel, blocks: Blocks, embedding: Tensor, head: Tensor, ranks: int
+    drafter: BlockDrafterModel | DFlashModel, blocks: Blocks, embedding: Tensor, head: Tensor, ranks: int
 ) -> tuple[Int64[np.ndarray, "A K"], Float[np.ndarray, "A K"]]:
     """Rank of each right token among the drafter's choices (at most `ranks`), and its first choice's probability."""
     device = drafter.norm.weight.device

@@ -8,7 +8,7 @@ import copy
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,19 @@ class Sequences(torch.utils.data.Dataset[dict[str, int]]):
 
 
 def train_drafter(
-    recipe: DrafterRecipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
+    recipe: DrafterRecipe,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    build: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains a block drafter for a target.
+    """Trains a block drafter for a target, or another network that is called as `BlockDrafterModel` is.
 
     Args:
         recipe: the whole run.
         resume: continue from the last checkpoint in `recipe.out`.
         callbacks: instead of the progress bar.
+        build: makes the other network from the recipe, the target, the completions and the numbers of those to use.
 
     Returns:
         What is written to `results.json`: acceptance, speed, sizes, and what is needed to repeat the run.
@@ -178,7 +183,7 @@ def train_drafter(
     target: Any = AutoModelForCausalLM.from_pretrained(resolve(recipe.target), dtype=torch.float32).eval()
     train, held_back = split_completions(completions, recipe.held_back.sequences, recipe.seed)
     set_seed(recipe.seed)
-    drafter = _drafter(recipe, target, completions, train)
+    drafter = (build or _drafter)(recipe, target, completions, train)
     taps = [*drafter.config.layers, target.config.get_text_config().num_hidden_layers]
     features = FeatureCache(target, completions, taps, Path(recipe.cache or folder / "features"))
     if recipe.cached_only:
