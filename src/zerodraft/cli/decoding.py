@@ -90,9 +90,12 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
     from zerodraft.drafters.autoregressive import AutoregressiveDrafter
     from zerodraft.drafters.block import BlockDrafter
     from zerodraft.drafters.block_model import BlockDrafterConfig
+    from zerodraft.drafters.dflash import DFlashDrafter
+    from zerodraft.drafters.dflash_files import is_dflash
     from zerodraft.drafters.lookup import PromptLookupDrafter
     from zerodraft.drafters.masked import MaskedDrafter
     from zerodraft.drafters.masked_formats import is_masked
+    from zerodraft.drafters.retokenized import retokenized_if_needed
     from zerodraft.targets import resolve
     from zerodraft.ztt.loading import load_pretrained
 
@@ -110,9 +113,12 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
         return BlockDrafter.from_pretrained(path, target), Path(text).name
     if is_masked(kind):
         return MaskedDrafter.from_pretrained(path, target), Path(text).name
+    if is_dflash(path):
+        return DFlashDrafter.from_pretrained(path, target), Path(text).name
     from transformers import AutoModelForCausalLM
 
-    drafter = AutoregressiveDrafter(load_pretrained(AutoModelForCausalLM, path).to(target.device).eval())
+    model = load_pretrained(AutoModelForCausalLM, path).to(target.device).eval()
+    drafter = retokenized_if_needed(AutoregressiveDrafter(model), path, resolve(target_name))
     drafter.check(target.config)
     return drafter, Path(text).name
 
@@ -129,6 +135,13 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     if not tokenizer.chat_template:
         raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def check_context(model: Any, length: int) -> None:
+    """Raises for a prompt of so many tokens that nothing could follow."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length >= context:
+        raise ZerodraftError(f"the prompt has {length} tokens; the model reads at most {context}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +162,7 @@ def write(model: Any, inputs: Any, sampling: Sampling, **options: Any) -> Writte
     import torch
 
     prompt = inputs["input_ids"]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt.shape[1] >= context:
-        raise ZerodraftError(f"the prompt has {prompt.shape[1]} tokens; the model reads at most {context}")
+    check_context(model, prompt.shape[1])
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
     out = model.generate(**inputs.to(model.device), **sampling.arguments(), **options)

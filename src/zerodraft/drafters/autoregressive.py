@@ -79,6 +79,10 @@ class AutoregressiveSession:
         for row, news in zip(self.rows, progress, strict=True):
             row.observe(news.tokens.tolist())
 
+    def rewind(self, row: int, length: int) -> None:
+        """Take back all but the first `length` tokens that a row was told."""
+        self.rows[row].rewind(length)
+
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """Drafts row by row."""
         return [row.propose(length) for row, length in zip(self.rows, lengths, strict=True)]
@@ -106,6 +110,14 @@ class DraftRow:
         while agree < limit and self.cached[agree] == self.known[agree]:
             agree += 1
         agree = min(agree, limit)
+        self.cache.crop(agree - len(self.cached))
+        del self.cached[agree:]
+
+    def rewind(self, length: int) -> None:
+        """Take back all but the first `length` known tokens."""
+        del self.known[length:]
+        # as in `observe`: the last token is always fed again
+        agree = min(len(self.cached), max(length - 1, 0))
         self.cache.crop(agree - len(self.cached))
         del self.cached[agree:]
 
