@@ -1,40 +1,45 @@
-"""`zerodraft train-drafter`: trains a block-diffusion drafter for a target on the target's own completions."""
+"""`zerodraft train-drafter`: trains a drafter for a target on the target's own completions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, overrides_of
 from zerodraft.training.drafter_recipe import DrafterRecipe, load_drafter_recipe
+from zerodraft.training.masked_recipe import MaskedFlags, load_masked_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainDrafter(Command):
-    """Train a block-diffusion drafter for a target on the target's own completions (see `zerodraft distill`).
+    """Train a drafter for a target on the target's own completions (see `zerodraft distill`).
 
-    Settings come from flags, from a YAML file (--recipe), or from both; flags win.
+    Settings come from flags, from a YAML file (--recipe), or from both; flags win. The section [masked] belongs to
+    --kind masked (whose learning rate is 3e-4 if not given), the sections [drafter] and [loss] to the other kinds.
     """
 
     example: ClassVar[str] = "zerodraft train-drafter --target smollm2 --data completions --out runs/drafter"
 
+    kind: Literal["block", "masked", "dflash"] = "block"
+    """block: a few layers that read the target's hidden states. masked: the target's layers as a masked diffusion model
+    of its own. dflash: the DFlash network, whose files other runtimes read."""
     recipe: str | None = None
     """YAML file with any of the settings."""
     resume: bool = False
     """Continue from the last checkpoint in `out`."""
     overrides: dict[str, Any] = overrides_of(DrafterRecipe)
+    masked_overrides: dict[str, Any] = overrides_of(MaskedFlags)
 
     def check(self) -> None:
         """Reads the settings."""
-        load_drafter_recipe(self.recipe, self.overrides)
+        self._settings()
 
     def run(self, console: Console) -> Result:
         """Trains and reports what was measured."""
-        from zerodraft.training.drafter import train_drafter
-
-        recipe = load_drafter_recipe(self.recipe, self.overrides)
-        results = train_drafter(recipe, resume=self.resume)
+        recipe = self._settings()
+        results = self._train()(recipe, resume=self.resume)
         held_back = results["held_back"]
         console.print(
             f"trained {results['parameters']:,} parameters on {results['blocks']:,} blocks in "
@@ -50,3 +55,27 @@ class TrainDrafter(Command):
         )
         console.print(f"written to {recipe.out}: model/, results.json, log.jsonl")
         return results
+
+    def _settings(self) -> Any:
+        """The recipe of the kind; a setting of another kind is an unknown key."""
+        given = {**self.overrides, **self.masked_overrides}
+        if self.kind == "masked":
+            return load_masked_recipe(self.recipe, given)
+        if self.kind == "dflash":
+            from zerodraft.training.dflash import load_dflash_recipe
+
+            return load_dflash_recipe(self.recipe, given)
+        return load_drafter_recipe(self.recipe, given)
+
+    def _train(self) -> Callable[..., dict[str, Any]]:
+        if self.kind == "masked":
+            from zerodraft.training.masked import train_masked
+
+            return train_masked
+        if self.kind == "dflash":
+            from zerodraft.training.dflash import train_dflash
+
+            return train_dflash
+        from zerodraft.training.drafter import train_drafter
+
+        return train_drafter

@@ -1,0 +1,334 @@
+"""`train_masked`: a target's own layers become a masked diffusion language model that drafts for it.
+
+The idea is that of Dream, which was made from Qwen2.5: start from the causal model's weights, take its mask of
+attention away, hide tokens, and let the shifted logits name them. What is hidden is the recipe's choice
+(`masked_recipe`): a random share of the completion, with the weight 1/t of the diffusion bound, or blocks at the end of
+a text as in decoding.
+
+The folder of a run is that of `train_drafter`: `recipe.json`, `log.jsonl`, `checkpoint-N/`, `model/`, `results.json`.
+
+Legend: B sequences, T tokens of a pass (masks included), P predicted positions, k masks of a block.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+
+from zerodraft.decoding.protocols import Progress
+from zerodraft.drafters.masked import MaskedDrafter
+from zerodraft.drafters.masked_formats import load_masked
+from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.resolve import resolve
+from zerodraft.training.base import RecipeTrainer, training_arguments
+from zerodraft.training.callbacks import ProgressBar
+from zerodraft.training.completions import Completions, read_completions
+from zerodraft.training.drafter import Sequences, split_completions
+from zerodraft.training.masked_recipe import MaskedDrafterRecipe, MaskedRecipe
+from zerodraft.training.run import check_folder, provenance, save_model, start_folder, write_json
+
+SMALLEST_SHARE = 0.05
+"""Smaller shares of masked tokens would have enormous weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence with masks: who sees whom, and which states predict what with which weight (together about 1)."""
+
+    ids: Int[Tensor, " T"]
+    positions: Int[Tensor, " T"]
+    visible: Bool[Tensor, "T T"]
+    at: Int[Tensor, " P"]
+    labels: Int[Tensor, " P"]
+    weights: Float[Tensor, " P"]
+
+
+def ratio_example(
+    tokens: Int[Tensor, " n"], prompt_length: int, mask_id: int, shifted: bool, dice: torch.Generator
+) -> Example:
+    """A share t of the completion masked, t uniform; each masked token weighs 1/t over the completion's length."""
+    n = len(tokens)
+    # the very first state has nothing before it that could predict it
+    first = max(prompt_length, 1)
+    share = SMALLEST_SHARE + (1 - SMALLEST_SHARE) * float(torch.rand((), generator=dice))
+    hidden = torch.rand(n - first, generator=dice) < share
+    hidden[torch.randint(n - first, (1,), generator=dice)] = True
+    places = first + hidden.nonzero()[:, 0]
+    ids = tokens.clone()
+    ids[places] = mask_id
+    weights = torch.full((len(places),), 1 / (share * (n - first)))
+    visible = torch.ones(n, n, dtype=torch.bool)
+    return Example(ids, torch.arange(n), visible, places - int(shifted), tokens[places], weights)
+
+
+def block_example(tokens: Int[Tensor, " n"], start: int, k: int, mask_id: int, shifted: bool, decay: float) -> Example:
+    """The first `start` tokens and k masks, all of which see each other; labels as far as the text goes."""
+    ids = torch.cat([tokens[:start], tokens.new_full((k,), mask_id)])
+    labels = tokens[start : start + k]
+    weights = decay ** torch.arange(len(labels))
+    visible = torch.ones(len(ids), len(ids), dtype=torch.bool)
+    at = start - int(shifted) + torch.arange(len(labels))
+    return Example(ids, torch.arange(len(ids)), visible, at, labels, weights / weights.sum())
+
+
+def blocks_example(
+    tokens: Int[Tensor, " n"], starts: Int[Tensor, " A"], k: int, mask_id: int, shifted: bool, decay: float
+) -> Example:
+    """The whole text, causal, and behind it a block of k masks for each of `starts`, which sees the text before its
+    start and itself."""
+    n, count = len(tokens), len(starts)
+    slots = torch.arange(k)
+    ids = torch.cat([tokens, tokens.new_full((count * k,), mask_id)])
+    positions = torch.cat([torch.arange(n), (starts[:, None] + slots).flatten()])
+    block = torch.cat([torch.full((n,), -1), torch.arange(count).repeat_interleave(k)])
+    # text: what stands at or before the token, or before the block
+    last = torch.cat([torch.arange(n), (starts - 1).repeat_interleave(k)])
+    visible = (block == -1) & (positions <= last[:, None]) | (block >= 0) & (block == block[:, None])
+    places = starts[:, None] + slots
+    at = n + torch.arange(count * k).view(count, k) - int(shifted)
+    if shifted:
+        at[:, 0] = starts - 1
+    inside = places < n
+    weights = decay**slots * inside
+    weights = weights / weights.sum(1, keepdim=True) / count
+    return Example(ids, positions, visible, at[inside], tokens[places[inside]], weights[inside])
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch; what pads it is seen by nobody and weighs nothing."""
+    length, predicted = max(len(e.ids) for e in examples), max(len(e.at) for e in examples)
+    batch: dict[str, list[Tensor]] = {name: [] for name in ("ids", "positions", "visible", "at", "labels", "weights")}
+    for e in examples:
+        more, fewer = length - len(e.ids), predicted - len(e.at)
+        visible = F.pad(e.visible, (0, more, 0, more))
+        # a row of padding sees something, so that its attention is a number
+        visible[len(e.ids) :, 0] = True
+        for name, value in (("ids", e.ids), ("positions", e.positions)):
+            batch[name].append(F.pad(value, (0, more)))
+        batch["visible"].append(visible[None])
+        for name, value in (("at", e.at), ("labels", e.labels), ("weights", e.weights)):
+            batch[name].append(F.pad(value, (0, fewer)))
+    return {name: torch.stack(values) for name, values in batch.items()}
+
+
+def masked_loss(
+    logits: Float[Tensor, "B P V"], labels: Int[Tensor, "B P"], weights: Float[Tensor, "B P"]
+) -> Float[Tensor, ""]:
+    """Weighted cross entropy, a mean over the sequences."""
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / len(labels)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedAcceptance:
+    """Tokens per target pass (the target's own included), the passes, and the share of them that accepted j + 1
+    tokens."""
+
+    mat: float
+    steps: int
+    by_position: Float[np.ndarray, " k"]
+
+    def metrics(self) -> dict[str, float]:
+        """Flat figures for logs."""
+        by_position = {f"eval_accepted_{j}": float(share) for j, share in enumerate(self.by_position, 1)}
+        return {"eval_mat": self.mat, **by_position}
+
+
+def measure_masked(
+    drafter: MaskedDrafter, completions: Completions, indices: Sequence[int], k: int
+) -> MaskedAcceptance:
+    """Walks over greedy completions with the drafter at work: a draft of first candidates is accepted up to its first
+    difference from what the target wrote."""
+    accepted: list[int] = []
+    new_tokens = 0
+    for i in indices:
+        tokens, prompt_length = completions[i]
+        session = drafter.start(1, drafter.model.device, None)
+        # the prompt's own pass brings the first new token
+        seen, known = 0, max(prompt_length, 1) + 1
+        new_tokens += len(tokens) - known
+        while known < len(tokens):
+            session.observe([Progress(torch.from_numpy(tokens[seen:known]), None)])
+            (lattice,) = session.propose([k])
+            end = min(known + len(lattice), len(tokens))
+            right = lattice.ids[: end - known, 0] == tokens[known:end]
+            seen, known = known, known + int(right.cumprod().sum()) + 1
+            accepted.append(known - seen - 1)
+    counts = np.array(accepted, np.int64)
+    by_position = np.array([(counts > j).sum() for j in range(k)]) / max(len(counts), 1)
+    return MaskedAcceptance(new_tokens / max(len(counts), 1), len(counts), by_position)
+
+
+class MaskedTrainer(RecipeTrainer):
+    """Trains a `MaskedModel` on completions.
+
+    Args:
+        masked: what is masked.
+        completions: the target's texts.
+        held_back: completions to measure the acceptance length on.
+        measured: how many of them to judge during training.
+        vocab_size: the target's vocabulary.
+        **kwargs: of `RecipeTrainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        masked: MaskedRecipe,
+        completions: Completions,
+        held_back: Sequence[int],
+        measured: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        self.masked, self.completions, self.vocab_size = masked, completions, vocab_size
+        self.held_back, self.measured = list(held_back), measured
+        super().__init__(data_collator=self.draw, **kwargs)
+
+    def draw(self, examples: list[dict[str, int]]) -> dict[str, Tensor]:
+        """A batch with random masks in the given sequences."""
+        return collate([self._example(example["index"], example["seed"]) for example in examples])
+
+    def _example(self, index: int, seed: int) -> Example:
+        recipe, model = self.masked, self.model
+        config: Any = model.config  # pyright: ignore[reportOptionalMemberAccess]  # the Trainer always has one
+        array, prompt_length = self.completions[index]
+        if array.max() >= self.vocab_size:
+            raise ZerodraftError(
+                f"The completions hold token {array.max()}, the target's vocabulary has {self.vocab_size}: they are "
+                "from another model."
+            )
+        tokens, dice = torch.from_numpy(array), torch.Generator().manual_seed(seed)
+        if recipe.masking == "ratio":
+            return ratio_example(tokens, prompt_length, config.mask_token_id, config.shifted, dice)
+        # decoding drafts first when the first new token is known
+        first = max(prompt_length, 1) + 1
+        count = recipe.blocks if recipe.masking == "blocks" else 1
+        starts = first + torch.randperm(len(tokens) - first, generator=dice)[:count]
+        how = (recipe.block_size, config.mask_token_id, config.shifted, recipe.decay)
+        if recipe.masking == "block":
+            return block_example(tokens, int(starts[0]), *how)
+        return blocks_example(tokens, starts, *how)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The loss of one batch; the head sees only the states that predict something."""
+        states = model(inputs["ids"], inputs["positions"], inputs["visible"])
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        own: Any = self.accelerator.unwrap_model(model)
+        loss = masked_loss(own.lm_head(states[rows, inputs["at"]]), inputs["labels"], inputs["weights"])
+        return (loss, states) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean accepted tokens and acceptance by position on some held-back completions."""
+        metrics = self.measure(self.held_back[: self.measured]).metrics()
+        self.log(dict(metrics))
+        if self.json_log is not None:
+            self.json_log.write(step=self.state.global_step, **metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
+        return metrics
+
+    def measure(self, indices: Sequence[int]) -> MaskedAcceptance:
+        """Acceptance on the given completions."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        drafter = MaskedDrafter(model, vocab_size=self.vocab_size, candidates=1, max_length=self.masked.block_size)
+        acceptance = measure_masked(drafter, self.completions, indices, self.masked.block_size)
+        model.train()
+        return acceptance
+
+
+def train_masked(
+    recipe: MaskedDrafterRecipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
+) -> dict[str, Any]:
+    """Trains a masked diffusion drafter for a target.
+
+    Args:
+        recipe: the whole run.
+        resume: continue from the last checkpoint in `recipe.out`.
+        callbacks: instead of the progress bar.
+
+    Returns:
+        What is written to `results.json`: acceptance, speed, sizes, and what is needed to repeat the run.
+
+    Raises:
+        ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
+            finite.
+    """
+    folder = Path(recipe.out)
+    checkpoint = check_folder(folder, recipe, resume)
+    completions = read_completions([os.path.expandvars(path) for path in recipe.data])
+    target: Any = AutoModelForCausalLM.from_pretrained(resolve(recipe.target), dtype=torch.float32).eval()
+    train, held_back = split_completions(completions, recipe.held_back.sequences, recipe.seed)
+    set_seed(recipe.seed)
+    model = _model(recipe.masked, target)
+    vocab_size = target.config.get_text_config().vocab_size
+    del target
+
+    arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
+    resumed_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
+    per_step = recipe.training.batch_size * recipe.training.accumulation * arguments.world_size
+    blocks = per_step * (recipe.masked.blocks if recipe.masked.masking == "blocks" else 1)
+    trainer = MaskedTrainer(
+        recipe=recipe.training,
+        log=log,
+        masked=recipe.masked,
+        completions=completions,
+        held_back=held_back,
+        measured=recipe.held_back.measured,
+        vocab_size=vocab_size,
+        model=model,
+        args=arguments,
+        train_dataset=Sequences(train, recipe.seed),
+        eval_dataset=Sequences(held_back, recipe.seed),
+        callbacks=[ProgressBar(blocks, "blocks")] if callbacks is None else list(callbacks),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    trainer.write_losses()
+    acceptance = trainer.measure(held_back)
+    results = {
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "blocks": trainer.state.global_step * blocks,
+        "seconds": seconds,
+        "resumed_from": checkpoint and Path(checkpoint).name,
+        "completions": {"sequences": len(train), "tokens": int(completions.lengths[train].sum())},
+        "held_back": {
+            "sequences": len(held_back),
+            "mat": acceptance.mat,
+            "steps": acceptance.steps,
+            "by_position": acceptance.by_position.tolist(),
+        },
+        **provenance(recipe),
+    }
+    save_model(trainer, folder)
+    if trainer.is_world_process_zero():
+        write_json(folder / "results.json", results)
+    return results
+
+
+def _model(recipe: MaskedRecipe, target: Any) -> MaskedModel:
+    size = 0 if recipe.masking == "ratio" else recipe.block_size
+    causal = recipe.masking == "blocks"
+    if recipe.start is None:
+        return masked_from_target(target, recipe.layers, recipe.take, block_size=size, causal_prefix=causal)
+    model = load_masked(resolve(recipe.start), torch.float32)
+    model.config.block_size, model.config.causal_prefix = size, causal
+    # whether the vocabularies fit
+    MaskedDrafter(model, vocab_size=target.config.get_text_config().vocab_size)
+    return model

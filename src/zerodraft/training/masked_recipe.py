@@ -1,0 +1,82 @@
+"""What training a masked diffusion drafter is: one frozen dataclass, read from YAML and from command-line flags alike.
+
+Field docstrings are the help texts of the command line.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from zerodraft.drafters.masked_model import Take
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.drafter_recipe import BlockTrainingRecipe, HeldBackRecipe
+from zerodraft.training.recipe import read_recipe
+
+Masking = Literal["blocks", "block", "ratio"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedRecipe:
+    """--kind masked: the model's shape, and what is masked in training."""
+
+    layers: int = 0
+    """How many of the target's layers to take; 0: all."""
+    take: Take = "last"
+    """Which: the first, the last, or some from the first to the last at even distances."""
+    masking: Masking = "blocks"
+    """`ratio`: a random share of the completion, weighted by its inverse, as Dream and LLaDA were trained. `block`: the
+    text up to a random place and masks behind it, as drafts are made. `blocks`: many such blocks in one pass, where
+    known tokens see only those before them."""
+    block_size: int = 8
+    """Masks of a block; as many tokens are drafted at once."""
+    blocks: int = 16
+    """`blocks`: how many of them per sequence and step."""
+    decay: float = 0.8
+    """Position j of a block weighs decay to the power j."""
+    start: str | None = None
+    """Continue from this masked diffusion model (a folder) instead of from the target's layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedTrainingRecipe(BlockTrainingRecipe):
+    """Optimisation, with defaults for adapting a trained model."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedFlags:
+    """The section that other kinds of drafters do not have."""
+
+    masked: MaskedRecipe = field(default_factory=MaskedRecipe)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedDrafterRecipe:
+    """One training run of a masked diffusion drafter."""
+
+    target: str
+    """The model to draft for: a folder, a hub id or a short name such as smollm2."""
+    data: tuple[str, ...]
+    """Folders or files of completions, as `zerodraft distill` writes them; $VARIABLES are expanded."""
+    out: str
+    """Folder for checkpoints, logs, the drafter (`model/`) and `results.json`."""
+    seed: int = 0
+    """Seeds the order of the data, the masks and what is held back."""
+    masked: MaskedRecipe = field(default_factory=MaskedRecipe)
+    held_back: HeldBackRecipe = field(default_factory=HeldBackRecipe)
+    training: MaskedTrainingRecipe = field(default_factory=MaskedTrainingRecipe)
+
+    def __post_init__(self) -> None:
+        if self.masked.block_size < 1 or self.masked.blocks < 1 or not 0 < self.masked.decay <= 1:
+            raise ZerodraftError(
+                f"masked.block_size is {self.masked.block_size}, masked.blocks {self.masked.blocks} and masked.decay "
+                f"{self.masked.decay}; expected at least 1, at least 1, and a number above 0 and at most 1."
+            )
+
+
+def load_masked_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> MaskedDrafterRecipe:
+    """A recipe from a YAML file (or none) and `section.key` values that win over it."""
+    return read_recipe(MaskedDrafterRecipe, path, overrides)
