@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from rich.console import Console
 
-from zerodraft.cli.command import Command, Result, overrides_of, positional
+from zerodraft.cli.command import Command, Result, overrides_of, positional, settings_of
 from zerodraft.cli.flags import field_docs, flags_of, parse
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.recipe import Recipe, TrainingRecipe
@@ -48,6 +48,20 @@ class Train(Probe):
     """Takes a recipe's flags too."""
 
     overrides: dict[str, Any] = overrides_of(Recipe)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled(Command):
+    """Has the fields of another dataclass as its own flags."""
+
+    example: ClassVar[str] = "zerodraft settled"
+
+    count: int = 1
+    section: Section = settings_of(Section)
+
+    def run(self, console: Console) -> Result:
+        """Nothing to do."""
+        return {}
 
 
 def probe(*words: str) -> Probe:
@@ -150,3 +164,14 @@ def test_field_docs_reads_the_docstrings_under_the_fields() -> None:
     assert field_docs(Probe)["text"] == "Some text, on two lines."
     assert field_docs(TrainingRecipe)["bf16"] == "bfloat16 autocast."
     assert "max_steps" not in field_docs(Probe)
+
+
+def test_fields_of_another_dataclass_can_be_flags_of_their_own_names() -> None:
+    names = ["--json", "--count", "--rate", "--names", "--weights", "--free"]
+    assert [flag.name for flag in flags_of(Settled)] == names
+    assert parse(Settled, [], "settled").section == Section()
+    given = parse(Settled, ["--rate", "0.5", "--names", "a", "b", "--free.x", "3", "--count", "2"], "settled")
+    assert given.section == Section(rate=0.5, names=("a", "b"), free={"x": 3})
+    assert given.count == 2
+    with pytest.raises(ZerodraftError, match="'rate' must be a number, got 'x'"):
+        parse(Settled, ["--rate", "x"], "settled")

@@ -29,6 +29,11 @@ def overrides_of(source: type) -> Any:
     return dataclasses.field(default_factory=dict, metadata={"source": source})
 
 
+def settings_of(source: type) -> Any:
+    """A field that holds another dataclass, whose fields are flags of the command's own: `--key`, not `--field.key`."""
+    return dataclasses.field(default_factory=source, metadata={"flat": True})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Command(ABC):
     """Base of all commands."""

@@ -2,22 +2,21 @@
 
 import os
 import platform
+import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zerodraft.cli.command import Command, Result, metavar
+from zerodraft.cli.command import Command, Result, metavar, settings_of
 from zerodraft.errors import ZerodraftError
-
-if TYPE_CHECKING:
-    from zerodraft.training.distill import DistillSettings, Done
-    from zerodraft.training.prompts import Prompt
+from zerodraft.training.distill import DistillSettings, Done, distill
+from zerodraft.training.prompts import Prompt, PromptEncoder, read_prompts
 
 SECONDS_BETWEEN_LINES = 30
 """Progress where the output is no terminal."""
@@ -39,35 +38,17 @@ class Distill(Command):
     """Files with prompts."""
     out: str = metavar("DIR")
     """Directory for the completions."""
-    invent: int = 0
-    """Let the target invent about so many prompts."""
     limit: int = 0
     """Use so many of the prompts in the files, drawn at random; 0 for all."""
-    greedy: float = 0.5
-    """Share of completions that are greedy; the others are sampled."""
-    temperatures: tuple[float, ...] = (0.7, 1.0)
-    """Temperatures of the sampled ones, in equal shares."""
-    top_k: int = 64
-    """Sample from so many tokens; 0 for all."""
-    top_p: float = 0.95
-    """Sample from the most probable tokens that together have this probability."""
-    max_new_tokens: int = 256
-    """Longest completion."""
-    max_prompt_tokens: int = 512
-    """Leave longer prompts out."""
-    batch_size: int = 32
-    """Completions written at once."""
     chat: bool = True
     """Put prompts into the target's chat template."""
-    seed: int = 0
-    """Of everything random."""
+    settings: DistillSettings = settings_of(DistillSettings)
 
     def check(self) -> None:
-        """Settings and prompt files."""
-        self._settings()
+        """Prompts: that there are some."""
         if self.limit < 0:
             raise ZerodraftError(f"--limit is {self.limit}; it must be 0 (all) or more")
-        if not self.prompts and not self.invent:
+        if not self.prompts and not self.settings.invent:
             raise ZerodraftError("no prompts: name files with --prompts, or let the target invent some with --invent")
         self._read()
 
@@ -77,8 +58,6 @@ class Distill(Command):
 
         from zerodraft.cli.loading import default_device, load_tokenizer_for
         from zerodraft.targets import resolve
-        from zerodraft.training.distill import distill
-        from zerodraft.training.prompts import PromptEncoder
         from zerodraft.training.run import versions
         from zerodraft.training.writer import HfWriter
         from zerodraft.ztt.loading import load_pretrained
@@ -100,7 +79,7 @@ class Distill(Command):
                 PromptEncoder(tokenizer, chat=self.chat),
                 prompts,
                 self.out,
-                self._settings(),
+                self.settings,
                 target=identity(path),
                 provenance=provenance,
                 on_batch=progress.show,
@@ -122,20 +101,10 @@ class Distill(Command):
             "tokens_per_second": speed,
         }
 
-    def _settings(self) -> "DistillSettings":
-        from zerodraft.training.distill import DistillSettings
-
-        # its fields are flags of the same names
-        return DistillSettings(**{field.name: getattr(self, field.name) for field in fields(DistillSettings)})
-
-    def _read(self) -> "list[Prompt]":
-        import random
-
-        from zerodraft.training.prompts import read_prompts
-
+    def _read(self) -> list[Prompt]:
         prompts = read_prompts(self.prompts)
         if 0 < self.limit < len(prompts):
-            prompts = random.Random(self.seed).sample(prompts, self.limit)
+            prompts = random.Random(self.settings.seed).sample(prompts, self.limit)
         return prompts
 
 
@@ -166,7 +135,7 @@ class BatchProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def show(self, done: "Done") -> None:
+    def show(self, done: Done) -> None:
         """After each batch."""
         self.tokens = done.tokens
         text = (

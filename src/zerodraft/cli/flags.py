@@ -27,7 +27,9 @@ class Flag:
     """One value that can be set on the command line."""
 
     key: str
-    """Dotted path of the field."""
+    """Dotted name, as it is typed."""
+    path: str
+    """Dotted path of the field; other than `key` where fields of a nested dataclass are flags without its name."""
     hint: Any
     """Its annotation."""
     default: Any
@@ -53,16 +55,17 @@ class Flag:
         return f"--{section}{dot}no-{last}"
 
 
-def flags_of(cls: type, prefix: str = "", collector: str | None = None) -> list[Flag]:
+def flags_of(cls: type, prefix: str = "", collector: str | None = None, inside: str = "") -> list[Flag]:
     """All flags of a dataclass, with those of nested dataclasses and collected recipes, in the order of the source."""
     hints, docs = get_type_hints(cls), field_docs(cls)
     flags = []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if source := field.metadata.get("source"):
-            flags += flags_of(source, prefix, field.name)
+            flags += flags_of(source, prefix, field.name, inside)
         elif dataclasses.is_dataclass(hint):
-            flags += flags_of(hint, f"{prefix}{field.name}.", collector)  # type: ignore[arg-type]  # a dataclass type
+            nested = prefix if field.metadata.get("flat") else f"{prefix}{field.name}."
+            flags += flags_of(hint, nested, collector, f"{inside}{field.name}.")  # type: ignore[arg-type]  # a type
         else:
             default = field.default
             if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
@@ -71,6 +74,7 @@ def flags_of(cls: type, prefix: str = "", collector: str | None = None) -> list[
             flags.append(
                 Flag(
                     key=prefix + field.name,
+                    path=inside + field.name,
                     hint=hint,
                     default=default,
                     doc=docs.get(field.name, ""),
@@ -125,9 +129,9 @@ def parse(cls: type[T], words: Sequence[str], command: str) -> T:
     values: dict[str, Any] = {}
     for flag in named.values():
         if flag.key in vars(given):
-            _store(values, flag, flag.key, _value(flag.hint, getattr(given, flag.key)))
+            _store(values, flag, "", _value(flag.hint, getattr(given, flag.key)))
     for name, (flag, key) in keyed.items():
-        _store(values, flag, f"{flag.key}.{key}", _yaml(getattr(given, name)))
+        _store(values, flag, f".{key}", _yaml(getattr(given, name)))
 
     places = [flag for flag in flags if flag.positional]
     given_words: list[Any] = [word for word in rest if word != "--"] + literal
@@ -148,11 +152,12 @@ def parse(cls: type[T], words: Sequence[str], command: str) -> T:
 
 
 def _store(values: dict[str, Any], flag: Flag, key: str, value: Any) -> None:
-    """Own fields are nested as the dataclass is; a recipe's keep their dotted keys, to be laid over a file."""
+    """Own fields are nested as the dataclass is; a recipe's keep their dotted keys, to be laid over a file. `key` is
+    what comes after the flag's: an entry of a mapping."""
     if flag.collector is not None:
-        values.setdefault(flag.collector, {})[key] = value
+        values.setdefault(flag.collector, {})[flag.key + key] = value
         return
-    *sections, last = key.split(".")
+    *sections, last = (flag.path + key).split(".")
     for section in sections:
         values = values.setdefault(section, {})
     values[last] = value

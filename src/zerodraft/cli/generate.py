@@ -13,6 +13,7 @@ from rich.text import Text
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.decoding import (
     Sampling,
+    check_context,
     check_drafter,
     decode_and_report,
     encode,
@@ -110,6 +111,7 @@ class Generate(Command):
         tokenizer = load_tokenizer_for(model, path)
         rule = parse_exit_rule(self.exit_rule, model.config.exit_rule)
         inputs = encode(tokenizer, self._prompt(), self.chat).to(model.device)
+        check_context(model, inputs["input_ids"].shape[1])
 
         def write(text: str, depth: int) -> None:
             console.print(Text(text, style=colour(depth) if self.show_depth else ""), end="")

@@ -34,17 +34,17 @@ class DistillSettings:
     greedy: float = 0.5
     """Share of the completions that are greedy; the others are sampled."""
     temperatures: tuple[float, ...] = (0.7, 1.0)
-    """Sampling temperatures, in equal shares."""
+    """Temperatures of the sampled ones, in equal shares."""
     top_k: int = 64
-    """Sample from this many tokens; 0 for all."""
+    """Sample from so many tokens; 0 for all."""
     top_p: float = 0.95
     """Sample from the most probable tokens that together have this probability."""
     max_new_tokens: int = 256
     """Longest completion."""
     max_prompt_tokens: int = 512
-    """Longer prompts are left out."""
+    """Leave longer prompts out."""
     invent: int = 0
-    """Prompts that the target invents itself (about; some come out empty)."""
+    """Let the target invent about so many prompts."""
     batch_size: int = 32
     """Completions written at once."""
     seed: int = 0

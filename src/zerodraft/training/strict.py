@@ -44,7 +44,8 @@ def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:
         path = f"{where}.{key}" if where else str(key)
         if key not in fields:
             raise ZerodraftError(f"unknown key '{path}'{did_you_mean(str(key), fields)}")
-        values[key] = _convert(hints[key], value, path)
+        # what is given without the name of its section is spoken of without it
+        values[key] = _convert(hints[key], value, where if fields[key].metadata.get("flat") else path)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:

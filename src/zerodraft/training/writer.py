@@ -4,8 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from zerodraft.decoding.verify import choices
 from zerodraft.training.distill import DistillSettings
+
+
+class RefuseNan(LogitsProcessor):
+    """Raises `ZerodraftError` where `generate` would choose tokens among logits that are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        choices(scores)
+        return scores
 
 
 class HfWriter:
@@ -39,6 +50,7 @@ class HfWriter:
                 do_sample=temperature > 0,
                 eos_token_id=sorted(self.eos_ids),
                 pad_token_id=pad,
+                logits_processor=LogitsProcessorList([RefuseNan()]),
                 **(sampling if temperature > 0 else {}),
             )
         return [self._until_end(row) for row in out[:, width:].tolist()]

@@ -13,7 +13,8 @@ from zerodraft.errors import ZerodraftError
 
 
 def load_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a model by a class with `from_pretrained` (an `AutoModelForCausalLM`, a `ZttForCausalLM`).
+    """Load a model by a class with `from_pretrained` (an `AutoModelForCausalLM`, a `ZttForCausalLM`), from safetensors
+    alone and without running code that lies beside them.
 
     Args:
         auto_class: Whose `from_pretrained` to call.
@@ -23,8 +24,9 @@ def load_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -
     Raises:
         ZerodraftError: nothing to load there, a corrupted file, weights missing or of another shape, NaN or infinite.
     """
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False} | kwargs
     try:
-        loaded = auto_class.from_pretrained(name, output_loading_info=True, **({"dtype": "auto"} | kwargs))
+        loaded = auto_class.from_pretrained(name, output_loading_info=True, **options)
     except ZerodraftError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
