@@ -15,7 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from zerodraft.errors import ZerodraftError
+
+READABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+"""Layers of transformers whose states are kept as they were computed, oldest first."""
 
 
 class Extent:
@@ -72,6 +83,16 @@ class DraftLayer(CacheLayerMixin):
                 states[:, :, target] = states.index_select(2, source)
             else:
                 states[rows, :, target] = states[rows, :, source]
+
+    def load(self, keys: Float[Tensor, "B h S d"], values: Float[Tensor, "B h S e"], columns: int) -> None:
+        """Take over the last states of a text of `columns` tokens; of the earlier ones no window has any use."""
+        self.lazy_initialization(keys, values)
+        self._grow(max(columns, self.extent.capacity))
+        assert self.keys is not None
+        assert self.values is not None
+        first = columns - keys.shape[2]
+        self.keys[:, :, first:columns] = keys
+        self.values[:, :, first:columns] = values
 
     def text(self) -> tuple[Tensor, Tensor]:
         """The columns before `extent.start`."""
@@ -134,9 +155,38 @@ class DraftCache(Cache):
         self.lengths = [length + len(columns) for length, columns in zip(lengths, kept, strict=True)]
         self.extent.start = max(self.lengths)
 
+    def copy_from(self, cache: Cache, rows: int) -> None:
+        """Begin with the text that another cache holds (see `check_readable`)."""
+        columns = int(cache.get_seq_length())
+        for layer in cache.layers:
+            mine = DraftLayer(self.extent)
+            self.layers.append(mine)
+            # some families have layers that share others' states
+            if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
+                assert layer.keys is not None
+                assert layer.values is not None
+                held = min(columns, layer.keys.shape[2])
+                mine.load(layer.keys[:, :, :held], layer.values[:, :, :held], columns)
+        self.append(rows, columns)
+
     def copy_to(self, cache: Cache) -> None:
-        """Put the text's keys and values into an empty cache of any kind."""
+        """Put the text's keys and values into a cache of any kind that is empty or holds the text's beginning."""
         for i, layer in enumerate(self.layers):
             if layer in self.written:
                 assert isinstance(layer, DraftLayer)
-                cache.update(*layer.text(), i)
+                held = int(cache.get_seq_length(i))
+                keys, values = layer.text()
+                cache.update(keys[:, :, held:], values[:, :, held:], i)
+
+
+def check_readable(cache: Cache) -> None:
+    """Raise `ZerodraftError` unless decoding can begin with what a cache holds and hand the whole text back to it."""
+    # other layers than these mixins' hold no text
+    kinds = {type(layer) for layer in cache.layers if isinstance(layer, CacheLayerMixin)}
+    foreign = sorted(kind.__name__ for kind in kinds if kind not in READABLE)
+    if foreign or (cache.offloading and int(cache.get_seq_length())):
+        what = f"layers of kind {', '.join(foreign)}" if foreign else "layers that are offloaded"
+        raise ZerodraftError(
+            f"past_key_values is a {type(cache).__name__} with {what}, which drafts cannot be verified over; give a "
+            "DynamicCache or a StaticCache, or none."
+        )

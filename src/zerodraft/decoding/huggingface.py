@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from zerodraft.decoding.cache import check_readable
 from zerodraft.decoding.choice import TokenChoice
 from zerodraft.decoding.door import PREFIX, RestoringSignature
 from zerodraft.decoding.engine import Engine, Text
@@ -45,7 +46,8 @@ class DiffuSpec:
         search: How a lattice of candidates becomes a draft.
         tree: Verify a tree of paths; False: the best path alone.
         sample_drafts: Where tokens are sampled, draw the draft at random too (exact as well).
-        make_target: Builds what runs the model; `HfTarget`, which runs any, where it is not given or returns None.
+        make_target: Builds what runs the model; `HfTarget`, which runs any, where it is not given or returns None, and
+            where `past_key_values` already holds a part of the text.
         trace: Keep every step in `last_stats.trace`.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
@@ -121,7 +123,8 @@ class DiffuSpec:
         assistant = inputs.pop(PREFIX + "assistant_model", None)
         for settled in ("use_cache", "logits_to_keep", "synced_gpus"):
             inputs.pop(settled, None)
-        check_options(model, config, assistant, past_key_values)
+        check_options(model, config, assistant)
+        held = 0 if past_key_values is None else check_cache(past_key_values, input_ids, attention_mask)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_inputs(inputs, own_target=self.make_target is not None)
         context = check_prompts(model, input_ids, mask, position_ids)
@@ -137,11 +140,11 @@ class DiffuSpec:
             keep_logits=returns and bool(config.output_logits),
         )
         stopping = Stopping(stopping_criteria, rows)
-        target = None if self.make_target is None else self.make_target(model)
+        target = None if self.make_target is None or held else self.make_target(model)
         if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
             room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
-            target = HfTarget(model, capacity=room, inputs=inputs)
+            target = HfTarget(model, capacity=room, inputs=inputs, past=past_key_values if held else None)
         engine = Engine(
             target=target,
             drafter=self.drafter,
@@ -154,7 +157,8 @@ class DiffuSpec:
             tree=self.tree,
             sample_drafts=self.sample_drafts,
             context=context,
-            chunk=config.prefill_chunk_size,
+            # what a cache holds is no part of the prompt that is left to read
+            chunk=None if held else config.prefill_chunk_size,
             generator=self.generator,
             trace=self.trace,
         )
@@ -233,7 +237,7 @@ class Streaming:
         return tokens + [self.pad] * (end - start - len(tokens))
 
 
-def check_options(model: Any, config: GenerationConfig, assistant: Any, cache: Cache | None) -> None:
+def check_options(model: Any, config: GenerationConfig, assistant: Any) -> None:
     """Raise `ZerodraftError` for what speculative decoding cannot do."""
     if model.config.is_encoder_decoder:
         raise ZerodraftError(
@@ -262,11 +266,22 @@ def check_options(model: Any, config: GenerationConfig, assistant: Any, cache: C
         raise ZerodraftError(
             f"cache_implementation={kind!r} cannot drop rejected tokens; use the dynamic or the static cache."
         )
-    if cache is not None and int(cache.get_seq_length()):
+
+
+def check_cache(cache: Cache, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B M"] | None) -> int:
+    """How many tokens of each text the caller's cache holds.
+
+    Raises:
+        ZerodraftError: a cache that drafts cannot be verified over, or a text that is not given as a whole.
+    """
+    check_readable(cache)
+    held, length = int(cache.get_seq_length()), ids.shape[1]
+    if held and (held >= length or (mask is not None and mask.shape[1] != length)):
         raise ZerodraftError(
-            f"past_key_values already holds {int(cache.get_seq_length())} tokens; give the whole text and an empty "
-            "cache or none."
+            f"past_key_values holds {held} tokens and input_ids has {length}; give the whole text with its attention "
+            "mask, the tokens in the cache and at least one more."
         )
+    return held
 
 
 def check_prompts(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
-from zerodraft.decoding.cache import DraftCache
+from zerodraft.decoding.cache import DraftCache, check_readable
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.errors import ZerodraftError
 
@@ -31,15 +31,26 @@ class HfTarget:
         model: The model; neither it nor its configuration is changed.
         capacity: Tokens to have room for from the start (a static cache).
         inputs: More arguments for each forward pass.
+        past: Holds the beginning of every row's text; the first prompt has to have more than that. It is only read.
 
     Raises:
-        ZerodraftError: a model that cannot score a tree.
+        ZerodraftError: a model that cannot score a tree, or a `past` that cannot be read.
     """
 
-    def __init__(self, model: Any, *, capacity: int = 0, inputs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        capacity: int = 0,
+        inputs: Mapping[str, Any] | None = None,
+        past: Cache | None = None,
+    ) -> None:
         self.model = model
         self.device: torch.device = model.device if model.device.type != "meta" else torch.device("cpu")
         self.cache = DraftCache(capacity)
+        self._past = past
+        if past is not None:
+            check_readable(past)
         self._inputs = dict(inputs or {})
         self._config = model.config.get_text_config(decoder=True)
         self._kinds, self._window = attention_kinds(self._config)
@@ -58,6 +69,8 @@ class HfTarget:
 
     def prefill(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], taps: Sequence[int]) -> TargetOutput:
         """See `Target.prefill`."""
+        if self._past is not None:
+            return self._resume(ids, mask, taps)
         rows, columns = ids.shape
         known = self._text[:, : self.cache.extent.start] if self.cache.extent.start else mask[:, :0]
         text = torch.cat([known, mask], 1)
@@ -115,19 +128,42 @@ class HfTarget:
         return {kind: made[kind] for kind in self._kinds}
 
     def export(self, cache: Cache) -> None:
-        """Hand the text's keys and values over to a caller's empty cache."""
+        """Hand the text's keys and values to a caller's cache: an empty one, or the one that decoding began with."""
         self.cache.copy_to(cache)
 
+    def _resume(self, ids: Tensor, mask: Tensor, taps: Sequence[int]) -> TargetOutput:
+        """Take the beginning of the prompts from the caller's cache and read the rest."""
+        past, self._past = self._past, None
+        assert past is not None
+        self.cache.copy_from(past, len(ids))
+        held = self.cache.extent.start
+        self._text = mask[:, :held]
+        out = self.prefill(ids[:, held:], mask[:, held:], taps)
+        if not taps:
+            return out
+        # A cache keeps no hidden states. They decide about drafts alone, so they may come from another pass.
+        text = self._text[:, :held]
+        positions = (text.cumsum(1) - 1).clamp_min(0)
+        before = self._forward(ids[:, :held], text.long(), positions, taps, last_only=True, cached=False)
+        return TargetOutput(out.logits, torch.cat([self._taps(before, taps), out.taps], 1))
+
     def _forward(
-        self, ids: Tensor, mask: Any, positions: Tensor, taps: Sequence[int], *, last_only: bool = False
+        self,
+        ids: Tensor,
+        mask: Any,
+        positions: Tensor,
+        taps: Sequence[int],
+        *,
+        last_only: bool = False,
+        cached: bool = True,
     ) -> Any:
         more = {"logits_to_keep": 1} if last_only and self._keeps_logits else {}
         return self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
+            past_key_values=self.cache if cached else None,
+            use_cache=cached,
             output_hidden_states=bool(taps),
             return_dict=True,
             **more,
