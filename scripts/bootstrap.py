@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ STAMP = VENV / "zerodraft-environment.txt"
 CONSTRAINTS = ROOT / "constraints.txt"
 INPUTS = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__).resolve())
 OLDEST_PYTHON = (3, 10)
+KENLM_SECONDS = 240.0
+"""Building KenLM takes about a minute on an idle machine; nobody waits much longer for what they can do without."""
 
 
 def main() -> int:
@@ -43,7 +46,9 @@ def main() -> int:
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    # the environment is whole without KenLM, so whatever becomes of that is not tried again
     STAMP.write_text(wanted)
+    try_kenlm()
     say(f"ready ({time.monotonic() - started:.0f} s)")
     return 0
 
@@ -108,6 +113,14 @@ def install_torch(build: str) -> None:
         )
 
 
+def try_kenlm() -> None:
+    """KenLM, for the tests that read its files. There are no wheels, and not every machine can compile it."""
+    say(f"building kenlm for its tests (optional, at most {KENLM_SECONDS / 60:.0f} minutes)")
+    command = [str(PYTHON), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), "kenlm"]
+    if run(command, seconds=KENLM_SECONDS).returncode != 0:
+        say("kenlm could not be built here: the tests that need it will be skipped")
+
+
 def installed_build(version: str) -> str | None:
     """`cpu` or `cuda` when this version of torch is in the environment, else None."""
     code = "import torch; print(torch.__version__, 'cuda' if torch.version.cuda else 'cpu')"
@@ -123,12 +136,23 @@ def pip(*arguments: str) -> None:
         raise Failure(f"pip {arguments[0]} {arguments[-1]} failed: {last_line(done)}")
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, or ends it with all that it has started once the time is over."""
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     # an environment that is active in the calling shell is not the one that we make
     for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"):
         environment.pop(name, None)
-    return subprocess.run(command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, start_new_session=True, **pipes)
+    try:
+        out, error = process.communicate(timeout=seconds)
+    except BaseException as reason:
+        # compilers that pip has started would hold the pipes open
+        os.killpg(process.pid, signal.SIGKILL)
+        out, error = process.communicate()
+        if not isinstance(reason, subprocess.TimeoutExpired):
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

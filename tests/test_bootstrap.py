@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def record(module: ModuleType, monkeypatch: pytest.MonkeyPatch, fails: Any = lambda command: False) -> list[str]:
     commands: list[str] = []
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
         commands.append(" ".join(command[1:]))
         failed = ("-c" in command and command[1] == "-c") or fails(commands[-1])
         return subprocess.CompletedProcess(command, int(failed), "", "ERROR: no such thing" if failed else "")
@@ -51,7 +52,8 @@ def test_torch_comes_first_and_from_its_cpu_build(bootstrap: ModuleType, monkeyp
     installs = [command for command in commands if " install " in command]
     assert installs[0].endswith("torch==2.13.0+cpu")
     assert "[all,dev]" in installs[1]
-    assert len(installs) == 2
+    assert installs[2].endswith(" kenlm")
+    assert len(installs) == 3
 
 
 def test_a_second_run_does_nothing_until_an_input_changes(
@@ -65,6 +67,28 @@ def test_a_second_run_does_nothing_until_an_input_changes(
     bootstrap.CONSTRAINTS.write_text("torch==2.14.0\n")
     assert bootstrap.main() == 0
     assert any(command.endswith("torch==2.14.0+cpu") for command in commands)
+
+
+def test_a_kenlm_that_cannot_be_built_is_one_line_and_not_tried_again(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = record(bootstrap, monkeypatch, lambda command: command.endswith(" kenlm"))
+    assert bootstrap.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("kenlm could not be built") == 1
+    assert out.splitlines()[-1].startswith("[environment] ready")
+    commands.clear()
+    assert bootstrap.main() == 0
+    assert commands == []
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_has_started(bootstrap: ModuleType) -> None:
+    # as long as the grandchild lives it holds the pipes open, and `run` would wait for it
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(500)'])"
+    started = time.monotonic()
+    assert bootstrap.run([sys.executable, "-c", child], seconds=2.0).returncode != 0
+    assert time.monotonic() - started < 300
+    assert bootstrap.run([sys.executable, "-c", "print('whole')"], seconds=300.0).stdout == "whole\n"
 
 
 def test_without_a_cpu_wheel_uv_is_asked_and_nothing_else_is_installed_on_failure(
