@@ -31,11 +31,25 @@ def bench(target_dir: Path, drafter_dir: Path, prompts: Path, capsys: pytest.Cap
     return run
 
 
-def test_all_methods_run_and_write_the_same_tokens(bench: Bench, target_dir: Path, tmp_path: Path) -> None:
+def test_all_methods_run_and_write_the_same_tokens(
+    bench: Bench, target_dir: Path, dflash_dir: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "decode.json"
-    everything = ["hf_plain", "hf_lookup", "hf_assisted", "plain", "full", "no_cps", "no_adl", "no_tree", "no_lean"]
+    everything = [
+        "hf_plain",
+        "hf_lookup",
+        "hf_assisted",
+        "hf_dflash",
+        "plain",
+        "full",
+        "no_cps",
+        "no_adl",
+        "no_tree",
+        "no_lean",
+    ]
     everything += ["lookup", "block_path", "block_tree"]
     words = ["--methods", ",".join(everything), "--assistant", str(target_dir), "--limit", "3"]
+    words += ["--dflash", str(dflash_dir)]
     found = bench(*words, "--output", str(output))
     assert list(found["overall"]) == everything
     for name, values in found["overall"].items():
@@ -49,7 +63,7 @@ def test_all_methods_run_and_write_the_same_tokens(bench: Bench, target_dir: Pat
     assert (found["equal"], found["identical"], found["subject"]) == (True, True, "full")
     assert found["mat"] == found["overall"]["full"]["mat"]
     speeds = {name: values["tokens_per_second"] for name, values in found["overall"].items()}
-    best = max(speeds[name] for name in ("hf_plain", "hf_lookup", "hf_assisted"))
+    best = max(speeds[name] for name in everything if name.startswith("hf_"))
     assert found["speedup_over_hf_plain"] == pytest.approx(speeds["full"] / speeds["hf_plain"])
     assert found["speedup_over_hf_best"] == pytest.approx(speeds["full"] / best)
     assert found["speedup_over_own_plain"] == pytest.approx(speeds["full"] / speeds["plain"])

@@ -9,7 +9,7 @@ import torch
 
 from tests.ztt.tiny import tiny_plain
 from zerodraft.bench.kernels import TimedTarget, target_cases
-from zerodraft.bench.measure import interleave, provenance, spread
+from zerodraft.bench.measure import dumps, interleave, provenance, spread
 from zerodraft.bench.search_cost import cases_of, lattice_of, trigrams
 from zerodraft.bench.sections import Effort
 from zerodraft.cli.main import main
@@ -94,6 +94,13 @@ def test_spread_and_a_quick_choice() -> None:
     assert spread([4.0])["q1"] == 4.0
     assert Effort(repeats=1, quick=True).pick((1, 2, 4, 8, 16)) == [1, 4]
     assert Effort(repeats=1).pick((1, 2, 4)) == [1, 2, 4]
+
+
+def test_json_of_a_line_for_each_row_of_figures() -> None:
+    value = {"a": [[1, 2], [3, 4.5]], "b": {"c": None, "d": "x"}, "e": [], "f": {}, "g": [{"h": [True]}], "i": 1e-9}
+    assert json.loads(dumps(value)) == value
+    assert "\n  [3, 4.5]\n" in dumps(value)
+    assert '"b": {"c": null, "d": "x"},' in dumps(value)
 
 
 def test_provenance_names_no_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

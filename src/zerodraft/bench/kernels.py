@@ -69,7 +69,7 @@ def attention_section(effort: Effort) -> Section:
                 ),
             }
             at = {"queries": queries, "context": context}
-            points.append(point(at, cases, 5 * effort.repeats, over=("zero token", "plain")))
+            points.append(point(at, cases, effort.many, over=("zero token", "plain")))
     return Section(
         title="Zero-token attention",
         about="One layer's attention, 9 query heads over 3 key-value heads of 64, with and without a zero token.",

@@ -89,7 +89,22 @@ def command_line() -> list[str]:
 
 def write_json(result: Any, path: Path) -> None:
     """Write a result, beside its place first."""
-    write_text(json.dumps(result, indent=1) + "\n", path)
+    write_text(dumps(result) + "\n", path)
+
+
+def dumps(value: Any, indent: int = 0) -> str:
+    """JSON with a line for each container that holds no other, so that rows of figures are lines."""
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    if not any(isinstance(item, (dict, list, tuple)) and item for item in items):
+        return json.dumps(value)
+    pad = " " * (indent + 1)
+    inner = [dumps(item, indent + 1) for item in items]
+    if isinstance(value, dict):
+        inner = [f"{json.dumps(str(key))}: {text}" for key, text in zip(value, inner, strict=True)]
+        opening, closing = "{", "}"
+    else:
+        opening, closing = "[", "]"
+    return opening + "\n" + ",\n".join(pad + text for text in inner) + "\n" + " " * indent + closing
 
 
 def write_text(text: str, path: Path) -> None:

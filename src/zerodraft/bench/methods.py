@@ -20,7 +20,9 @@ from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.drafters.block import BlockDrafter
+from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
+from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.strict import did_you_mean
 
@@ -129,8 +131,8 @@ class NoDrafter:
 
 
 def is_block(drafter: Any) -> bool:
-    """A block drafter, or one of another family that fills a block at once."""
-    return isinstance(drafter, BlockDrafter)
+    """Whether it fills several positions at once."""
+    return isinstance(drafter, (BlockDrafter, DFlashDrafter, MaskedDrafter))
 
 
 def is_model(drafter: Any) -> bool:

@@ -114,6 +114,7 @@ def _acceptance(result: Result, axes: Any) -> None:
             places = range(1, len(pairs) + 1)
             axes.plot(places, pairs, marker="o", markersize=3, color=PALETTE[(at + 1) % len(PALETTE)], label=name)
     axes.set(xlabel="drafted position", ylabel="share accepted up to here", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, frameon=False)
 
 

@@ -43,7 +43,7 @@ def search_sections(effort: Effort, seed: int) -> dict[str, Section]:
             for value in effort.pick(values):
                 at = PUBLISHED | {x: value}
                 cases = cases_of(text, session, at["k"], at["M"], at["B"], rng)
-                points.append(point(at, cases, 5 * effort.repeats))
+                points.append(point(at, cases, effort.many))
             about = "Pruning, search and the draft tree: lattice in, tree out. Published: k = 30, M = 15, B = 3."
             sections[f"search_{x}"] = Section(
                 title=f"Path search by {NAMES[x]}", about=about, x=x, x_label=f"{x}, {NAMES[x]}", points=points
