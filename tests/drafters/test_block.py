@@ -165,6 +165,15 @@ def test_another_target_is_refused(size: str) -> None:
         BlockDrafter(drafter, other)
 
 
+@pytest.mark.parametrize(("change", "words"), [("meta", "offloaded"), (torch.int8, "quantised")])
+def test_embeddings_that_cannot_be_read_are_refused(change: torch.dtype | str, words: str) -> None:
+    target, drafter = make()
+    head = target.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.to(change), requires_grad=False)
+    with pytest.raises(ZerodraftError, match=words):
+        BlockDrafter(drafter, target)
+
+
 def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     target, drafter = make()
     drafter.save_pretrained(tmp_path)

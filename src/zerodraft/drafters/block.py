@@ -39,7 +39,7 @@ class BlockDrafter:
         candidates: tokens per position in the lattice.
 
     Raises:
-        ZerodraftError: the drafter was made for a target of another size.
+        ZerodraftError: the drafter was made for a target of another size, or the target's embeddings cannot be read.
     """
 
     def __init__(self, model: BlockDrafterModel, target: PreTrainedModel, candidates: int = 16) -> None:
@@ -50,6 +50,13 @@ class BlockDrafter:
         self.check(target.config)
         embedding: Any = target.get_input_embeddings()
         head: Any = target.get_output_embeddings()
+        for weight in (embedding.weight, head.weight):
+            if weight.is_meta or not weight.is_floating_point():
+                state = "offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
+                raise ZerodraftError(
+                    f"The block drafter reads the target's embeddings and LM head, but these are {state}: keep both in "
+                    "memory as floats."
+                )
         device = target.device
         with torch.no_grad():
             self.embedding = embedding.weight
