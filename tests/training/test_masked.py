@@ -25,6 +25,8 @@ from zerodraft.training.masked import (
     measure_masked,
     ratio_example,
     train_masked,
+    walk,
+    walk_together,
 )
 from zerodraft.training.masked_recipe import MaskedDrafterRecipe, load_masked_recipe
 
@@ -156,6 +158,8 @@ def test_acceptance_is_that_of_decoding(model: MaskedModel, target: LlamaForCaus
     steps = 0
     for i in indices:
         tokens, prompt_length = completions[i]
+        how = (drafter, torch.from_numpy(tokens), prompt_length + 1, 3)
+        assert walk(*how) == walk_together(*how)
         spec = DiffuSpec(drafter, length=FixedLength(3), tree=False)
         target.generate(
             torch.from_numpy(tokens[None, :prompt_length]), max_new_tokens=len(tokens) - prompt_length,

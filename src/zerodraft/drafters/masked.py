@@ -195,10 +195,7 @@ class _Row:
         return visible[None, None]
 
     def _log_q(self, states: Float[Tensor, "c H"]) -> Float[Tensor, "c V"]:
-        logits = self._model.lm_head(states).float()[:, : self._drafter.vocab_size]
-        if self._model.config.mask_token_id < logits.shape[1]:
-            logits[:, self._model.config.mask_token_id] = -torch.inf
-        return logits.log_softmax(-1)
+        return token_log_q(self._model, states, self._drafter.vocab_size)
 
     def _room(self, positions: int) -> list[Tensor]:
         if self._cache is None:
@@ -208,6 +205,16 @@ class _Row:
             more = max(positions, 2 * have) - have
             self._cache = [F.pad(cache, (0, 0, 0, more)) for cache in self._cache]
         return self._cache
+
+
+def token_log_q(model: MaskedModel, states: Float[Tensor, "c H"], vocab_size: int) -> Float[Tensor, "c V"]:
+    """Log-probabilities over the target's tokens, of which the mask is none."""
+    logits = model.lm_head(states).float()[:, :vocab_size]
+    mask = model.config.mask_token_id
+    if mask < logits.shape[1]:
+        logits = logits.clone()
+        logits[:, mask] = -torch.inf
+    return logits.log_softmax(-1)
 
 
 def denoise(

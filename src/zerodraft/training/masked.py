@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from zerodraft.decoding.protocols import Progress
-from zerodraft.drafters.masked import MaskedDrafter
+from zerodraft.drafters.masked import MaskedDrafter, token_log_q
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
 from zerodraft.errors import ZerodraftError
@@ -40,6 +40,9 @@ from zerodraft.training.run import check_folder, provenance, save_model, start_f
 
 SMALLEST_SHARE = 0.05
 """Smaller shares of masked tokens would have enormous weights."""
+
+CHUNK = 32
+"""Drafts judged in one pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,29 +148,58 @@ class MaskedAcceptance:
         return {"eval_mat": self.mat, **by_position}
 
 
+@torch.no_grad()
 def measure_masked(
     drafter: MaskedDrafter, completions: Completions, indices: Sequence[int], k: int
 ) -> MaskedAcceptance:
-    """Walks over greedy completions with the drafter at work: a draft of first candidates is accepted up to its first
-    difference from what the target wrote."""
+    """Walks over greedy completions: a draft of first candidates is accepted up to its first difference from what the
+    target wrote. Where the known tokens are causal all drafts of a text are made together, else one after another."""
     accepted: list[int] = []
     new_tokens = 0
     for i in indices:
-        tokens, prompt_length = completions[i]
-        session = drafter.start(1, drafter.model.device, None)
+        array, prompt_length = completions[i]
         # the prompt's own pass brings the first new token
-        seen, known = 0, max(prompt_length, 1) + 1
+        tokens, known = torch.from_numpy(array), max(prompt_length, 1) + 1
         new_tokens += len(tokens) - known
-        while known < len(tokens):
-            session.observe([Progress(torch.from_numpy(tokens[seen:known]), None)])
-            (lattice,) = session.propose([k])
-            end = min(known + len(lattice), len(tokens))
-            right = lattice.ids[: end - known, 0] == tokens[known:end]
-            seen, known = known, known + int(right.cumprod().sum()) + 1
-            accepted.append(known - seen - 1)
+        together = drafter.model.config.causal_prefix and drafter.steps == 1
+        accepted += walk_together(drafter, tokens, known, k) if together else walk(drafter, tokens, known, k)
     counts = np.array(accepted, np.int64)
     by_position = np.array([(counts > j).sum() for j in range(k)]) / max(len(counts), 1)
     return MaskedAcceptance(new_tokens / max(len(counts), 1), len(counts), by_position)
+
+
+def walk(drafter: MaskedDrafter, tokens: Int[Tensor, " n"], known: int, k: int) -> list[int]:
+    """How many tokens of each draft are accepted, with the drafter at work as in decoding."""
+    session, seen = drafter.start(1, drafter.model.device, None), 0
+    accepted = []
+    while known < len(tokens):
+        session.observe([Progress(tokens[seen:known], None)])
+        (lattice,) = session.propose([k])
+        end = min(known + len(lattice), len(tokens))
+        right = lattice.ids[: end - known, 0] == tokens[known:end].numpy()
+        accepted.append(int(right.cumprod().sum()))
+        seen, known = known, known + accepted[-1] + 1
+    return accepted
+
+
+def walk_together(drafter: MaskedDrafter, tokens: Int[Tensor, " n"], known: int, k: int) -> list[int]:
+    """The same by judging the drafts from every place of the text, many in a pass."""
+    model, n = drafter.model, len(tokens)
+    lengths: list[int] = []
+    for starts in torch.arange(known, n).split(CHUNK):
+        e = blocks_example(tokens, starts, k, model.config.mask_token_id, model.config.shifted, 1.0)
+        ids, positions, visible = (x.to(model.device) for x in (e.ids, e.positions, e.visible))
+        states = model(ids[None], positions[None], visible[None, None])[0, e.at.to(model.device)]
+        right = torch.zeros(len(starts), k, dtype=torch.bool)
+        right[starts[:, None] + torch.arange(k) < n] = (
+            token_log_q(model, states, drafter.vocab_size).argmax(-1).cpu() == e.labels
+        )
+        lengths += right.int().cumprod(1).sum(1).tolist()
+    accepted, at = [], known
+    while at < n:
+        accepted.append(lengths[at - known])
+        at += accepted[-1] + 1
+    return accepted
 
 
 class MaskedTrainer(RecipeTrainer):
