@@ -328,3 +328,10 @@ def test_files_say_what_each_runtime_reads() -> None:
     zlab = published_config(config, "z-lab")
     assert (zlab["architectures"], zlab["model_type"]) == (["DFlashDraftModel"], "qwen3")
     assert {"vocab_size", "num_target_layers", "rope_theta", "rope_parameters"} <= zlab.keys()
+
+
+def test_offloaded_embeddings_are_refused() -> None:
+    target, drafter = make()
+    target.lm_head.to("meta")
+    with pytest.raises(ZerodraftError, match="offloaded or quantised"):
+        DFlashDrafter(drafter, target)

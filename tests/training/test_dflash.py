@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zerodraft.cli.main import main
 from zerodraft.decoding.huggingface import DiffuSpec
@@ -101,6 +102,22 @@ def test_exported_drafter_serves_transformers(target: LlamaForCausalLM, trained:
         assert torch.equal(target.generate(prompt, max_new_tokens=20, custom_generate=spec, **GREEDY), plain)
     assert main(["export-drafter", str(out), str(tmp_path / "z"), "--layout", "z-lab"]) == 0
     assert json.loads((tmp_path / "z" / "config.json").read_text())["architectures"] == ["DFlashDraftModel"]
+
+
+def test_commands_train_and_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = f"--target {folder / 'target'} --data {folder / 'data'}"
+    words = f"train-drafter --kind dflash {where} --out {folder / 'cli'} --cache {folder / 'cli-features'}"
+    more = "--drafter.layers 1 --drafter.block-size 3 --held-back.sequences 3 --training.steps 2"
+    settings = folder / "settings.yaml"
+    settings.write_text("drafter: {taps: 1, mask_token: 62}\n")
+    assert main(f"{words} {more} --recipe {settings}".split()) == 0
+    assert load_dflash(folder / "cli" / "model").config.mask_token_id == 62
+    assert main(f"{words} --drafter.draft-vocab 9".split()) == 2
+    assert "draft_vocab" in capsys.readouterr().err
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder / "target")
+    assert main(f"eval-drafter {folder / 'cli' / 'model'} {where} --limit 3 --json".split()) == 0
+    assert json.loads(capsys.readouterr().out.strip().split("\n")[-1])["completions"] == 3
 
 
 def test_only_dflash_drafters_are_exported(target: LlamaForCausalLM, folder: Path, tmp_path: Path, capsys) -> None:

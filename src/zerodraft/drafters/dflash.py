@@ -44,6 +44,12 @@ class DFlashDrafter:
 
     def __init__(self, model: DFlashModel, target: PreTrainedModel, candidates: int = 16) -> None:
         head: Any = target.get_output_embeddings()
+        for weight in (head.weight, getattr(target.get_input_embeddings(), "weight", head.weight)):
+            if weight.is_meta or not weight.is_floating_point():
+                raise ZerodraftError(
+                    "A DFlash drafter uses the target's embeddings and LM head, but these are offloaded or quantised: "
+                    "keep them in memory in floating point (device_map, modules not to convert)."
+                )
         self.model = model.to(head.weight).eval().bind(target)  # its device and dtype
         self.target = target
         self.taps = tuple(model.config.layers)
