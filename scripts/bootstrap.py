@@ -142,8 +142,16 @@ def run(command: list[str], seconds: float | None = None) -> subprocess.Complete
     # an environment that is active in the calling shell is not the one that we make
     for name in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"):
         environment.pop(name, None)
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
         out, error = process.communicate(timeout=seconds)
     except BaseException as reason:

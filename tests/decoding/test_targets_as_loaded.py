@@ -19,6 +19,9 @@ LAYERS = "model.layers."
 class Int8Linear(nn.Module):
     """Weights of eight bits with one scale a row, as weight-only quantisation has them."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
         scale = source.weight.detach().abs().amax(1, keepdim=True) / 127

@@ -145,7 +145,8 @@ class HfTarget:
         text = self._text[:, :held]
         positions = (text.cumsum(1) - 1).clamp_min(0)
         before = self._forward(ids[:, :held], text.long(), positions, taps, last_only=True, cached=False)
-        return TargetOutput(out.logits, torch.cat([self._taps(before, taps), out.taps], 1))
+        known = [states for states in (self._taps(before, taps), out.taps) if states is not None]
+        return TargetOutput(out.logits, torch.cat(known, 1))
 
     def _forward(
         self,
