@@ -1,7 +1,7 @@
 """The figures of reports as PNG; needs matplotlib (the `train` extra)."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, PARTS
@@ -30,11 +30,14 @@ def decode_plots(result: Result) -> dict[str, bytes]:
 
 def kernel_plots(result: Result) -> dict[str, bytes]:
     """PNG by title, of a result of `bench kernels`: a section each."""
-    return {
-        section["title"]: _png(_lines, section)
-        for section in result["sections"].values()
-        if len({point["at"][section["x"]] for point in section["points"]}) > 1
-    }
+    plots = {}
+    for section in result["sections"].values():
+        values = {point["at"][section["x"]] for point in section["points"]}
+        if not all(isinstance(value, (int, float)) for value in values):
+            plots[section["title"]] = _png(_stacked, section)
+        elif len(values) > 1:
+            plots[section["title"]] = _png(_lines, section)
+    return plots
 
 
 def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
@@ -45,7 +48,7 @@ def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
     figure = Figure(figsize=(8.4, 3.8), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     draw(measured, axes)
-    axes.grid(alpha=0.25, axis="both" if axes.lines else axes.get_label() or "y")
+    axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
@@ -53,7 +56,7 @@ def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
     return image.getvalue()
 
 
-def _bars(axes: Any, groups: list[str], bars: Mapping[str, list[float]], errors: Mapping[str, Any]) -> None:
+def _bars(axes: Any, groups: list[str], bars: Mapping[str, Sequence[float]], errors: Mapping[str, Any]) -> None:
     width = 0.8 / len(bars)
     for at, (name, heights) in enumerate(bars.items()):
         places = [group + (at - (len(bars) - 1) / 2) * width for group in range(len(groups))]
@@ -93,7 +96,7 @@ def _parts(result: Result, axes: Any) -> None:
     for at, value in enumerate(values):
         axes.annotate(f"{value:.2f}x", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(1, color="0.3", linewidth=0.8)
-    axes.set(xlabel="times plain decoding (quartiles over prompts)", label="x")
+    axes.set(xlabel="times plain decoding (quartiles over prompts)")
 
 
 def _mat(result: Result, axes: Any) -> None:
@@ -126,23 +129,45 @@ def _phases(result: Result, axes: Any) -> None:
         widths = [1e3 * result["phases"][name][phase] / n for name, n in zip(names, tokens, strict=True)]
         axes.barh(names, widths, left=left, color=colour, label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set(xlabel="milliseconds per new token", label="x")
+    axes.set(xlabel="milliseconds per new token")
+    axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _stacked(section: Mapping[str, Any], axes: Any) -> None:
+    """The parts of a whole, a bar for each value; `step` is the whole."""
+    points = section["points"]
+    names = [str(point["at"][section["x"]]) for point in points]
+    left = [0.0] * len(names)
+    for at, part in enumerate(part for part in points[0]["milliseconds"] if part != "step"):
+        widths = [point["milliseconds"][part]["median"] for point in points]
+        axes.barh(names, widths, left=left, color=PALETTE[at + 1], label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.set(xlabel="milliseconds per step")
     axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _lines(section: Mapping[str, Any], axes: Any) -> None:
-    x = section["x"]
+    x, points = section["x"], section["points"]
+    varied = [name for name in points[0]["at"] if name != x and len({point["at"][name] for point in points}) > 1]
     series: dict[str, list[tuple[float, Mapping[str, float]]]] = {}
-    for point in section["points"]:
-        others = ", ".join(f"{name} {value}" for name, value in point["at"].items() if name != x)
+    for point in points:
+        others = [f"{name} {point['at'][name]}" for name in varied]
         for name, spread in point["milliseconds"].items():
-            series.setdefault(f"{name}, {others}" if others else name, []).append((point["at"][x], spread))
-    for at, (name, points) in enumerate(series.items()):
-        points = sorted(points, key=lambda pair: pair[0])
-        places, spreads = [place for place, _ in points], [spread for _, spread in points]
+            series.setdefault(", ".join([name, *others]), []).append((point["at"][x], spread))
+    for at, (name, line) in enumerate(series.items()):
+        line = sorted(line, key=lambda pair: pair[0])
+        places, spreads = [place for place, _ in line], [spread for _, spread in line]
         colour = PALETTE[(at + 1) % len(PALETTE)]
         axes.plot(places, [s["median"] for s in spreads], marker="o", markersize=3, color=colour, label=name)
         axes.fill_between(places, [s["q1"] for s in spreads], [s["q3"] for s in spreads], color=colour, alpha=0.15)
+    ticks = sorted({point["at"][x] for point in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.minorticks_off()
+    medians = [spread["median"] for line in series.values() for _, spread in line]
+    if max(medians) > 20 * min(medians):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set(xlabel=section["x_label"], ylabel="milliseconds")
-    axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, frameon=False)

@@ -188,7 +188,8 @@ class Bench(Command):
         for table in kernel_tables(result):
             shown = Table(*table.header, title=table.title, title_justify="left", box=None, pad_edge=False)
             for row in table.rows:
-                shown.add_row(*row)
+                # the median is enough on a terminal
+                shown.add_row(*(cell.split(" [")[0] for cell in row))
             console.print(shown)
         if self.output:
             write_json(result, Path(self.output).expanduser())
