@@ -90,15 +90,16 @@ def test_blocks_against_a_loop(shifted: bool) -> None:
     tokens, starts, k = torch.arange(10), torch.tensor([7, 3]), 4
     e = blocks_example(tokens, starts, k, 99, shifted, 0.5)
     assert e.ids.tolist() == [*range(10), *[99] * 8]
-    blocks = [None] * 10 + [7] * 4 + [3] * 4
+    text = 99
+    blocks = [text] * 10 + [7] * 4 + [3] * 4
     positions = [*range(10), 7, 8, 9, 10, 3, 4, 5, 6]
     assert e.positions.tolist() == positions
     for q in range(18):
         for key in range(18):
-            if blocks[key] is not None:
+            if blocks[key] != text:
                 expected = blocks[key] == blocks[q]
             else:
-                expected = key <= q if blocks[q] is None else key < blocks[q]
+                expected = key <= q if blocks[q] == text else key < blocks[q]
             assert e.visible[q, key] == expected
     wanted = []
     for a, start in enumerate(starts.tolist()):
