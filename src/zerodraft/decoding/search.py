@@ -203,8 +203,7 @@ def best_first(
 def merge(parts: Sequence[RankedTree], budget: int) -> RankedTree:
     """One tree of the `budget` likeliest nodes of several; a node that several have is as likely as the likeliest."""
     if len(parts) == 1:
-        tree, chances = parts[0]
-        return RankedTree(tree.first(budget), chances[:budget])
+        return RankedTree(parts[0].tree.first(budget), parts[0].chances[:budget])
     nodes = [(-chance, part, node) for part, (_, chances) in enumerate(parts) for node, chance in enumerate(chances)]
     places: list[dict[int, int]] = [{ROOT: ROOT} for _ in parts]
     children: list[dict[int, int]] = [{}]

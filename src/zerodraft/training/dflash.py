@@ -66,7 +66,7 @@ def build_dflash(recipe: DFlashRecipe, target: Any, completions: Completions, tr
     mask = unused_token(completions, vocabulary) if shape.mask_token is None else shape.mask_token
     if not 0 <= mask < vocabulary:
         raise ZerodraftError(f"drafter.mask_token is {mask}, but the target's tokens are 0 to {vocabulary - 1}.")
-    return dflash_from_target(target, shape.layers, shape.block_size, shape.taps, mask).to(torch.float32)
+    return dflash_from_target(target, shape.layers, shape.block_size, shape.taps, mask).float()
 
 
 def unused_token(completions: Completions, vocabulary: int) -> int:

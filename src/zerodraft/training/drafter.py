@@ -290,7 +290,7 @@ def _continued(recipe: DrafterRecipe) -> BlockDrafterModel:
     assert isinstance(old, BlockDrafterModel)
     if old.coupling is not None or not recipe.drafter.coupling:
         return old
-    config = copy.deepcopy(old.config)
+    config: Any = copy.deepcopy(old.config)
     config.coupling = recipe.drafter.coupling
     drafter = BlockDrafterModel(config)
     drafter.load_state_dict(old.state_dict(), strict=False)
