@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +130,20 @@ def test_decoding_agrees_with_the_network(family: str) -> None:
                 pairs = couple_plainly(target, drafter, hidden, so_far[0, -1], lattice)
                 assert torch.allclose(torch.from_numpy(lattice.pairs), pairs, atol=1e-4)
                 assert torch.allclose(pairs.logsumexp(-1), top.values.logsumexp(-1)[:, None].expand(-1, 5), atol=1e-4)
+
+
+@torch.no_grad()
+def test_int8_drafts_are_nearly_the_same() -> None:
+    target, drafter = make()
+    ids, lattices = torch.randint(64, (1, 12)), []
+    for int8 in (False, True):
+        session = BlockDrafter(drafter, target, candidates=64, int8=int8).start(1, torch.device("cpu"), None)
+        session.observe([Progress(ids[0], states(target, ids)[0, :-1])])
+        (lattice,) = session.propose([4])
+        order = lattice.ids.argsort(1)
+        lattices.append(np.take_along_axis(lattice.log_q, order, 1))
+    assert np.abs(lattices[0] - lattices[1]).mean() < 0.1 * lattices[0].std()
+    assert not np.array_equal(*lattices)
 
 
 @torch.no_grad()

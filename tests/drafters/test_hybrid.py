@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.decoding.drafters import NoisyDrafter
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
-from zerodraft.drafters.hybrid import FIRST_RATES, CopyTrust, HybridDrafter, copy
+from zerodraft.drafters.hybrid import FIRST_RATES, CopyTrust, HybridDrafter, Trial, copy
 
 
 def plain_copy(text: list[int], length: int, max_ngram: int) -> tuple[list[int], int]:
@@ -87,6 +87,22 @@ def test_wrong_copies_bring_the_other_drafter_back() -> None:
         session.observe([Progress(torch.tensor([text[i % 13] if i < 3 else text[(5 * i) % 13]]), None)])
     assert not any(asked[:3])
     assert any(asked[3:])
+
+
+@pytest.mark.parametrize(("tokens", "seconds", "share"), [((1, 2), (1.0, 1.5), 0.9), ((1, 2), (1.0, 2.5), 0.1)])
+def test_the_other_drafter_is_asked_while_it_pays(
+    tokens: tuple[int, int], seconds: tuple[float, float], share: float
+) -> None:
+    trial, asked = Trial(), []
+    for _ in range(400):
+        asked.append(trial.choose())
+        trial.learn(asked[-1], tokens[asked[-1]], seconds[asked[-1]])
+    assert np.mean(asked[100:]) == pytest.approx(share, abs=0.06)
+    for _ in range(400):  # the other way round: what was learnt fades
+        asked.append(trial.choose())
+        trial.learn(asked[-1], tokens[asked[-1]], 3 - seconds[asked[-1]] if asked[-1] else 1.0)
+    if share < 0.5:
+        assert np.mean(asked[-100:]) > 0.8
 
 
 def test_nothing_is_wanted() -> None:

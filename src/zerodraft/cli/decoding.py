@@ -260,7 +260,11 @@ def make_decoder(
         config = SearchConfig(m_max=1)
     elif not tree:
         config = SearchConfig()
-    length = CostAwareTree(k=k) if config.expand == "best_first" else CostAwareLength(k_max=k)
+    length = (
+        CostAwareTree(k=k, rest=not isinstance(drafter, HybridDrafter))
+        if config.expand == "best_first"
+        else CostAwareLength(k_max=k)
+    )
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,

@@ -292,17 +292,19 @@ class CostAwareTree:
     """Always k positions; of the tree that grows from them, the n likeliest nodes with the most expected tokens per
     second, `(1 + sum_{i<n} chance_i) / seconds(n)`.
 
-    Chances are the drafter's own, scaled by what lately became of such promises. While steps with a draft bring fewer
-    tokens per second than plain ones would, most steps are plain.
+    Chances are the drafter's own, scaled by what lately became of such promises.
 
     Attributes:
         k: Positions asked for.
-        explore: One step in so many scores another number of nodes or none, or drafts where drafts do not pay.
+        explore: One step in so many scores another number of nodes, or is plain (with `rest`: not what it would be).
+        rest: Plain steps while those with a draft bring fewer tokens per second. Not for a `HybridDrafter`, whose
+            copies cost nothing and which leaves its other drafter out by itself.
         keep: Factor by which old promises fade with each draft.
     """
 
     k: int = 8
     explore: int = 24
+    rest: bool = True
     keep: float = 0.98
     _costs: Costs = field(default_factory=Costs, init=False)
     _promises: Promises = field(init=False)
@@ -328,7 +330,7 @@ class CostAwareTree:
         self._clock[0] += 1
         self._hoped, self._nodes = 0.0, 0
         explore = self._clock[0] % self.explore == 0
-        return self.k if self.pays() != explore else 0
+        return self.k if (not self.rest or self.pays()) != explore else 0
 
     def pays(self) -> bool:
         """Whether drafts have been worth their time lately."""

@@ -23,6 +23,7 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
 from zerodraft.errors import ZerodraftError
+from zerodraft.targets.int8 import Int8Linear, int8_available
 from zerodraft.targets.packed import PackedLinear
 from zerodraft.ztt.loading import load_pretrained
 
@@ -37,12 +38,15 @@ class BlockDrafter:
         model: the network; its weights are copied into the order that the CPU's kernels like best.
         target: whose embeddings and LM head are used; only read.
         candidates: tokens per position in the lattice.
+        int8: run the layers in int8: drafts lose a little, a pass on a CPU takes half the time.
 
     Raises:
         ZerodraftError: the drafter was made for a target of another size, or the target's embeddings cannot be read.
     """
 
-    def __init__(self, model: BlockDrafterModel, target: PreTrainedModel, candidates: int = 16) -> None:
+    def __init__(
+        self, model: BlockDrafterModel, target: PreTrainedModel, candidates: int = 16, *, int8: bool = False
+    ) -> None:
         self.model = model.eval()
         self.taps = tuple(model.config.layers)
         self.max_length = model.config.block_size
@@ -58,27 +62,32 @@ class BlockDrafter:
                     "memory as floats."
                 )
         device = target.device
+        if int8 and not int8_available(device):
+            raise ZerodraftError(f"This torch has no int8 kernels for '{device}': leave int8 out.")
+        linear = Int8Linear if int8 else PackedLinear
         with torch.no_grad():
             self.embedding = embedding.weight
-            self.head = PackedLinear(head.weight[model.draft_ids.to(device)])
+            self.head = linear(head.weight[model.draft_ids.to(device)])
             model.to(head.weight)  # its device and dtype
-            self.slots = PackedLinear.of(model.slots)
+            self.slots = linear.of(model.slots)
             self.coupling = None if model.coupling is None else _FastCoupling(model, self.embedding, head.weight)
-            self.layers = [_FastLayer(layer) for layer in model.layers if isinstance(layer, BlockLayer)]
+            self.layers = [_FastLayer(layer, linear) for layer in model.layers if isinstance(layer, BlockLayer)]
         self.draft_ids = model.draft_ids
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike[str], target: PreTrainedModel, candidates: int = 16
+        cls, path: str | PathLike[str], target: PreTrainedModel, candidates: int = 16, *, int8: bool | None = None
     ) -> "BlockDrafter":
         """Loads what `BlockDrafterModel.save_pretrained` (and so `zerodraft train-drafter`) wrote.
+
+        `int8` is as in the class; None: where there are kernels for it.
 
         Raises:
             ZerodraftError: nothing to load there, a damaged checkpoint, or one that does not fit the target.
         """
         model = load_pretrained(BlockDrafterModel, path, dtype=torch.float32)
         assert isinstance(model, BlockDrafterModel)
-        return cls(model, target, candidates)
+        return cls(model, target, candidates, int8=int8_available(target.device) if int8 is None else int8)
 
     def check(self, config: Any) -> None:
         """Raises `ZerodraftError` unless a target with this config has the sizes that the drafter was made for."""
@@ -198,16 +207,16 @@ class _FastCoupling:
 class _FastLayer:
     """A `BlockLayer` for decoding: packed weights, one product for queries, keys and values, a cache in place."""
 
-    def __init__(self, layer: BlockLayer) -> None:
+    def __init__(self, layer: BlockLayer, linear: type[PackedLinear] | type[Int8Linear]) -> None:
         self.source = layer
         attention = layer.self_attn
         self.heads, self.kv_heads, self.head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         bias = torch.cat([part.bias for part in parts]) if attention.q_proj.bias is not None else None
-        self.qkv = PackedLinear(torch.cat([part.weight for part in parts]), bias)
-        self.out = PackedLinear.of(attention.o_proj)
-        self.gate, self.up = PackedLinear.of(layer.mlp.gate_proj), PackedLinear.of(layer.mlp.up_proj)
-        self.down = PackedLinear.of(layer.mlp.down_proj)
+        self.qkv = linear(torch.cat([part.weight for part in parts]), bias)
+        self.out = linear.of(attention.o_proj)
+        self.gate, self.up = linear.of(layer.mlp.gate_proj), linear.of(layer.mlp.up_proj)
+        self.down = linear.of(layer.mlp.down_proj)
         self.like = attention.k_proj.weight
 
     def new_cache(self, slots: int) -> Tensor:

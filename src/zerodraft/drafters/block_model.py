@@ -60,7 +60,8 @@ class BlockDrafterConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(target_config, PreTrainedConfig):
             target_config = target_config.to_dict()
-        self.target_config = dict(target_config or {})
+        # where the target lay on the machine that trained the drafter is nobody's business
+        self.target_config = {k: v for k, v in (target_config or {}).items() if k != "_name_or_path"}
         self.layers = list(layers)
         self.block_size = block_size
         self.draft_vocab_size = draft_vocab_size

@@ -22,6 +22,8 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.drafters.lookup import GrowingText, matches
 
+LEAST_GAIN = 0.15
+"""What a pass of the other drafter has to promise beside a copy before it is so much as tried."""
 FIRST_RATES = (0.23, 0.58, 0.65, 0.68, 0.74, 0.78, 0.79, 0.85, 0.88, 0.91, 0.93, 0.95)
 """Share of right copies after an agreement of 1, 2, ... tokens (and more than the last)."""
 
@@ -66,6 +68,30 @@ def copy(text: Int64[np.ndarray, " n"], length: int, max_ngram: int) -> tuple[In
     return text[start + np.arange(length) % (len(text) - start)], int(sizes[0])
 
 
+@dataclass(slots=True)
+class Trial:
+    """Whether the other drafter pays for its pass and for what it has verified: tokens and seconds of steps with it and
+    without, where copies are unlikely. Old steps fade; one step in `explore` does what does not look best."""
+
+    keep: float = 0.98
+    explore: int = 16
+    tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    steps: int = 0
+
+    def choose(self) -> bool:
+        """Ask it in this step?"""
+        self.steps += 1
+        without, with_it = (t / s if s else float("inf") for t, s in zip(self.tokens, self.seconds, strict=True))
+        best = with_it >= without
+        return best if self.steps % self.explore else not best
+
+    def learn(self, asked: bool, tokens: int, seconds: float) -> None:
+        """Takes note of what a step brought."""
+        self.tokens[asked] = self.keep * self.tokens[asked] + tokens
+        self.seconds[asked] = self.keep * self.seconds[asked] + seconds
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridDrafter:
     """Copies from the text, and another drafter's drafts where copies are not to be had or not to be trusted."""
@@ -77,8 +103,10 @@ class HybridDrafter:
     max_length: int = 24
     """The most positions of a copy; the other drafter fills at most its own."""
     least_gain: float | None = None
-    """Ask the other drafter where its tokens are expected to add at least this share to those of the copy; None: the
-    share that its passes have had of the steps' time."""
+    """Ask the other drafter where its tokens are expected to add at least this share to those of the copy; None: where
+    steps that asked it have brought more tokens per second than steps that did not."""
+    trial: Trial = field(default_factory=Trial, init=False)
+    """What is known of that, kept from call to call."""
 
     @property
     def taps(self) -> Sequence[int]:
@@ -100,24 +128,26 @@ class _Row:
     trust: CopyTrust = field(default_factory=CopyTrust)
     copied: Int64[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, np.int64))
     agreement: int = 0
+    open: bool = False
+    """The copy leaves something to gain."""
     drafted: bool = False
+    """And the other drafter was asked."""
 
 
 class HybridSession:
-    """The texts, what was copied last, and what the other drafter costs and brings."""
+    """The texts, what was copied last, and what the other drafter brings."""
 
     def __init__(self, drafter: HybridDrafter, other: DraftSession, batch: int) -> None:
         self.drafter, self.other = drafter, other
         self.rows = [_Row() for _ in range(batch)]
-        self.gain, self.share = 0.8, 0.1
-        self._drafting = 0.0
+        self.gain = 0.8
+        self.trial = drafter.trial
         self._step_began: float | None = None
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""
-        if self._step_began is not None and self._drafting:
-            step = perf_counter() - self._step_began
-            self.share += 0.1 * (self._drafting / step - self.share)
+        if self._step_began is not None and self.rows[0].open:
+            self.trial.learn(self.rows[0].drafted, len(progress[0].tokens), perf_counter() - self._step_began)
         for row, news in zip(self.rows, progress, strict=True):
             tokens = news.tokens.cpu().numpy()
             if len(tokens):
@@ -134,22 +164,19 @@ class HybridSession:
         for row, length in zip(self.rows, lengths, strict=True):
             row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
             rates = row.trust.rates(row.agreement, len(row.copied)) if len(row.copied) else np.empty(0)
-            row.drafted = self._worth_it(rates)
+            row.drafted = self._worth_it(row, rates)
             asked.append(min(length, self.drafter.other.max_length) if row.drafted else 0)
             copies.append(_chain(row.copied, rates))
         if not any(asked):
-            self._drafting = 0.0
             return copies
         drafts = self.other.propose(asked)
-        self._drafting = perf_counter() - self._step_began
         return [_beside(draft, copied) for draft, copied in zip(drafts, copies, strict=True)]
 
-    def _worth_it(self, rates: Float64[np.ndarray, " k"]) -> bool:
-        """Whether the other drafter's expected tokens are worth its pass, beside a copy with these rates."""
-        if not len(rates):
-            return True
-        least = self.share if self.drafter.least_gain is None else self.drafter.least_gain
-        return float(1 - rates[0]) * self.gain >= least * float(1 + rates.cumprod().sum())
+    def _worth_it(self, row: _Row, rates: Float64[np.ndarray, " k"]) -> bool:
+        """Whether to ask the other drafter beside a copy with these rates."""
+        least = LEAST_GAIN if self.drafter.least_gain is None else self.drafter.least_gain
+        row.open = float(1 - rates[:1].sum()) * self.gain >= least * float(1 + rates.cumprod().sum())
+        return row.open and (self.drafter.least_gain is not None or self.trial.choose())
 
 
 def _chain(tokens: Int64[np.ndarray, " k"], rates: Float64[np.ndarray, " k"]) -> Lattice:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
 from zerodraft.drafters.dflash_files import load_dflash
