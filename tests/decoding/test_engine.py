@@ -245,7 +245,7 @@ def test_lengths_hear_of_every_step() -> None:
     spec = DiffuSpec(drafter, length=length, tree=False)
     model.generate(PROMPT, max_new_tokens=9, do_sample=False, custom_generate=spec)
     # 1 token from the prompt, then 3 + 1, then 3 + 1: nothing is drafted beyond the longest text
-    assert length.heard == [("draft", 3), ("verify", 3), (3, 3, 3)] * 2
+    assert length.heard == [("draft", 3), ("verify", 3), ("score", 3), (3, 3, 3)] * 2
 
 
 @pytest.mark.parametrize("rows", [1, 2])
