@@ -105,6 +105,15 @@ def test_the_other_drafter_is_asked_while_it_pays(
         assert np.mean(asked[-100:]) > 0.8
 
 
+def test_slow_first_steps_are_forgotten() -> None:
+    trial, asked = Trial(), []
+    for step in range(60):
+        asked.append(trial.choose())
+        trial.learn(asked[-1], 1 + asked[-1], 50.0 if step < 4 else 1.0)
+    assert sum(asked[:12]) == 6  # both in turn
+    assert np.mean(asked[20:]) > 0.9
+
+
 def test_nothing_is_wanted() -> None:
     (lattice,) = start([1, 2, 1, 2], least_gain=0.0).propose([0])
     assert not len(lattice)

@@ -71,23 +71,28 @@ def copy(text: Int64[np.ndarray, " n"], length: int, max_ngram: int) -> tuple[In
 @dataclass(slots=True)
 class Trial:
     """Whether the other drafter pays for its pass and for what it has verified: tokens and seconds of steps with it and
-    without, where copies are unlikely. Old steps fade; one step in `explore` does what does not look best."""
+    without, where copies are unlikely. Both are tried in turn at first (and the `cold` first steps of each, which pay
+    for its kernels, forgotten); then old steps fade, and one step in `explore` does what does not look best."""
 
     keep: float = 0.98
     explore: int = 16
+    cold: int = 2
     tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    steps: int = 0
+    steps: list[int] = field(default_factory=lambda: [0, 0])
 
     def choose(self) -> bool:
         """Ask it in this step?"""
-        self.steps += 1
-        without, with_it = (t / s if s else float("inf") for t, s in zip(self.tokens, self.seconds, strict=True))
-        best = with_it >= without
-        return best if self.steps % self.explore else not best
+        if min(self.steps) <= self.cold + 4:
+            return self.steps[True] <= self.steps[False]
+        without, with_it = (tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
+        return (with_it >= without) != (sum(self.steps) % self.explore == 0)
 
     def learn(self, asked: bool, tokens: int, seconds: float) -> None:
         """Takes note of what a step brought."""
+        self.steps[asked] += 1
+        if self.steps[asked] <= self.cold:
+            return
         self.tokens[asked] = self.keep * self.tokens[asked] + tokens
         self.seconds[asked] = self.keep * self.seconds[asked] + seconds
 
