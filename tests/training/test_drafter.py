@@ -17,8 +17,9 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.training.acceptance import measure_acceptance
 from zerodraft.training.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor
 from zerodraft.training.completions import read_completions
-from zerodraft.training.drafter import frequent_tokens, split_completions, train_drafter
+from zerodraft.training.drafter import frequent_tokens, train_drafter
 from zerodraft.training.drafter_recipe import load_drafter_recipe
+from zerodraft.training.drafter_run import split_completions
 from zerodraft.training.features import FeatureCache
 
 VOCABULARY, LAYERS = 64, 3

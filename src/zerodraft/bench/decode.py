@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zerodraft.bench.methods import BASE, Decoded, Method, eos_ids
+from zerodraft.bench.methods import Decoded, Method, eos_ids
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
 from zerodraft.cli.decoding import NEAR_TIE, encode, first_difference, top_gap
@@ -81,9 +81,7 @@ def measure(
 ) -> list[Row]:
     """Every method on every prompt that `kept` does not have yet; the first method is what the others must equal."""
     names = list(methods)
-    rows = [row for row in kept.rows if row["id"] in {task.question.id for task in tasks}]
-    done = {row["id"] for row in rows}
-    missing = [(number, task) for number, task in enumerate(tasks) if task.question.id not in done]
+    rows, missing = _left(tasks, kept)
     if missing:
         short = settings.options() | {"max_new_tokens": min(WARM_UP_TOKENS, settings.max_new_tokens)}
         for name in names:
@@ -117,11 +115,9 @@ def check_equality(
     on_row: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """The greedy tokens of every method, `batch` prompts at once, against references that are decoded where missing."""
-    rows = [row for row in kept.rows if row["id"] in {task.question.id for task in tasks}]
-    done = {row["id"] for row in rows}
-    missing = [task for task in tasks if task.question.id not in done]
+    rows, missing = _left(tasks, kept)
     for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
+        part = [task for _, task in missing[start : start + batch]]
         expected = []
         for task in part:
             tokens = references.get(task.question.id, settings.max_new_tokens, eos_ids(model))
@@ -136,6 +132,13 @@ def check_equality(
             kept.add(rows[-1])
         on_row(rows)
     return rows
+
+
+def _left(tasks: Sequence[Task], kept: RowFile) -> tuple[list[Row], list[tuple[int, Task]]]:
+    """Rows that an earlier run has left, and the prompts that it has not come to, with their numbers."""
+    rows = [row for row in kept.rows if row["id"] in {task.question.id for task in tasks}]
+    done = {row["id"] for row in rows}
+    return rows, [(number, task) for number, task in enumerate(tasks) if task.question.id not in done]
 
 
 def left_padded(tasks: Sequence[Task]) -> dict[str, Any]:
@@ -188,6 +191,3 @@ def _of_stats(stats: DecodeStats, at: int, alone: bool) -> dict[str, Any]:
 def unexplained(record: Mapping[str, Any]) -> bool:
     """Whether a record's tokens differ where the best logits were not nearly tied."""
     return record.get("equal") is False and not record.get("top_gap", 1.0) < NEAR_TIE
-
-
-__all__ = ["BASE", "Row", "Settings", "Task", "check_equality", "encode_all", "measure", "unexplained"]

@@ -173,7 +173,24 @@ class Coupling(nn.Module):
         return state + self.out(F.silu(self.state(state) + self.token(token)))
 
 
-class BlockDrafterModel(PreTrainedModel):
+class DrafterModel(PreTrainedModel):
+    """What the networks of drafters share: how weights begin."""
+
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        else:
+            # transformers' own: the rotary frequencies, which no checkpoint holds
+            super()._init_weights(module)
+
+
+class BlockDrafterModel(DrafterModel):
     """The drafter's trainable part; embeddings and LM head stay the target's and are not stored.
 
     `draft_ids` maps the draft vocabulary to the target's.
@@ -182,7 +199,6 @@ class BlockDrafterModel(PreTrainedModel):
     config_class = BlockDrafterConfig
     draft_ids: Tensor
     base_model_prefix = "drafter"
-    _supports_sdpa = True
 
     def __init__(self, config: BlockDrafterConfig) -> None:
         super().__init__(config)
@@ -201,15 +217,7 @@ class BlockDrafterModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        else:
-            # transformers' own: the rotary frequencies, which no checkpoint holds
-            super()._init_weights(module)
+        super()._init_weights(module)
         if isinstance(module, Coupling):
             nn.init.zeros_(module.out.weight)
 
@@ -297,6 +305,31 @@ def check_target_config(target: Any) -> None:
         )
 
 
+def last_layers(target: PreTrainedModel, count: int) -> list[nn.Module]:
+    """The last `count` layers of a target; none where its decoder does not hold them in a list.
+
+    Raises:
+        ZerodraftError: it has fewer.
+    """
+    most = target.config.get_text_config().num_hidden_layers
+    if not 1 <= count <= most:
+        raise ZerodraftError(f"A drafter of {count} layers was asked for, the target has {most}: choose 1 to {most}.")
+    return list(getattr(target.get_decoder(), "layers", []))[-count:]
+
+
+@torch.no_grad()
+def copy_layers(drafter: Any, target: PreTrainedModel, sources: Sequence[nn.Module]) -> None:
+    """Copies what agrees by name and shape from the target's layers to the drafter's, and its final norm."""
+    for layer, source in zip(drafter.layers, sources, strict=False):
+        weights = source.state_dict()
+        for name, parameter in layer.named_parameters():
+            if name in weights and weights[name].shape == parameter.shape:
+                parameter.copy_(weights[name])
+    decoder: Any = target.get_decoder()
+    if hasattr(decoder, "norm"):
+        drafter.norm.weight.copy_(decoder.norm.weight)
+
+
 def drafter_from_target(
     target: PreTrainedModel,
     num_layers: int = 4,
@@ -322,12 +355,7 @@ def drafter_from_target(
     config: Any = target.config.get_text_config()
     check_target_config(config)
     count = config.num_hidden_layers
-    if not 1 <= num_layers <= count:
-        raise ZerodraftError(
-            f"A drafter of {num_layers} layers was asked for, the target has {count}: choose 1 to {count}."
-        )
-    decoder: Any = target.get_decoder()
-    sources = list(decoder.layers)[-num_layers:] if hasattr(decoder, "layers") else []
+    sources = last_layers(target, num_layers)
     names = {name for name, _ in sources[0].named_parameters()} if sources else set()
     drafter_config = BlockDrafterConfig(
         target_config=config,
@@ -342,13 +370,7 @@ def drafter_from_target(
     if draft_ids is not None:
         drafter.draft_ids.copy_(draft_ids)
     with torch.no_grad():
-        for layer, source in zip(drafter.layers, sources, strict=False):
-            weights = source.state_dict()
-            for name, parameter in layer.named_parameters():
-                if name in weights and weights[name].shape == parameter.shape:
-                    parameter.copy_(weights[name])
-        if hasattr(decoder, "norm"):
-            drafter.norm.weight.copy_(decoder.norm.weight)
+        copy_layers(drafter, target, sources)
         # only the known token's slot starts with anything of its own: the embedding, at its usual size
         embedding: Any = target.get_input_embeddings()
         usual = embedding.weight.float().pow(2).mean(1).sqrt().mean()

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from zerodraft.drafters.block_model import BlockLayer, check_target_config, training_mask
+from zerodraft.drafters.block_model import (
+    BlockLayer,
+    DrafterModel,
+    check_target_config,
+    copy_layers,
+    last_layers,
+    training_mask,
+)
 from zerodraft.errors import ZerodraftError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -130,7 +137,7 @@ class DFlashConfig(PreTrainedConfig):
             raise ZerodraftError("A DFlash drafter has sliding layers but no sliding_window: its config is incomplete.")
 
 
-class DFlashModel(PreTrainedModel):
+class DFlashModel(DrafterModel):
     """The drafter's trainable part, with the parameter names of published checkpoints.
 
     Embeddings and LM head are the target's: `bind` takes what is needed of them.
@@ -139,7 +146,6 @@ class DFlashModel(PreTrainedModel):
     config: DFlashConfig
     config_class = DFlashConfig
     base_model_prefix = "drafter"
-    _supports_sdpa = True
     mask_embedding: Tensor
     embedding_scale: float = 1.0
     """What the target's embedding multiplies its rows with (Gemma's does)."""
@@ -161,17 +167,6 @@ class DFlashModel(PreTrainedModel):
         self.rotary = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  # it reads these fields alone
         self.register_buffer("mask_embedding", torch.zeros(size), persistent=False)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        else:
-            # transformers' own: the rotary frequencies, which no checkpoint holds
-            super()._init_weights(module)
 
     @property
     def draft_ids(self) -> Int[Tensor, "V"]:
@@ -323,10 +318,7 @@ def dflash_from_target(
     config: Any = target.config.get_text_config()
     check_target_config(config)
     count = config.num_hidden_layers
-    if not 1 <= num_layers <= count:
-        raise ZerodraftError(
-            f"A drafter of {num_layers} layers was asked for, the target has {count}: choose 1 to {count}."
-        )
+    sources = last_layers(target, num_layers)
     heads = config.num_attention_heads
     drafter = DFlashModel(
         DFlashConfig(
@@ -347,15 +339,7 @@ def dflash_from_target(
             vocab_size=config.vocab_size,
         )
     )
-    decoder: Any = target.get_decoder()
-    sources = list(decoder.layers)[-num_layers:] if hasattr(decoder, "layers") else []
-    for layer, source in zip(drafter.layers, sources, strict=False):
-        weights = source.state_dict()
-        for name, parameter in layer.named_parameters():
-            if name in weights and weights[name].shape == parameter.shape:
-                parameter.copy_(weights[name])
-    if hasattr(decoder, "norm"):
-        drafter.norm.weight.copy_(decoder.norm.weight)
+    copy_layers(drafter, target, sources)
     size = config.hidden_size
     drafter.fc.weight[:, -size:] += torch.eye(size)
     return drafter.bind(target)

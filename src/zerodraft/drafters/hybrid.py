@@ -10,7 +10,7 @@ likely that another pass cannot pay for itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -146,13 +146,12 @@ class HybridSession:
         self.drafter, self.other = drafter, other
         self.rows = [_Row() for _ in range(batch)]
         self.gain = 0.8
-        self.trial = drafter.trial
         self._step_began: float | None = None
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""
         if self._step_began is not None and self.rows[0].open:
-            self.trial.learn(self.rows[0].drafted, len(progress[0].tokens), perf_counter() - self._step_began)
+            self.drafter.trial.learn(self.rows[0].drafted, len(progress[0].tokens), perf_counter() - self._step_began)
         for row, news in zip(self.rows, progress, strict=True):
             tokens = news.tokens.cpu().numpy()
             if len(tokens):
@@ -181,7 +180,7 @@ class HybridSession:
         """Whether to ask the other drafter beside a copy with these rates."""
         least = LEAST_GAIN if self.drafter.least_gain is None else self.drafter.least_gain
         row.open = float(1 - rates[:1].sum()) * self.gain >= least * float(1 + rates.cumprod().sum())
-        return row.open and (self.drafter.least_gain is not None or self.trial.choose())
+        return row.open and (self.drafter.least_gain is not None or self.drafter.trial.choose())
 
 
 def _chain(tokens: Int64[np.ndarray, " k"], rates: Float64[np.ndarray, " k"]) -> Lattice:
@@ -195,4 +194,4 @@ def _beside(draft: Lattice, copied: Lattice) -> Lattice:
     if not len(draft) or not len(copied):
         return draft if len(draft) else copied
     first, second = (draft, copied) if draft.log_q[0, 0] >= copied.log_q[0, 0] else (copied, draft)
-    return Lattice(first.ids, first.log_q, first.chain, pairs=first.pairs, beside=second)
+    return replace(first, beside=second)

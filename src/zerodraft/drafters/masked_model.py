@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from zerodraft.drafters.block_model import BlockMlp
+from zerodraft.drafters.block_model import BlockMlp, DrafterModel
 from zerodraft.errors import ZerodraftError
 
 Take = Literal["first", "last", "spread"]
@@ -151,13 +151,12 @@ class MaskedLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class MaskedModel(PreTrainedModel):
+class MaskedModel(DrafterModel):
     """A masked diffusion language model; `lm_head` makes logits of what `forward` returns."""
 
     config_class = MaskedConfig
     base_model_prefix = "masked"
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
-    _supports_sdpa = True
 
     def __init__(self, config: MaskedConfig) -> None:
         super().__init__(config)
@@ -175,17 +174,6 @@ class MaskedModel(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.lm_head
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        else:
-            # transformers' own: the rotary frequencies, which no checkpoint holds
-            super()._init_weights(module)
 
     def new_cache(self, positions: int) -> list[Tensor]:
         """Room for one row's keys and values in each layer: (2, nk, positions, D)."""

@@ -5,25 +5,19 @@ attention away, hide tokens, and let the shifted logits name them. What is hidde
 (`masked_recipe`): a random share of the completion, with the weight 1/t of the diffusion bound, or blocks at the end of
 a text as in decoding.
 
-The folder of a run is that of `train_drafter`: `recipe.json`, `log.jsonl`, `checkpoint-N/`, `model/`, `results.json`.
-
 Legend: B sequences, T tokens of a pass (masks included), P predicted positions, k masks of a block.
 """
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked import MaskedDrafter, token_log_q
@@ -31,12 +25,9 @@ from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
-from zerodraft.training.base import RecipeTrainer, training_arguments
-from zerodraft.training.callbacks import ProgressBar
-from zerodraft.training.completions import Completions, read_completions
-from zerodraft.training.drafter import Sequences, split_completions
+from zerodraft.training.completions import Completions
+from zerodraft.training.drafter_run import HeldBackTrainer, prepare
 from zerodraft.training.masked_recipe import MaskedDrafterRecipe, MaskedRecipe
-from zerodraft.training.run import check_folder, provenance, save_model, start_folder, write_json
 
 SMALLEST_SHARE = 0.05
 """Smaller shares of masked tokens would have enormous weights."""
@@ -142,11 +133,6 @@ class MaskedAcceptance:
     steps: int
     by_position: Float[np.ndarray, " k"]
 
-    def metrics(self) -> dict[str, float]:
-        """Flat figures for logs."""
-        by_position = {f"eval_accepted_{j}": float(share) for j, share in enumerate(self.by_position, 1)}
-        return {"eval_mat": self.mat, **by_position}
-
 
 @torch.no_grad()
 def measure_masked(
@@ -202,16 +188,14 @@ def walk_together(drafter: MaskedDrafter, tokens: Int[Tensor, " n"], known: int,
     return accepted
 
 
-class MaskedTrainer(RecipeTrainer):
+class MaskedTrainer(HeldBackTrainer):
     """Trains a `MaskedModel` on completions.
 
     Args:
         masked: what is masked.
         completions: the target's texts.
-        held_back: completions to measure the acceptance length on.
-        measured: how many of them to judge during training.
         vocab_size: the target's vocabulary.
-        **kwargs: of `RecipeTrainer`.
+        **kwargs: of `HeldBackTrainer`.
     """
 
     def __init__(
@@ -219,13 +203,10 @@ class MaskedTrainer(RecipeTrainer):
         *,
         masked: MaskedRecipe,
         completions: Completions,
-        held_back: Sequence[int],
-        measured: int,
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
         self.masked, self.completions, self.vocab_size = masked, completions, vocab_size
-        self.held_back, self.measured = list(held_back), measured
         super().__init__(data_collator=self.draw, **kwargs)
 
     def draw(self, examples: list[dict[str, int]]) -> dict[str, Tensor]:
@@ -263,15 +244,6 @@ class MaskedTrainer(RecipeTrainer):
         loss = masked_loss(own.lm_head(states[rows, inputs["at"]]), inputs["labels"], inputs["weights"])
         return (loss, states) if return_outputs else loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean accepted tokens and acceptance by position on some held-back completions."""
-        metrics = self.measure(self.held_back[: self.measured]).metrics()
-        self.log(dict(metrics))
-        if self.json_log is not None:
-            self.json_log.write(step=self.state.global_step, **metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
-        return metrics
-
     def measure(self, indices: Sequence[int]) -> MaskedAcceptance:
         """Acceptance on the given completions."""
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -298,60 +270,13 @@ def train_masked(
         ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
             finite.
     """
-    folder = Path(recipe.out)
-    checkpoint = check_folder(folder, recipe, resume)
-    completions = read_completions([os.path.expandvars(path) for path in recipe.data])
-    target: Any = AutoModelForCausalLM.from_pretrained(resolve(recipe.target), dtype=torch.float32).eval()
-    train, held_back = split_completions(completions, recipe.held_back.sequences, recipe.seed)
-    set_seed(recipe.seed)
-    model = _model(recipe.masked, target)
-    vocab_size = target.config.get_text_config().vocab_size
-    del target
-
-    arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
-    resumed_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-    log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
-    per_step = recipe.training.batch_size * recipe.training.accumulation * arguments.world_size
-    blocks = per_step * (recipe.masked.blocks if recipe.masked.masking == "blocks" else 1)
-    trainer = MaskedTrainer(
-        recipe=recipe.training,
-        log=log,
-        masked=recipe.masked,
-        completions=completions,
-        held_back=held_back,
-        measured=recipe.held_back.measured,
-        vocab_size=vocab_size,
-        model=model,
-        args=arguments,
-        train_dataset=Sequences(train, recipe.seed),
-        eval_dataset=Sequences(held_back, recipe.seed),
-        callbacks=[ProgressBar(blocks, "blocks")] if callbacks is None else list(callbacks),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    trainer.write_losses()
-    acceptance = trainer.measure(held_back)
-    results = {
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "blocks": trainer.state.global_step * blocks,
-        "seconds": seconds,
-        "resumed_from": checkpoint and Path(checkpoint).name,
-        "completions": {"sequences": len(train), "tokens": int(completions.lengths[train].sum())},
-        "held_back": {
-            "sequences": len(held_back),
-            "mat": acceptance.mat,
-            "steps": acceptance.steps,
-            "by_position": acceptance.by_position.tolist(),
-        },
-        **provenance(recipe),
-    }
-    save_model(trainer, folder)
-    if trainer.is_world_process_zero():
-        write_json(folder / "results.json", results)
-    return results
+    run = prepare(recipe, resume)
+    model = _model(recipe.masked, run.target)
+    vocab_size = run.target.config.get_text_config().vocab_size
+    run.target = None  # its memory is needed no more
+    blocks = recipe.masked.blocks if recipe.masked.masking == "blocks" else 1
+    options = {"masked": recipe.masked, "completions": run.completions, "vocab_size": vocab_size}
+    return run.go(MaskedTrainer, model, blocks, callbacks, **options)
 
 
 def _model(recipe: MaskedRecipe, target: Any) -> MaskedModel:
