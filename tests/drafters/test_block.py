@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.drafters.driving import drafts
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter
@@ -108,28 +109,16 @@ def test_decoding_agrees_with_the_network(family: str) -> None:
     session = fast.start(2, torch.device("cpu"), None)
     ids = torch.randint(64, (2, 330))
     taps = [states(target, ids[row : row + 1]) for row in range(2)]
-    known = [0, 0]
-    for steps in ((6, 250), (1, 3), (4, 0), (290, 20)):
-        progress = []
-        for row, step in enumerate(steps):
-            first = known[row] + (known[row] > 0)
-            known[row] += step
-            tokens = ids[row, first : known[row] + 1] if step else ids[row, :0]
-            progress.append(Progress(tokens, taps[row][0, known[row] - step : known[row]]))
-        session.observe(progress)
-        lengths = [4 if steps[0] else 0, 3 if steps[1] else 0]
-        for row, lattice in enumerate(session.propose(lengths)):
-            assert len(lattice) == lengths[row]
-            if lengths[row]:
-                so_far = ids[row : row + 1, : known[row] + 1]
-                hidden, log_q = draft_plainly(target, drafter, so_far, taps[row][:, : known[row]])
-                top = log_q[: lengths[row]].topk(5)
-                assert torch.allclose(torch.from_numpy(lattice.log_q), top.values, atol=1e-4)
-                assert torch.equal(torch.from_numpy(lattice.ids), draft_ids[top.indices])
-                assert lattice.pairs is not None
-                pairs = couple_plainly(target, drafter, hidden, so_far[0, -1], lattice)
-                assert torch.allclose(torch.from_numpy(lattice.pairs), pairs, atol=1e-4)
-                assert torch.allclose(pairs.logsumexp(-1), top.values.logsumexp(-1)[:, None].expand(-1, 5), atol=1e-4)
+    for row, known, lattice in drafts(session, ids, taps):
+        so_far = ids[row : row + 1, : known + 1]
+        hidden, log_q = draft_plainly(target, drafter, so_far, taps[row][:, :known])
+        top = log_q[: len(lattice)].topk(5)
+        assert torch.allclose(torch.from_numpy(lattice.log_q), top.values, atol=1e-4)
+        assert torch.equal(torch.from_numpy(lattice.ids), draft_ids[top.indices])
+        assert lattice.pairs is not None
+        pairs = couple_plainly(target, drafter, hidden, so_far[0, -1], lattice)
+        assert torch.allclose(torch.from_numpy(lattice.pairs), pairs, atol=1e-4)
+        assert torch.allclose(pairs.logsumexp(-1), top.values.logsumexp(-1)[:, None].expand(-1, 5), atol=1e-4)
 
 
 @torch.no_grad()

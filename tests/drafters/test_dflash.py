@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DFlashCache
 
+from tests.drafters.driving import drafts
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
-from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.dflash_files import export_dflash, is_dflash, load_dflash, published_config
 from zerodraft.drafters.dflash_model import (
@@ -111,23 +111,11 @@ def test_decoding_agrees_with_the_network(family: str, changes) -> None:
     session = fast.start(2, torch.device("cpu"), None)
     ids = torch.randint(60, (2, 330))
     taps = [states(target, drafter, ids[row : row + 1]) for row in range(2)]
-    known = [0, 0]
-    for steps in ((6, 250), (1, 3), (4, 0), (290, 20)):
-        progress = []
-        for row, step in enumerate(steps):
-            first = known[row] + (known[row] > 0)
-            known[row] += step
-            tokens = ids[row, first : known[row] + 1] if step else ids[row, :0]
-            progress.append(Progress(tokens, taps[row][0, known[row] - step : known[row]]))
-        session.observe(progress)
-        lengths = [4 if steps[0] else 0, 3 if steps[1] else 0]
-        for row, lattice in enumerate(session.propose(lengths)):
-            assert len(lattice) == lengths[row]
-            if lengths[row]:
-                log_q = draft_plainly(target, drafter, ids[row : row + 1, : known[row] + 1], taps[row][:, : known[row]])
-                top = log_q[: lengths[row]].topk(5)
-                assert torch.allclose(torch.from_numpy(lattice.log_q), top.values, atol=1e-4)
-                assert torch.equal(torch.from_numpy(lattice.ids), top.indices)
+    for row, known, lattice in drafts(session, ids, taps):
+        log_q = draft_plainly(target, drafter, ids[row : row + 1, : known + 1], taps[row][:, :known])
+        top = log_q[: len(lattice)].topk(5)
+        assert torch.allclose(torch.from_numpy(lattice.log_q), top.values, atol=1e-4)
+        assert torch.equal(torch.from_numpy(lattice.ids), top.indices)
 
 
 @torch.no_grad()

@@ -255,16 +255,11 @@ def make_decoder(
     if hybrid and not isinstance(drafter, PromptLookupDrafter):
         drafter = HybridDrafter(other=drafter)
     k = drafter.max_length
-    config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
-    if not search:
-        config = SearchConfig(m_max=1)
-    elif not tree:
-        config = SearchConfig()
-    length = (
-        CostAwareTree(k=k, rest=not isinstance(drafter, HybridDrafter))
-        if config.expand == "best_first"
-        else CostAwareLength(k_max=k)
-    )
+    config = SearchConfig() if search else SearchConfig(m_max=1)
+    length = CostAwareLength(k_max=k)
+    if search and tree:
+        config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
+        length = CostAwareTree(k=k, rest=not isinstance(drafter, HybridDrafter))
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,
