@@ -165,6 +165,21 @@ def test_equality_alone_with_references_that_grow(bench: Bench, tmp_path: Path) 
     assert "does not end there" in bench(*words, "--max-new-tokens", "20", code=2)["error"]
 
 
+def test_references_of_a_batch_are_decoded_alone_where_a_method_differs(bench: Bench, tmp_path: Path) -> None:
+    references = tmp_path / "references.jsonl"
+    words = ("--equality-only", "--references", str(references), "--methods", "full", "--reference-batch", "4")
+    assert bench(*words)["equal"] is True
+    rows = [json.loads(line) for line in references.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["batched"] for row in rows] == [True] * 6
+    rows[2]["tokens"][5] += 1
+    references.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert bench(*words)["identical"] is True
+    last = json.loads(references.read_text(encoding="utf-8").split("\n")[-2])
+    assert last["id"] == rows[2]["id"]
+    assert "batched" not in last
+    assert last["tokens"] != rows[2]["tokens"]
+
+
 def test_sampled_tokens_are_not_compared(bench: Bench) -> None:
     found = bench("--methods", "full", "--temperature", "0.8", "--limit", "2")
     assert found["equal"] is None

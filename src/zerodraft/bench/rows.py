@@ -55,13 +55,15 @@ class RowFile:
 
 
 class References:
-    """Tokens of plain greedy decoding by the prompt's name, in a file that grows: `{"id", "tokens"}` a line."""
+    """Tokens of plain greedy decoding by the prompt's name, in a file that grows: `{"id", "tokens"}` a line, the last
+    of a name counting. `batched` are the names of those that were decoded together with others."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         rows = _whole_lines(path) if path is not None and path.is_file() else []
         try:
             self.tokens = {str(row["id"]): [int(token) for token in row["tokens"]] for row in rows}
+            self.batched = {str(row["id"]) for row in rows} - {str(row["id"]) for row in rows if "batched" not in row}
         except (KeyError, TypeError, ValueError) as error:
             raise ZerodraftError(f"'{path}' holds no references: every line needs an id and tokens.") from error
 
@@ -79,14 +81,15 @@ class References:
             f"--max-new-tokens from {length}, or name another --references."
         )
 
-    def add(self, name: str, tokens: list[int]) -> None:
+    def add(self, name: str, tokens: list[int], *, batched: bool = False) -> None:
         """Keep newly decoded tokens."""
         self.tokens[name] = tokens
+        (self.batched.add if batched else self.batched.discard)(name)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_file():
                 _drop_cut_line(self.path)
-            _append(self.path, {"id": name, "tokens": tokens})
+            _append(self.path, {"id": name, "tokens": tokens} | ({"batched": True} if batched else {}))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -62,6 +62,8 @@ class Bench(Command):
     """Compare tokens only, without timing."""
     references: str = metavar("FILE.jsonl", default="")
     """With it: tokens of plain decoding, added where missing."""
+    reference_batch: int = 1
+    """With it: so many references decoded at once; alone, where a method differs."""
     batch: int = 1
     """With it: prompts decoded at once."""
 
@@ -76,12 +78,13 @@ class Bench(Command):
 
     def check(self) -> None:
         """Looks at the numbers."""
-        for name, least in (("limit", 0), ("max_new_tokens", 2), ("threads", 0), ("batch", 1), ("temperature", 0)):
+        least_of = {"limit": 0, "max_new_tokens": 2, "threads": 0, "batch": 1, "reference_batch": 1, "temperature": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise ZerodraftError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
-        if not self.equality_only and (self.references or self.batch > 1):
-            raise ZerodraftError("--references and --batch belong to --equality-only")
+        if not self.equality_only and (self.references or self.batch > 1 or self.reference_batch > 1):
+            raise ZerodraftError("--references, --reference-batch and --batch belong to --equality-only")
         if self.equality_only and self.temperature:
             raise ZerodraftError("--equality-only compares greedy tokens: leave --temperature out")
         if bool(self.files) != (self.action == "report"):
@@ -147,7 +150,16 @@ class Bench(Command):
         if self.equality_only:
             references = References(Path(self.references).expanduser() if self.references else None)
             rows = check_equality(
-                methods, tasks, how, model, kept, references, reference=reference, batch=self.batch, on_row=show
+                methods,
+                tasks,
+                how,
+                model,
+                kept,
+                references,
+                reference=reference,
+                batch=self.batch,
+                reference_batch=self.reference_batch,
+                on_row=show,
             )
         else:
             rows = measure(methods, tasks, how, model, kept, on_row=show)
