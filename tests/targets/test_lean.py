@@ -11,20 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
-from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
+from tests.targets.cycled import CYCLED, LLAMA3, YARN
+from tests.ztt.tiny import gap, left_padded, tiny_plain, tokens
 from zerodraft.targets import resolve
 from zerodraft.targets.lean import LeanTarget, lean_target
 from zerodraft.targets.lean_weights import lean_weights, release_lean
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, biases, tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -47,14 +39,16 @@ def lean(model: PreTrainedModel) -> LeanTarget:
     return target
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[*MODELS, *CYCLED])
 def model(request: pytest.FixtureRequest) -> Any:
+    if request.param in CYCLED:
+        return CYCLED[request.param]()
     family, changes = MODELS[request.param]
     return tiny_plain(family, **changes)
 
 
 def test_every_node_has_the_logits_of_its_own_text(model: Any) -> None:
-    taps = (0, 2, 4)
+    taps = (0, 2, model.config.num_hidden_layers)
     target, prompt = lean(model), tokens(1, 9)
     first = target.prefill(prompt, prompt >= 0, taps)
     text = prompt[0].tolist()
@@ -243,7 +237,6 @@ def with_parametrization(model: Any) -> Any:
 
 REFUSED: dict[str, Any] = {
     "another family": lambda: tiny_plain("gemma3"),
-    "a Zero Token Transformer": lambda: tiny("llama"),
     "half precision": lambda: tiny_plain("llama").to(torch.bfloat16),
     "one weight in double precision": lambda: with_one_double(tiny_plain("llama")),
     "another activation": lambda: tiny_plain("llama", hidden_act="gelu"),

@@ -1,4 +1,5 @@
-"""The lean decode path: a Llama-like model in float32 on a CPU, with little but the matrix products left in a step.
+"""The lean decode path: a Llama-like model in float32 on a CPU, with little but the matrix products left in a step. Its
+layers may be cycled: what a Zero Token Transformer adds is in `lean_ztt`.
 
 Packed weights, queries, keys and values from one product, activations and sums inside the products, one key-value
 buffer that is allocated ahead. Same results as the model's own forward up to rounding; the model is only read.
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from zerodraft.decoding.protocols import TargetOutput
+from zerodraft.ztt.interface import Once
 
 from .lean_weights import LeanWeights, lean_weights, release_lean
 
@@ -24,7 +26,8 @@ _FIRST_SLOTS = 256
 
 def lean_target(model: nn.Module) -> "LeanTarget | None":
     """A fresh target over the model's packed weights, or None for a model that this path cannot compute exactly:
-    another family, dtype or device, quantised layers, adapters, hooks, frequencies that depend on the length, dropout.
+    another family, dtype or device, quantised layers, adapters, hooks, frequencies that depend on the length, dropout;
+    of Zero Token Transformers those with per-cycle LoRA, and within a `generate` that was given an exit rule.
 
     The first call packs the weights (a second copy of them in memory); it is kept for later calls until the weights
     change, the model is gone, or `release` is called.
@@ -189,7 +192,7 @@ class LeanTarget:
     def _layers(
         self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The residual stream behind the last layer (N, H), and in front of the tapped layers."""
+        """The residual stream behind the last layer (N, H), and the tapped states."""
         weights = self._weights
         batch, count = ids.shape
         rows, past, end = batch * count, self._slots, self._slots + count
@@ -203,11 +206,13 @@ class LeanTarget:
         values = seen[:, :, weights.kv_heads :].unbind(0)
         fresh = seen[:, :, :, past:].unbind(0)
         tapped: dict[int, Tensor] = {}
+        masks = Once()
 
         x = F.embedding(ids.flatten(), weights.embedding)
+        if 0 in taps:
+            tapped[0] = x
         for index, layer in enumerate(weights.layers):
-            if index in taps:
-                tapped[index] = x
+            before, zero, ffn_share = x, layer.zero, None
             qkv = layer.qkv(_unit(x, floor))
             if layer.qk_gain is not None:
                 qk = qkv.view(rows, all_heads, -1)[:, :turning]
@@ -215,19 +220,38 @@ class LeanTarget:
             pairs = torch.view_as_complex(qkv.view(rows, all_heads, half, 2))
             heads = torch.view_as_real(pairs.mul_(turns)).view(batch, count, all_heads, -1).transpose(1, 2)
             fresh[index].copy_(heads[:, q_heads:])
-            bias = biases[layer.window]
-            attended = F.scaled_dot_product_attention(
-                heads[:, :q_heads],
-                keys[index],
-                values[index],
-                attn_mask=bias,
-                is_causal=alone and bias is None,
-                scale=scale,
-                enable_gqa=True,
-            )
+            queries, bias = heads[:, :q_heads], biases[layer.window]
+            causal = alone and bias is None
+            if zero is None or zero.key is None:
+                attended = F.scaled_dot_product_attention(
+                    queries,
+                    keys[index],
+                    values[index],
+                    attn_mask=bias,
+                    is_causal=causal,
+                    scale=scale,
+                    enable_gqa=True,
+                )
+            else:
+                attended, ffn_share = zero.attend(
+                    queries,
+                    keys[index],
+                    values[index],
+                    turns[:, 0],
+                    bias=bias,
+                    masks=masks,
+                    is_causal=causal,
+                    scale=scale,
+                )
             x = layer.out.add(attended.transpose(1, 2).reshape(rows, -1), x)
             y = _unit(x, floor)
-            x = layer.down.add(layer.up.times(y, layer.gate.silu(y)), x)
+            y = layer.up.times(y, layer.gate.silu(y))
+            x = layer.down.add(y, x) if ffn_share is None else torch.addcmul(x, layer.down(y), ffn_share)
+            if index + 1 in taps:
+                # as transformers has it: what the layer returns, which a cycle's gate has not seen yet
+                tapped[index + 1] = x
+            if zero is not None and zero.gate is not None:
+                x = torch.lerp(before, x, zero.gate)
         return x, tapped
 
 

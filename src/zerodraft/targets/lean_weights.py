@@ -1,8 +1,8 @@
 """Recognising the models that the lean decode path computes exactly, and laying out their weights for it.
 
 A model qualifies only if every module in it is one that is known here: transformers' own classes of one Llama-like
-family, with plain linear layers and embeddings. Adapters, quantised layers, hooks and replaced forwards all show up as
-something else, and the answer is no.
+family with plain linear layers and embeddings, and those of a Zero Token Transformer around it. Adapters, quantised
+layers, hooks and replaced forwards all show up as something else, and the answer is no.
 
 Three things are folded into the packed weights, all exact up to rounding: the gains of the norms before a linear layer,
 the square root of the norm's width (so that a norm is a division by a hypotenuse), and an order of each query and key
@@ -11,13 +11,16 @@ head's elements in which a rotary pair is a complex number.
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from zerodraft.ztt.interface import PREFIX
+
+from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, LeanZero, executions, exits_early, family_model
 from .packed import PackedLinear
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -31,8 +34,9 @@ _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 @dataclass(frozen=True, slots=True)
 class LeanLayer:
-    """The packed weights of one decoder layer. `qk_gain` (heads, D) belongs to families that normalise queries and
-    keys; `window` is how far the attention looks back, None for all the way."""
+    """The packed weights of one execution of a decoder layer. `qk_gain` (heads, D) belongs to families that normalise
+    queries and keys; `window` is how far the attention looks back, None for all the way; `zero` is what a Zero Token
+    Transformer adds, None where it adds nothing. Executions of the same layer have the same weights in memory."""
 
     qkv: PackedLinear
     out: PackedLinear
@@ -41,15 +45,16 @@ class LeanLayer:
     down: PackedLinear
     qk_gain: Tensor | None
     window: int | None
+    zero: LeanZero | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LeanWeights:
     """All that the lean path needs of a model.
 
-    **Fields:** `floor` and `head_floor` are sqrt(width * eps), what a norm's hypotenuse has beside the vector's length;
-    `frequencies` and `rope_scale` give the rotary angles; `score_scale` multiplies the attention scores; `mark` changes
-    when the model's weights do.
+    **Fields:** `layers` are in the order in which they run, each as often as it runs; `floor` and `head_floor` are
+    sqrt(width * eps), what a norm's hypotenuse has beside the vector's length; `frequencies` and `rope_scale` give the
+    rotary angles; `score_scale` multiplies the attention scores; `mark` changes when the model's weights do.
     """
 
     embedding: Tensor
@@ -103,12 +108,14 @@ def _mark(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _qualifies(model: Any) -> bool:
-    family = _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    plain = family_model(model)
+    family = _FAMILIES.get(getattr(getattr(plain, "config", None), "model_type", ""))
     return (
         family is not None
-        and _made_of_known_parts(model, model.config.model_type, family)
+        and _made_of_known_parts(model, plain.config.model_type, family)
         and _plain_float32(model)
-        and _computes_as_known(model)
+        and _computes_as_known(plain)
+        and not exits_early(model)
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -116,15 +123,18 @@ def _qualifies(model: Any) -> bool:
 def _made_of_known_parts(model: nn.Module, model_type: str, family: str) -> bool:
     home = f"transformers.models.{model_type}.modeling_{model_type}"
     own = {f"{family}{part}" for part in _PARTS}
-    if type(model).__name__ != f"{family}ForCausalLM":
+    plain = family_model(model)
+    more_parts, more_hooks = ((), ()) if plain is model else (CYCLED_PARTS, CYCLED_HOOKS)
+    if type(plain).__name__ != f"{family}ForCausalLM":
         return False
     for module in model.modules():
         kind = type(module)
-        known = kind in _PLAIN or (kind.__module__ == home and kind.__name__ in own)
+        known = kind in _PLAIN or kind in more_parts or (kind.__module__ == home and kind.__name__ in own)
         if not known and (kind.__module__, kind.__name__) != ("transformers.activations", "SiLUActivation"):
             return False
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if "forward" in vars(module) or any(getattr(h, "__module__", "") != _HARMLESS_HOOKS for h in hooks):
+        origins = {getattr(hook, "__module__", "") for hook in hooks}
+        if "forward" in vars(module) or not origins <= {_HARMLESS_HOOKS, *more_hooks}:
             return False
     return True
 
@@ -148,7 +158,7 @@ def _computes_as_known(model: Any) -> bool:
     return (
         len(layers) > 0
         and not (model.training and config.attention_dropout > 0)
-        and config._attn_implementation in ("eager", "sdpa")
+        and str(config._attn_implementation).removeprefix(PREFIX) in ("eager", "sdpa")
         and all("SiLU" in type(layer.mlp.act_fn).__name__ for layer in layers)
         and rotary.rope_type not in _VARYING_ROPE
         and all(2 * rotary.inv_freq.numel() == a.head_dim and a.scaling == attention[0].scaling for a in attention)
@@ -159,20 +169,25 @@ def _computes_as_known(model: Any) -> bool:
 
 @torch.no_grad()
 def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
-    config, decoder = model.config, model.model
+    plain = family_model(model)
+    config, decoder = plain.config, plain.model
     layers = decoder.layers[: config.num_hidden_layers]
     first = layers[0].self_attn
     head_dim, eps = first.head_dim, decoder.norm.variance_epsilon
     hidden = decoder.embed_tokens.embedding_dim
+    frequencies = decoder.rotary_emb.inv_freq.detach().float().clone()
+    packed = [_pack_layer(config, index, layer) for index, layer in enumerate(layers)]
+    if plain is not model:
+        packed = [replace(packed[step.layer], zero=zero) for step, zero in executions(model, frequencies)]
     return LeanWeights(
         embedding=decoder.embed_tokens.weight.detach(),
-        layers=tuple(_pack_layer(config, index, layer) for index, layer in enumerate(layers)),
+        layers=tuple(packed),
         final_gain=decoder.norm.weight.detach(),
         eps=eps,
-        head=PackedLinear(model.lm_head.weight * _gain(decoder.norm), model.lm_head.bias),
+        head=PackedLinear(plain.lm_head.weight * _gain(decoder.norm), plain.lm_head.bias),
         floor=torch.tensor(math.sqrt(hidden * eps)),
         head_floor=torch.tensor(math.sqrt(head_dim * eps)),
-        frequencies=decoder.rotary_emb.inv_freq.detach().float().clone(),
+        frequencies=frequencies,
         rope_scale=float(decoder.rotary_emb.attention_scaling),
         score_scale=float(first.scaling),
         heads=first.q_proj.out_features // head_dim,

@@ -1,0 +1,106 @@
+"""What a Zero Token Transformer adds to the lean decode path: the order in which its layers run, zero tokens and gates.
+
+Every execution of a layer becomes a lean layer of its own. Those of one stored layer share its packed weights and
+differ in what is defined here. All cycles are run for every token: early exit is left to the model's own forward.
+
+Legend as in `lean`: B rows of the batch, T tokens, N = B*T, D head size; h query heads, kv key-value heads.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Complex64, Float
+from torch import Tensor, nn
+
+from zerodraft.ztt.attention import AdditiveMask, zero_attention_lse
+from zerodraft.ztt.config import Step
+from zerodraft.ztt.cycling import CycledLayers
+from zerodraft.ztt.interface import Once
+from zerodraft.ztt.model import ZttForCausalLM
+from zerodraft.ztt.pool import ZeroTokenPool
+from zerodraft.ztt.pretrained import current_generation
+
+CYCLED_PARTS = (ZttForCausalLM, CycledLayers, ZeroTokenPool)
+"""The modules that a Zero Token Transformer has beside its family's and that are computed here: no per-cycle LoRA."""
+
+CYCLED_HOOKS = ("zerodraft.ztt.interface", "zerodraft.ztt.pretrained")
+"""Where the hooks of `ffn_gate` come from, which is computed here."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeanZero:
+    """What one execution of a layer has beyond the layer.
+
+    **Fields:** `key` is the zero token's, its rotary pairs side by side, or None without one; `turned`: it is rotated
+    along with each query; `gates_ffn`: the FFN's output is scaled by the attention mass that is not the zero token's;
+    `gate` scales what the layer adds to the residual stream, None for all of it.
+    """
+
+    key: Float[Tensor, "kv D"] | None
+    turned: bool
+    gates_ffn: bool
+    gate: float | None
+
+    def attend(
+        self,
+        q: Float[Tensor, "B h T D"],
+        k: Float[Tensor, "B kv S D"],
+        v: Float[Tensor, "B kv S D"],
+        turns: Complex64[Tensor, "N half"],
+        *,
+        bias: Tensor | None,
+        masks: Once,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Float[Tensor, "B h T D"], Float[Tensor, "N 1"] | None]:
+        """Attention with the zero token, and what scales the FFN's output.
+
+        **Args:** `turns` are the rotations of the queries' positions; `masks` keeps `bias` in the kernel's form for the
+        other layers of the pass.
+        """
+        assert self.key is not None
+        key = self.key
+        if self.turned:
+            pairs = torch.view_as_complex(key.unflatten(-1, (-1, 2))) * turns[:, None]
+            key = torch.view_as_real(pairs).view(q.shape[0], q.shape[2], *key.shape).transpose(1, 2)
+        mask = None if bias is None else masks(bias, lambda values: AdditiveMask.of(values, q))
+        out, mass = zero_attention_lse(
+            q, k, v, key, mask=mask, is_causal=is_causal, scale=scale, need_mass=self.gates_ffn
+        )
+        return out, (1 - mass.mean(1)).view(-1, 1) if self.gates_ffn and mass is not None else None
+
+
+def family_model(model: Any) -> Any:
+    """The model of the family that a Zero Token Transformer cycles; any other model itself."""
+    return model.base if type(model) is ZttForCausalLM else model
+
+
+def exits_early(model: nn.Module) -> bool:
+    """Whether `generate` was given an exit rule for this model and is under way."""
+    generation = current_generation.get()
+    return generation is not None and generation.model is model
+
+
+def executions(model: ZttForCausalLM, frequencies: Float[Tensor, "half"]) -> list[tuple[Step, LeanZero | None]]:
+    """The executions of a model's layers in order, each with what it has beyond its layer."""
+    plan, gates = model._plan, model.cycle_gates
+    keys = {} if model.zero_tokens is None else model.zero_tokens()
+    made = []
+    for step in (*plan.head, *plan.shared, *plan.tail):
+        # only shared layers have a second cycle
+        gate = None if gates is None or step.cycle == 0 else float(gates[step.cycle - 1, step.layer - plan.head_layers])
+        key = keys.get(step)
+        if key is not None:
+            key = _ordered(key, frequencies if plan.zero_rope == "relative" else None)
+        zero = LeanZero(key, plan.zero_rope != "origin", plan.ffn_gate, gate)
+        made.append((step, None if key is None and gate is None else zero))
+    return made
+
+
+def _ordered(key: Float[Tensor, "kv D"], back: Float[Tensor, "half"] | None) -> Float[Tensor, "kv D"]:
+    """A zero key with its rotary pairs side by side, turned back by one position if `back` gives the frequencies."""
+    pairs = torch.complex(*key.chunk(2, dim=-1))
+    if back is not None:
+        pairs = pairs * torch.polar(torch.ones_like(back), -back)
+    return torch.view_as_real(pairs).flatten(-2)
