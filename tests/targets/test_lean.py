@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
 from tests.targets.cycled import CYCLED, LLAMA3, YARN
 from tests.ztt.tiny import gap, left_padded, tiny_plain, tokens
 from zerodraft.targets import resolve
+from zerodraft.targets.compiled import kernels
 from zerodraft.targets.lean import LeanTarget, lean_target
 from zerodraft.targets.lean_weights import lean_weights, release_lean
 
@@ -39,12 +41,24 @@ def lean(model: PreTrainedModel) -> LeanTarget:
     return target
 
 
-@pytest.fixture(scope="module", params=[*MODELS, *CYCLED])
-def model(request: pytest.FixtureRequest) -> Any:
+WITHOUT = ", without our kernels"
+
+
+@pytest.fixture(scope="module", params=[*MODELS, *(name + WITHOUT for name in MODELS), *CYCLED])
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param in CYCLED:
-        return CYCLED[request.param]()
-    family, changes = MODELS[request.param]
-    return tiny_plain(family, **changes)
+        yield CYCLED[request.param]()
+        return
+    family, changes = MODELS[request.param.removesuffix(WITHOUT)]
+    made = tiny_plain(family, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.endswith(WITHOUT):
+            patch.setattr("zerodraft.targets.packed.kernels", lambda: None)
+            patch.setattr("zerodraft.targets.lean_compiled.kernels", lambda: None)
+        weights = lean_weights(made)
+        assert weights is not None
+        assert (weights.compiled is None) == (request.param.endswith(WITHOUT) or kernels() is None)
+        yield made
 
 
 def test_every_node_has_the_logits_of_its_own_text(model: Any) -> None:

@@ -1,24 +1,30 @@
-"""A packed linear layer is the linear layer, with and without oneDNN."""
+"""A packed linear layer is the linear layer, with our kernels, with oneDNN and with neither."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from zerodraft.targets.compiled import kernels
 from zerodraft.targets.packed import PackedLinear
 
 
-@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("by", ["compiled", "onednn", "torch"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (3,), (17,), (2, 5)])
 @torch.no_grad()
-def test_equals_the_layer(onednn: bool, bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    if not onednn:
+def test_equals_the_layer(by: str, bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "compiled" and kernels() is None:
+        pytest.skip("needs a C++ compiler and torch's OpenMP")
+    if by != "compiled":
+        monkeypatch.setattr("zerodraft.targets.packed.kernels", lambda: None)
+    if by == "torch":
         monkeypatch.setattr("zerodraft.targets.packed._linear", None)
     torch.manual_seed(0)
     layer = nn.Linear(24, 40, bias=bias)
     packed = PackedLinear.of(layer)
-    assert packed.packed == (onednn and torch.backends.mkldnn.is_available())
+    assert (packed.panels is not None) == (by == "compiled")
+    assert packed.packed == (by == "compiled" or (by == "onednn" and torch.backends.mkldnn.is_available()))
     assert (packed.in_features, packed.out_features) == (24, 40)
     x, other = torch.randn(*shape, 24), torch.randn(*shape, 40)
     kept, expected = other.clone(), layer(x)

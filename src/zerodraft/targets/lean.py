@@ -2,7 +2,8 @@
 layers may be cycled: what a Zero Token Transformer adds is in `lean_ztt`.
 
 Packed weights, queries, keys and values from one product, activations and sums inside the products, one key-value
-buffer that is allocated ahead. Same results as the model's own forward up to rounding; the model is only read.
+buffer that is allocated ahead. Where kernels can be compiled, a pass's layers are one call (`lean_compiled`). Same
+results as the model's own forward up to rounding; the model is only read.
 
 Legend: B rows of the batch, T tokens of one call, N = B*T, H hidden size, D head size, S slots of the buffer.
 """
@@ -138,13 +139,16 @@ class LeanTarget:
         angles = torch.arange(capacity)[:, None].float() * weights.frequencies
         self._rope = torch.complex(angles.cos(), angles.sin()) * weights.rope_scale
 
+    def _rotations(self, depth: Tensor) -> Tensor:
+        """What multiplies each pair of elements of a position's queries and keys: (N, D/2)."""
+        return self._rope.index_select(0, (depth + (self._rows if depth.shape[0] > 1 else self._slots)).flatten())
+
     def _turns(self, depth: Tensor) -> Tensor:
-        """What multiplies each pair of elements of queries, keys (a rotation) and values (one): (N, heads, D/2)."""
+        """The same with ones for the values: (N, heads, D/2)."""
         weights = self._weights
         turning = weights.heads + weights.kv_heads
-        positions = (depth + self._rows if depth.shape[0] > 1 else depth + self._slots).flatten()
-        turns = torch.ones(len(positions), turning + weights.kv_heads, weights.head_dim // 2, dtype=torch.complex64)
-        turns[:, :turning] = self._rope.index_select(0, positions)[:, None]
+        turns = torch.ones(depth.numel(), turning + weights.kv_heads, weights.head_dim // 2, dtype=torch.complex64)
+        turns[:, :turning] = self._rotations(depth)[:, None]
         return turns
 
     def _bias(self, depth: Tensor, visible: Tensor | None, window: int | None) -> Tensor | None:
@@ -200,6 +204,10 @@ class LeanTarget:
         turning, floor, scale = q_heads + weights.kv_heads, weights.floor, weights.score_scale
         alone = visible is None and past == 0 and count > 1
         biases = {w: self._bias(depth, visible, w) for w in {layer.window for layer in weights.layers}}
+        if weights.compiled is not None:
+            x = F.embedding(ids.flatten(), weights.embedding)
+            rotations = self._rotations(depth)
+            return x, weights.compiled(x, rotations, self._kv, past, biases, taps, causal=alone)
         turns = self._turns(depth)
         seen = self._kv[:, :, :, :end]
         keys = seen[:, :, : weights.kv_heads].unbind(0)

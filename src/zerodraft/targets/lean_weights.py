@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zerodraft.ztt.interface import PREFIX
 
+from .lean_compiled import CompiledLayers
 from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, LeanZero, executions, exits_early, family_model
 from .packed import PackedLinear
 
@@ -54,7 +55,8 @@ class LeanWeights:
 
     **Fields:** `layers` are in the order in which they run, each as often as it runs; `floor` and `head_floor` are
     sqrt(width * eps), what a norm's hypotenuse has beside the vector's length; `frequencies` and `rope_scale` give the
-    rotary angles; `score_scale` multiplies the attention scores; `mark` changes when the model's weights do.
+    rotary angles; `score_scale` multiplies the attention scores; `mark` changes when the model's weights do; `compiled`
+    is all layers in one call, None where they cannot be.
     """
 
     embedding: Tensor
@@ -71,6 +73,7 @@ class LeanWeights:
     kv_heads: int
     head_dim: int
     mark: tuple[Any, ...]
+    compiled: CompiledLayers | None = None
 
 
 _packed: "WeakKeyDictionary[nn.Module, LeanWeights]" = WeakKeyDictionary()
@@ -179,7 +182,7 @@ def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
     packed = [_pack_layer(config, index, layer) for index, layer in enumerate(layers)]
     if plain is not model:
         packed = [replace(packed[step.layer], zero=zero) for step, zero in executions(model, frequencies)]
-    return LeanWeights(
+    weights = LeanWeights(
         embedding=decoder.embed_tokens.weight.detach(),
         layers=tuple(packed),
         final_gain=decoder.norm.weight.detach(),
@@ -195,6 +198,7 @@ def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
         head_dim=head_dim,
         mark=mark,
     )
+    return replace(weights, compiled=CompiledLayers.of(weights))
 
 
 def _pack_layer(config: Any, index: int, layer: Any) -> LeanLayer:

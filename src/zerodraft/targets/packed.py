@@ -1,8 +1,9 @@
 """A linear layer whose weight is laid out once for the CPU's matrix kernels.
 
-oneDNN multiplies fastest when the weight is in its own blocked order. torch reorders it on every call; here it is done
-once, through the two operators that torch's compiler uses when it freezes a model. Reading the weights is nearly all
-that decoding a few tokens costs, so 8 rows then take little longer than one.
+Reading the weights is nearly all that decoding a few tokens costs, so 8 rows ought to take little longer than one. Our
+own kernels (`compiled`) come close to that. Where they cannot be had, oneDNN multiplies fastest when the weight is in
+its own blocked order: torch reorders it on every call; here it is done once, through the two operators that torch's
+compiler uses when it freezes a model.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zerodraft.targets.compiled import After, kernels, to_panels
+
 # With a hint of one row oneDNN keeps the plain order, which is slow for all other row counts; from 4 rows on it always
 # chooses the same blocked order.
 _ROWS = 8
@@ -20,19 +23,24 @@ _ROWS = 8
 class PackedLinear:
     """`x @ weight.T + bias` for inference, with what follows it (an activation, a sum, a product) in the same kernel.
 
-    Holds its own copy of the weight: later changes to the argument go unnoticed. Where oneDNN or its operators are
-    missing, or for a device or dtype other than float32 on the CPU, it computes the same with `F.linear`. Inputs may
-    have any number of leading dimensions and must be contiguous.
+    Holds its own copy of the weight: later changes to the argument go unnoticed. Where neither our kernels nor oneDNN's
+    operators are to be had, or for a device or dtype other than float32 on the CPU, it computes the same with
+    `F.linear`. Inputs may have any number of leading dimensions and must be contiguous.
+
+    **Fields:** `bias`; `panels`, the weight as our kernels have it, None without them.
     """
 
-    __slots__ = ("_bias", "_packed", "_plain", "in_features", "out_features")
+    __slots__ = ("_kernels", "_packed", "_plain", "bias", "in_features", "out_features", "panels")
 
     @torch.no_grad()
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+        weight = weight.detach()
         self.out_features, self.in_features = weight.shape
-        self._bias = None if bias is None else bias.detach().clone()
-        self._packed = _pack(weight.detach())
-        self._plain = weight.detach().clone() if self._packed is None else weight.new_empty(0)
+        self.bias = None if bias is None else bias.detach().clone()
+        self._kernels = kernels() if _is_float32_on_cpu(weight) else None
+        self.panels = to_panels(weight) if self._kernels else None
+        self._packed = _pack(weight) if self._kernels is None else None
+        self._plain = weight.clone() if not self.packed else weight.new_empty(0)
 
     @staticmethod
     def of(linear: nn.Linear) -> "PackedLinear":
@@ -41,34 +49,39 @@ class PackedLinear:
 
     @property
     def packed(self) -> bool:
-        """Whether oneDNN's kernels are used."""
-        return self._packed is not None
+        """Whether the weight is laid out for our kernels or oneDNN's."""
+        return self.panels is not None or self._packed is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product."""
-        if self._packed is None:
-            return F.linear(x, self._plain, self._bias)
-        return _linear(x, self._packed, self._bias, "none", _NO_SCALARS, "")
+        return self._product(x, "")
 
     def silu(self, x: Tensor) -> Tensor:
         """silu(product)."""
-        if self._packed is None:
-            return F.silu(F.linear(x, self._plain, self._bias))
-        return _linear(x, self._packed, self._bias, "swish", _NO_SCALARS, "")
+        return self._product(x, "silu")
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
         """product + other."""
-        if self._packed is None:
-            return F.linear(x, self._plain, self._bias).add_(other)
-        return _linear_binary(x, other, self._packed, self._bias, "add")
+        return self._product(x, "add", other)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """product * other."""
-        if self._packed is None:
-            return F.linear(x, self._plain, self._bias).mul_(other)
-        return _linear_binary(x, other, self._packed, self._bias, "mul")
+        return self._product(x, "times", other)
+
+    def _product(self, x: Tensor, after: After, other: Tensor | None = None) -> Tensor:
+        if self._kernels is not None and self.panels is not None:
+            return self._kernels.linear(x, self.panels, self.bias, self.out_features, after, other)
+        if self._packed is not None:
+            if other is None:
+                return _linear(x, self._packed, self.bias, _ONEDNN[after], _NO_SCALARS, "")
+            return _linear_binary(x, other, self._packed, self.bias, _ONEDNN[after])
+        product = F.linear(x, self._plain, self.bias)
+        if other is None:
+            return F.silu(product) if after == "silu" else product
+        return product.add_(other) if after == "add" else product.mul_(other)
 
 
+_ONEDNN: dict[After, str] = {"": "none", "silu": "swish", "add": "add", "times": "mul"}
 _NO_SCALARS: list[float | None] = []
 
 _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -78,9 +91,12 @@ _linear_binary: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", Non
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's order, or None where that cannot be used."""
-    operators = (_reorder, _linear, _linear_binary)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or None in operators:
+    if not _is_float32_on_cpu(weight) or None in (_reorder, _linear, _linear_binary):
         return None
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return None
     return _reorder(weight.contiguous(), _ROWS)
+
+
+def _is_float32_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32

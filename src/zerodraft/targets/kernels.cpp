@@ -1,0 +1,400 @@
+// The lean decode path's inner loops: matrix products on few rows, and all decoder layers of a pass in one call.
+//
+// Decoding reads every weight once a pass, so a product is as fast as memory if nothing else gets in its way. Weights
+// are kept in panels of 16 outputs, [panel][input][16]: a panel is one stream for the prefetcher, and one vector of it
+// serves all rows of the pass before the next one is read. One team of threads walks through all layers with barriers
+// in between; nothing is allocated.
+//
+// Legend: N rows of a pass (B sequences of T tokens), K inputs of a product, H hidden size, D head size, S slots of the
+// cache. Heads lie as in lean_weights.py: a rotary pair is two neighbouring elements, and norms' gains are in the
+// weights, so that a norm is one factor a row.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <omp.h>
+
+namespace {
+
+// How many rows and panels a tile has: as many sums as there are registers. How many vectors ahead to ask for weights:
+// with short vectors too few loads are under way at once to keep the memory busy.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12, kPanels = 2, kAhead = 0;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 6, kPanels = 1, kAhead = 32;
+#else
+constexpr int kLanes = 4, kRows = 4, kPanels = 1, kAhead = 32;
+#endif
+constexpr int kPanel = 16, kVectors = kPanel / kLanes;
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+// Relative error below 3e-7; 0 below -87, minus infinity included. Taylor's series around the nearest multiple of ln 2.
+inline Vector exp(Vector x) {
+  const Ints tiny = x < -87.0f;
+  x = tiny ? Vector{} : x;
+  const Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
+  const Vector n = shifted - 12582912.0f;
+  const Vector r = (x - n * 0.693145751953125f) - n * 1.42860682e-6f;
+  Vector p = r * (1.0f / 720) + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Ints scaled = (Ints)p + ((Ints)shifted << 23);
+  return tiny ? Vector{} : (Vector)scaled;
+}
+
+inline float sum(Vector v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+}
+
+inline float sum_of_squares(const float* x, int n) {
+  Vector squares{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vector v = load(x + i);
+    squares += v * v;
+  }
+  float total = sum(squares);
+  for (; i < n; i++) total += x[i] * x[i];
+  return total;
+}
+
+typedef Vector Sums[kRows][kPanels][kVectors];
+
+// sums[m][p] = sum over k of a[m * a_row + k * a_step] * w[p * w_panel + k * w_step + (0 .. 15)]
+template <int M, int P>
+inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* w, int64_t w_panel, int64_t w_step,
+                 int64_t k_count, Sums& sums) {
+  Vector s[M][P][kVectors] = {};
+  for (int64_t k = 0; k < k_count; k++) {
+    Vector row[P][kVectors];
+    if (kAhead)
+      for (int p = 0; p < P; p++) __builtin_prefetch(w + p * w_panel + (k + kAhead) * w_step);
+    for (int p = 0; p < P; p++)
+      for (int v = 0; v < kVectors; v++) row[p][v] = load(w + p * w_panel + k * w_step + v * kLanes);
+    for (int m = 0; m < M; m++) {
+      const float factor = a[m * a_row + k * a_step];
+      for (int p = 0; p < P; p++)
+        for (int v = 0; v < kVectors; v++) s[m][p][v] += factor * row[p][v];
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int p = 0; p < P; p++)
+      for (int v = 0; v < kVectors; v++) sums[m][p][v] = s[m][p][v];
+}
+
+// A tile of `rows` rows, at most M.
+template <int P, int M = kRows>
+inline void tile_of(int rows, const float* a, int64_t a_row, int64_t a_step, const float* w, int64_t w_panel,
+                    int64_t w_step, int64_t k_count, Sums& sums) {
+  if constexpr (M > 0) {
+    if (rows == M)
+      tile<M, P>(a, a_row, a_step, w, w_panel, w_step, k_count, sums);
+    else
+      tile_of<P, M - 1>(rows, a, a_row, a_step, w, w_panel, w_step, k_count, sums);
+  }
+}
+
+struct Range {
+  int64_t first, end;
+};
+
+// This thread's share of `count` pieces.
+inline Range share(int64_t count) {
+  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+// Rows of one tile after another of nearly the same size.
+inline int tile_rows(int64_t rows) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  return static_cast<int>((rows + tiles - 1) / tiles);
+}
+
+// x (N, K) by this thread's share of w's panels; `done(row, first output, how many, sums of the panel)` takes each piece.
+template <typename Done>
+inline void product(const float* x, int64_t n, int64_t k, const float* w, int64_t outputs, Done done) {
+  const Range mine = share((outputs + kPanel - 1) / kPanel);
+  const int step = tile_rows(n);
+  Sums sums;
+  for (int64_t panel = mine.first; panel < mine.end;) {
+    const int panels = std::min<int64_t>(kPanels, mine.end - panel);
+    for (int64_t row = 0; row < n; row += step) {
+      const int rows = static_cast<int>(std::min<int64_t>(step, n - row));
+      if (panels == kPanels)
+        tile_of<kPanels>(rows, x + row * k, k, 1, w + panel * k * kPanel, k * kPanel, kPanel, k, sums);
+      else
+        tile_of<1>(rows, x + row * k, k, 1, w + panel * k * kPanel, 0, kPanel, k, sums);
+      for (int m = 0; m < rows; m++)
+        for (int p = 0; p < panels; p++) {
+          const int64_t output = (panel + p) * kPanel;
+          done(row + m, output, std::min<int64_t>(kPanel, outputs - output), sums[m][p]);
+        }
+    }
+    panel += panels;
+  }
+}
+
+// Hands `done(place, value)` each of `count` values of a piece, as vectors where all 16 are there.
+template <typename Done>
+inline void each(const Vector* values, int64_t count, Done done) {
+  if (count == kPanel) {
+    for (int v = 0; v < kVectors; v++) done(v * kLanes, values[v]);
+  } else {
+    for (int64_t i = 0; i < count; i++) done(i, values[i / kLanes][i % kLanes]);
+  }
+}
+
+inline Vector at(const float* p, int64_t i, Vector) { return load(p + i); }
+inline float at(const float* p, int64_t i, float) { return p[i]; }
+inline void put(float* p, int64_t i, Vector v) { store(p + i, v); }
+inline void put(float* p, int64_t i, float v) { p[i] = v; }
+inline Vector silu(Vector x) { return x / (1.0f + exp(-x)); }
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+
+}  // namespace
+
+extern "C" {
+
+// What a layer is made of; products in panels. Null where there is none.
+struct Layer {
+  const float *qkv, *qkv_bias, *out, *out_bias, *gate, *gate_bias, *up, *up_bias, *down, *down_bias, *qk_gain;
+};
+
+struct Shape {
+  int64_t layers, hidden, inner, heads, kv_heads, head_dim;
+  float floor, head_floor, scale;
+};
+
+// One pass.
+struct Pass {
+  int64_t sequences, tokens, past, capacity, threads;
+  // No mask is given and each token sees what is before it.
+  int64_t causal;
+  // The first slot where a mask may differ from 0.
+  int64_t masked_from;
+  float* x;            // (N, H): in, out
+  const float* turns;  // (N, D / 2, 2): cosine and sine
+  float* kv;           // (layers, B, keys' then values' heads, capacity, D)
+  float* scratch;      // scratch_floats(...)
+};
+
+int64_t row_floats(const Shape* shape) {
+  const Shape& s = *shape;
+  return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner;
+}
+
+int64_t thread_floats(const Shape* shape, const Pass* pass) {
+  const int64_t rows = pass->sequences * pass->tokens;
+  return (rows + kPanel - 1) / kPanel * kPanel + kPanel * (shape->head_dim + pass->past + pass->tokens);
+}
+
+int64_t scratch_floats(const Shape* shape, const Pass* pass) {
+  return pass->sequences * pass->tokens * row_floats(shape) + pass->threads * thread_floats(shape, pass);
+}
+
+// out (N, outputs) = x @ w.T + bias, then nothing (0), silu (1), + other (2) or * other (3).
+void linear(const float* x, const float* w, const float* bias, const float* other, float* out, int64_t n, int64_t k,
+            int64_t outputs, int64_t after, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  product(x, n, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+    const int64_t start = row * outputs + first;
+    each(values, count, [&](int64_t i, auto value) {
+      if (bias) value += at(bias, first + i, value);
+      if (after == 1) value = silu(value);
+      if (after == 2) value += at(other, start + i, value);
+      if (after == 3) value *= at(other, start + i, value);
+      put(out, start + i, value);
+    });
+  });
+}
+
+// All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets the layer's input, or null.
+void forward(const Shape* shape, const Layer* layers, const Pass* pass, const float* const* masks, float* const* taps) {
+  const Shape& s = *shape;
+  const Pass& p = *pass;
+  const int64_t n = p.sequences * p.tokens, d = s.head_dim, group = s.heads / s.kv_heads, slots = p.past + p.tokens;
+  const int64_t qkv_heads = s.heads + 2 * s.kv_heads, qkv_width = qkv_heads * d, width = s.heads * d;
+  float* const qkv = p.scratch;
+  float* const attended = qkv + n * qkv_width;
+  float* const inner = attended + n * width;
+  float* const own = inner + n * s.inner;
+  const int64_t own_floats = thread_floats(shape, pass);
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    float* const factors = own + omp_get_thread_num() * own_floats;
+    float* const queries = factors + (n + kPanel - 1) / kPanel * kPanel;  // (D, 16)
+    float* const scores = queries + kPanel * d;                          // (S, 16)
+    Sums sums;
+
+    // every thread for itself: cheaper than waiting for each other
+    const auto norms = [&] {
+      for (int64_t row = 0; row < n; row++)
+        factors[row] = 1.0f / std::sqrt(sum_of_squares(p.x + row * s.hidden, s.hidden) + s.floor * s.floor);
+    };
+
+    for (int64_t index = 0; index < s.layers; index++) {
+      const Layer& layer = layers[index];
+      if (taps[index]) {
+        const Range mine = share(n * s.hidden);
+        std::copy(p.x + mine.first, p.x + mine.end, taps[index] + mine.first);
+      }
+      norms();
+      product(p.x, n, s.hidden, layer.qkv, qkv_width,
+              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+                const float factor = factors[row];
+                each(values, count, [&](int64_t i, auto value) {
+                  value *= factor;
+                  if (layer.qkv_bias) value += at(layer.qkv_bias, first + i, value);
+                  put(qkv, row * qkv_width + first + i, value);
+                });
+              });
+#pragma omp barrier
+      // queries and keys are normed and turned, keys and values go to the cache
+      const Range heads = share(n * qkv_heads);
+      for (int64_t piece = heads.first; piece < heads.end; piece++) {
+        const int64_t row = piece / qkv_heads, head = piece % qkv_heads;
+        const int64_t sequence = row / p.tokens, token = row % p.tokens;
+        float* const x = qkv + row * qkv_width + head * d;
+        float* to = x;
+        if (head >= s.heads)
+          to = p.kv + (((index * p.sequences + sequence) * 2 * s.kv_heads + head - s.heads) * p.capacity + p.past + token) * d;
+        if (head >= s.heads + s.kv_heads) {
+          std::copy(x, x + d, to);
+          continue;
+        }
+        if (layer.qk_gain) {
+          const float factor = 1.0f / std::sqrt(sum_of_squares(x, d) + s.head_floor * s.head_floor);
+          for (int64_t i = 0; i < d; i++) x[i] *= factor * layer.qk_gain[head * d + i];
+        }
+        const float* const turn = p.turns + row * d;
+        for (int64_t i = 0; i < d; i += 2) {
+          const float real = x[i], imaginary = x[i + 1];
+          to[i] = real * turn[i] - imaginary * turn[i + 1];
+          to[i + 1] = real * turn[i + 1] + imaginary * turn[i];
+        }
+      }
+#pragma omp barrier
+      // Attention: 16 queries that share a head of keys are the lanes, slots are the rows.
+      const int64_t all = p.tokens * group, blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
+      const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
+      for (int64_t piece = omp_get_thread_num(); piece < pieces; piece += threads) {
+        const int64_t sequence = piece / (s.kv_heads * blocks), kv_head = piece / blocks % s.kv_heads;
+        const int64_t first = piece % blocks * block, count = std::min(block, all - first);
+        if (count <= 0) continue;
+        const float* const keys =
+            p.kv + ((index * p.sequences + sequence) * 2 * s.kv_heads + kv_head) * p.capacity * d;
+        const float* const values = keys + s.kv_heads * p.capacity * d;
+        const auto token_of = [&](int64_t query) { return (first + query) / group; };
+        const auto head_of = [&](int64_t query) { return kv_head * group + (first + query) % group; };
+        const auto row_of = [&](int64_t query) { return sequence * p.tokens + token_of(query); };
+        const int64_t seen = p.causal ? p.past + token_of(count - 1) + 1 : slots;
+
+        std::fill(queries, queries + kPanel * d, 0.0f);
+        for (int64_t query = 0; query < count; query++) {
+          const float* const from = qkv + row_of(query) * qkv_width + head_of(query) * d;
+          for (int64_t i = 0; i < d; i++) queries[i * kPanel + query] = from[i] * s.scale;
+        }
+        for (int64_t slot = 0; slot < seen; slot += kRows) {
+          const int rows = static_cast<int>(std::min<int64_t>(kRows, seen - slot));
+          tile_of<1>(rows, keys + slot * d, d, 1, queries, 0, kPanel, d, sums);
+          for (int m = 0; m < rows; m++)
+            for (int v = 0; v < kVectors; v++) store(scores + (slot + m) * kPanel + v * kLanes, sums[m][0][v]);
+        }
+        for (int64_t query = 0; query < count; query++) {
+          float* const column = scores + query;
+          if (masks[index]) {
+            const float* const mask = masks[index] + row_of(query) * slots;
+            for (int64_t slot = p.masked_from; slot < seen; slot++) column[slot * kPanel] += mask[slot];
+          } else if (p.causal) {
+            for (int64_t slot = p.past + token_of(query) + 1; slot < seen; slot++) column[slot * kPanel] = -INFINITY;
+          }
+        }
+        Vector inverse[kVectors];
+        for (int v = 0; v < kVectors; v++) {
+          float* const column = scores + v * kLanes;
+          Vector most = load(column), total{};
+          for (int64_t slot = 1; slot < seen; slot++) {
+            const Vector score = load(column + slot * kPanel);
+            most = score > most ? score : most;
+          }
+          for (int64_t slot = 0; slot < seen; slot++) {
+            const Vector chance = exp(load(column + slot * kPanel) - most);
+            total += chance;
+            store(column + slot * kPanel, chance);
+          }
+          inverse[v] = 1.0f / total;
+        }
+        // (queries, S) by (S, D)
+        for (int64_t query = 0; query < count; query += kRows) {
+          const int rows = static_cast<int>(std::min<int64_t>(kRows, count - query));
+          for (int64_t i = 0; i < d; i += kPanel) {
+            tile_of<1>(rows, scores + query, 1, kPanel, values + i, 0, d, seen, sums);
+            for (int m = 0; m < rows; m++) {
+              const int64_t lane = query + m;
+              const float factor = inverse[lane / kLanes][lane % kLanes];
+              float* const to = attended + row_of(lane) * width + head_of(lane) * d + i;
+              for (int v = 0; v < kVectors; v++) store(to + v * kLanes, sums[m][0][v] * factor);
+            }
+          }
+        }
+      }
+#pragma omp barrier
+      product(attended, n, width, layer.out, s.hidden,
+              [&](int64_t row, int64_t first, int64_t count, const Vector* sums) {
+                float* const to = p.x + row * s.hidden + first;
+                each(sums, count, [&](int64_t i, auto value) {
+                  if (layer.out_bias) value += at(layer.out_bias, first + i, value);
+                  put(to, i, value + at(to, i, value));
+                });
+              });
+#pragma omp barrier
+      norms();
+      product(p.x, n, s.hidden, layer.gate, s.inner,
+              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+                const float factor = factors[row];
+                each(values, count, [&](int64_t i, auto value) {
+                  value *= factor;
+                  if (layer.gate_bias) value += at(layer.gate_bias, first + i, value);
+                  put(inner, row * s.inner + first + i, silu(value));
+                });
+              });
+      // the same thread has the same panels again
+      product(p.x, n, s.hidden, layer.up, s.inner,
+              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+                const float factor = factors[row];
+                float* const to = inner + row * s.inner + first;
+                each(values, count, [&](int64_t i, auto value) {
+                  value *= factor;
+                  if (layer.up_bias) value += at(layer.up_bias, first + i, value);
+                  put(to, i, value * at(to, i, value));
+                });
+              });
+#pragma omp barrier
+      product(inner, n, s.inner, layer.down, s.hidden,
+              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+                float* const to = p.x + row * s.hidden + first;
+                each(values, count, [&](int64_t i, auto value) {
+                  if (layer.down_bias) value += at(layer.down_bias, first + i, value);
+                  put(to, i, value + at(to, i, value));
+                });
+              });
+#pragma omp barrier
+    }
+  }
+}
+
+// The number of floats that vectors of this build hold.
+int64_t lanes() { return kLanes; }
+
+}  // extern "C"
