@@ -242,7 +242,8 @@ def make_decoder(
         tree: Verify a tree rather than a path.
         search: Look for paths among the candidates rather than take each position's first.
         adaptive: Drafts as long as they pay by measured costs, rather than always the drafter's longest.
-        lean: The packed decoding path where it fits the model, rather than the model's own forward pass.
+        lean: The decoding path that is made for the model and machine if there is one (packed weights on a CPU, CUDA
+            graphs), rather than the model's own forward pass.
     """
     from zerodraft.decoding.huggingface import DiffuSpec
     from zerodraft.decoding.lengths import CostAwareLength, CostAwareTree, FixedLength
@@ -250,6 +251,7 @@ def make_decoder(
     from zerodraft.decoding.search import SearchConfig
     from zerodraft.drafters.hybrid import HybridDrafter
     from zerodraft.drafters.lookup import PromptLookupDrafter
+    from zerodraft.targets.graphed import graphed_target
     from zerodraft.targets.lean import lean_target
 
     if hybrid and not isinstance(drafter, PromptLookupDrafter):
@@ -260,13 +262,14 @@ def make_decoder(
     if search and tree:
         config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
         length = CostAwareTree(k=k, rest=not isinstance(drafter, HybridDrafter))
+    fast = (make for make in (lean_target, graphed_target) if lean and make(model) is not None)
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,
         length=length if adaptive else FixedLength(k),
         search=config,
         tree=tree,
-        make_target=lean_target if lean and lean_target(model) is not None else None,
+        make_target=next(fast, None),
         trace=trace,
     )
 

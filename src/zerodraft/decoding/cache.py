@@ -60,12 +60,13 @@ class DraftLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         if end > self.keys.shape[2]:
-            self._grow(max(end, self.extent.capacity, 2 * self.keys.shape[2]))
+            self.grow(max(end, self.extent.capacity, 2 * self.keys.shape[2]))
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _grow(self, capacity: int) -> None:
+    def grow(self, capacity: int) -> None:
+        """Room for so many columns; what lies behind the text is not kept."""
         start = self.extent.start
         for name in ("keys", "values"):
             old = getattr(self, name)
@@ -87,7 +88,7 @@ class DraftLayer(CacheLayerMixin):
     def load(self, keys: Float[Tensor, "B h S d"], values: Float[Tensor, "B h S e"], columns: int) -> None:
         """Take over the last states of a text of `columns` tokens; of the earlier ones no window has any use."""
         self.lazy_initialization(keys, values)
-        self._grow(max(columns, self.extent.capacity))
+        self.grow(max(columns, self.extent.capacity))
         assert self.keys is not None
         assert self.values is not None
         first = columns - keys.shape[2]
