@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.decoding.drafters import NoisyDrafter
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
-from zerodraft.drafters.hybrid import FIRST_RATES, CopyTrust, HybridDrafter, Trial, copy
+from zerodraft.drafters.hybrid import FIRST_RATES, CopyTrust, HybridDrafter, HybridSession, Trial, copy
 
 
 def plain_copy(text: list[int], length: int, max_ngram: int) -> tuple[list[int], int]:
@@ -112,6 +112,37 @@ def test_slow_first_steps_are_forgotten() -> None:
         trial.learn(asked[-1], 1 + asked[-1], 50.0 if step < 4 else 1.0)
     assert sum(asked[:12]) == 6  # both in turn
     assert np.mean(asked[20:]) > 0.9
+
+
+def test_a_plain_step_teaches_nothing() -> None:
+    session = start([3, 9, 8, 7, 3], least_gain=None)
+    assert isinstance(session, HybridSession)
+    session.propose([6])
+    session.observe([Progress(torch.tensor([9, 8, 4]), None)])
+    trial, (row,) = session.drafter.trial, session.rows
+    known = (list(trial.steps), session.gain, row.trust.rates(1, 12).tolist())
+    assert sum(trial.steps) == 1
+    session.observe([Progress(torch.tensor([9]), None)])  # no draft before it
+    assert (list(trial.steps), session.gain, row.trust.rates(1, 12).tolist()) == known
+    assert row.text.tokens[-4:].tolist() == [9, 8, 4, 9]
+
+
+def test_the_trial_is_of_whole_steps() -> None:
+    other = NoisyDrafter([range(80)] * 3, 100, right=1.0, max_length=4)
+    drafter = HybridDrafter(other=other, max_length=6)
+    session = drafter.start(3, torch.device("cpu"), None)
+    session.observe([Progress(torch.tensor([5, 6, 7]), None)] * 3)
+    for token in range(10, 10 + 2 * drafter.trial.cold):
+        session.propose([6] * 3)
+        session.observe([Progress(torch.tensor([token]), None)] * 3)
+    steps = sum(drafter.trial.steps)
+    # the first row has ended, the others bring 2 + 3 tokens: one step, asked or not for all of them
+    for new in ([[], [20, 21], [30, 31, 32]], [[], [22], [33, 34, 35, 36]]):
+        lattices = session.propose([0, 6, 6])
+        assert not len(lattices[0])
+        session.observe([Progress(torch.tensor(tokens, dtype=torch.long), None) for tokens in new])
+    assert sum(drafter.trial.steps) == steps + 2
+    assert drafter.trial.tokens == [5.0, 5.0]
 
 
 def test_nothing_is_wanted() -> None:

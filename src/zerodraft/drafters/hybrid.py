@@ -133,10 +133,8 @@ class _Row:
     trust: CopyTrust = field(default_factory=CopyTrust)
     copied: Int64[np.ndarray, " n"] = field(default_factory=lambda: np.empty(0, np.int64))
     agreement: int = 0
-    open: bool = False
-    """The copy leaves something to gain."""
     drafted: bool = False
-    """And the other drafter was asked."""
+    """The other drafter was asked."""
 
 
 class HybridSession:
@@ -146,12 +144,15 @@ class HybridSession:
         self.drafter, self.other = drafter, other
         self.rows = [_Row() for _ in range(batch)]
         self.gain = 0.8
-        self._step_began: float | None = None
+        self._began = 0.0
+        # in this step; None where copies left nothing to gain, or nothing was drafted at all
+        self._asked: bool | None = None
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""
-        if self._step_began is not None and self.rows[0].open:
-            self.drafter.trial.learn(self.rows[0].drafted, len(progress[0].tokens), perf_counter() - self._step_began)
+        if self._asked is not None:
+            brought = sum(len(news.tokens) for news in progress)
+            self.drafter.trial.learn(self._asked, brought, perf_counter() - self._began)
         for row, news in zip(self.rows, progress, strict=True):
             tokens = news.tokens.cpu().numpy()
             if len(tokens):
@@ -159,16 +160,24 @@ class HybridSession:
                 if row.drafted and not (len(row.copied) and row.copied[0] == tokens[0]):
                     self.gain += 0.02 * (len(tokens) - 1 - self.gain)
                 row.text.append(tokens)
+            # the next step may be plain, and has nothing to teach then
+            row.copied, row.drafted = row.copied[:0], False
+        self._asked = None
         self.other.observe(progress)
 
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """A copy and a draft for each row, side by side, or one of them."""
-        self._step_began = perf_counter()
+        self._began = perf_counter()
+        # all rows share a pass of the other drafter
+        ask = self.drafter.least_gain is not None or self.drafter.trial.choose()
         copies, asked = [], []
         for row, length in zip(self.rows, lengths, strict=True):
             row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
             rates = row.trust.rates(row.agreement, len(row.copied)) if len(row.copied) else np.empty(0)
-            row.drafted = self._worth_it(row, rates)
+            gains = length > 0 and self._gains(rates)
+            if gains:
+                self._asked = ask
+            row.drafted = gains and ask
             asked.append(min(length, self.drafter.other.max_length) if row.drafted else 0)
             copies.append(_chain(row.copied, rates))
         if not any(asked):
@@ -176,11 +185,10 @@ class HybridSession:
         drafts = self.other.propose(asked)
         return [_beside(draft, copied) for draft, copied in zip(drafts, copies, strict=True)]
 
-    def _worth_it(self, row: _Row, rates: Float64[np.ndarray, " k"]) -> bool:
-        """Whether to ask the other drafter beside a copy with these rates."""
+    def _gains(self, rates: Float64[np.ndarray, " k"]) -> bool:
+        """Whether a copy with these rates leaves enough to gain to ask the other drafter beside it."""
         least = LEAST_GAIN if self.drafter.least_gain is None else self.drafter.least_gain
-        row.open = float(1 - rates[:1].sum()) * self.gain >= least * float(1 + rates.cumprod().sum())
-        return row.open and (self.drafter.least_gain is not None or self.drafter.trial.choose())
+        return float(1 - rates[:1].sum()) * self.gain >= least * float(1 + rates.cumprod().sum())
 
 
 def _chain(tokens: Int64[np.ndarray, " k"], rates: Float64[np.ndarray, " k"]) -> Lattice:
