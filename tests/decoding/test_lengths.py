@@ -238,3 +238,34 @@ def test_a_tree_of_nothing_is_bad() -> None:
     for bad in ({"k": 0}, {"explore": 1}, {"keep": 0.0}):
         with pytest.raises(ZerodraftError, match=next(iter(bad))):
             CostAwareTree(**bad)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_rows_of_a_batch_try_the_same_in_the_same_step(rows: int) -> None:
+    chances, parent = 0.7 ** np.arange(1, 13), CostAwareTree(k=4, explore=8)
+    trees = [parent.fresh() for _ in range(rows)]
+    plain = np.zeros(rows)
+    for _ in range(160):
+        asked = [tree.next_length() for tree in trees]
+        sizes = [tree.worth(chances) if k else 0 for tree, k in zip(trees, asked, strict=True)]
+        trees[0].observe_cost("draft", max(asked), 0.005)
+        trees[0].observe_cost("verify", max(asked), 0.1)
+        trees[0].observe_cost("score", max(sizes), 0.05 * (1 + 0.01 * max(sizes)))
+        for tree, k in zip(trees, asked, strict=True):
+            if k:
+                tree.update(k, k, 2)
+        plain += [k == 0 for k in asked]
+    assert plain.tolist() == [160 // 8] * rows
+    assert all(parent._costs.measured("score", n) for n in (0, 1, 3, 7, 12))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_all_lengths_are_measured_in_a_batch(rows: int) -> None:
+    parent = CostAwareLength(k_max=16)
+    lengths = [parent.fresh() for _ in range(rows)]
+    for _ in range(40):
+        asked = [length.next_length() for length in lengths]
+        lengths[0].observe_cost("verify", max(asked), 0.05)
+        for length, k in zip(lengths, asked, strict=True):
+            length.update(k, k, k // 2)
+    assert all(parent._costs.measured("verify", k) for k in (0, 1, 2, 4, 8, 16))

@@ -6,7 +6,8 @@ step costs on this machine, because the engine tells them, and take the length o
 that promise the most tokens per second.
 
 A controller is one row's. `fresh` gives another row, or the next call, its own with the same settings; what was learnt
-about costs is shared.
+about costs is shared, and so is the clock by which lengths are tried: a step costs what its longest row makes it cost,
+so rows try the same thing in the same step.
 """
 
 from collections import deque
@@ -41,7 +42,7 @@ class DraftLength(Protocol):
 
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
         """Take note of what a step cost whose row asked for k positions, or (`"score"`) whose draft had k nodes (of a
-        batch: the most of any row)."""
+        batch: the most of any row, told to one of them). Each step has one `"verify"` and one `"score"`."""
         ...
 
     def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
@@ -210,7 +211,7 @@ class CostAwareLength:
     _costs: Costs = field(default_factory=Costs, init=False)
     _all: Acceptance = field(init=False)
     _row: Acceptance = field(init=False)
-    _clock: list[int] = field(default_factory=lambda: [0], init=False)
+    _clock: list[int] = field(default_factory=lambda: [1], init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.k_min <= self.k_max or not self.k_max:
@@ -238,7 +239,6 @@ class CostAwareLength:
         return self.k_min + int(promise[self.k_min :].argmax())
 
     def next_length(self) -> int:
-        self._clock[0] += 1
         step = self._clock[0]
         grid = [k for k in sorted({self.k_max, *(1 << i for i in range(6)), 0}) if self.k_min <= k <= self.k_max]
         unknown = [k for k in grid if not self._costs.measured("verify", k)]
@@ -258,6 +258,8 @@ class CostAwareLength:
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
         if kind != "score":
             self._costs.observe(kind, min(k, self.k_max), seconds)
+        if kind == "verify":
+            self._clock[0] += 1
 
     def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
         """All: the length is what this one decides."""
@@ -308,7 +310,7 @@ class CostAwareTree:
     keep: float = 0.98
     _costs: Costs = field(default_factory=Costs, init=False)
     _promises: Promises = field(init=False)
-    _clock: list[int] = field(default_factory=lambda: [0], init=False)
+    _clock: list[int] = field(default_factory=lambda: [1], init=False)
     _hoped: float = field(default=0.0, init=False)
     _nodes: int = field(default=0, init=False)
 
@@ -327,7 +329,6 @@ class CostAwareTree:
         return other
 
     def next_length(self) -> int:
-        self._clock[0] += 1
         self._hoped, self._nodes = 0.0, 0
         explore = self._clock[0] % self.explore == 0
         return self.k if (not self.rest or self.pays()) != explore else 0
@@ -364,3 +365,5 @@ class CostAwareTree:
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
         if kind != "verify":
             self._costs.observe(kind, k, seconds)
+        if kind == "score":
+            self._clock[0] += 1
