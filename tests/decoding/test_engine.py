@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.decoding.drafters import NoisyDrafter
 from tests.ztt.tiny import randomise
+from zerodraft.decoding.engine import Text
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import FixedLength
@@ -26,7 +27,8 @@ from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
 
 V, NEW = 4, 3
-PROMPT = torch.tensor([[1, 3, 0, 2]])
+# it lacks tokens: what processors make of a token then depends on whether a draft holds it
+PROMPT = torch.tensor([[1, 1]])
 
 
 class Enumerator:
@@ -171,6 +173,16 @@ def test_a_wrong_rule_would_be_noticed() -> None:
     model, credulous = model_of(), Credulous()
     found = credulous.run(lambda: decode(model, credulous, "sampled path", {}))
     assert distance(found, exact(model, {})) > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processors_blind_to_the_draft_would_be_noticed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = Text.ids
+    monkeypatch.setattr(Text, "ids", lambda text, length: ids(text, min(length, text.length)))
+    model, enumerator = model_of(), Enumerator()
+    found = enumerator.run(lambda: decode(model, enumerator, kind, OPTIONS["penalty"]))
+    monkeypatch.undo()
+    assert distance(found, exact(model, OPTIONS["penalty"])) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
