@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.saved import save_ztt
 from zerodraft.cli.main import main
 
 
@@ -68,6 +69,24 @@ def test_evaluation(
     assert 1 <= result["mat"] <= 4
     assert np.allclose(np.sum(result["ranks"], axis=1), 1)
     assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_drafter_for_a_zero_token_transformer(
+    completions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1")
+    target, out = save_ztt(tmp_path / "ztt", tokenizer), tmp_path / "run"
+    words = f"train-drafter --target {target} --data {completions} --out {out} --drafter.layers 2"
+    words += " --drafter.block-size 3 --held-back.sequences 3 --training.steps 2 --training.warmup-steps 1"
+    assert main(words.split()) == 0
+    capsys.readouterr()
+    words = f"generate --target {target} --drafter {out / 'model'} --max-new-tokens 8 --compare --json w3"
+    assert main([*words.split()]) == 0
+    result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert result["equal"]
+    assert main(f"eval-drafter {out / 'model'} --target {target} --data {completions} --limit 2".split()) == 0
 
 
 def test_bad_input(drafter: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

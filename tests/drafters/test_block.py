@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.drafters.driving import drafts
+from zerodraft import ZttConfig, ZttForCausalLM
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter
@@ -190,3 +191,13 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_too_many_layers_are_refused() -> None:
     with pytest.raises(ZerodraftError, match="9 layers was asked for, the target has 4"):
         drafter_from_target(TARGETS["llama"](), num_layers=9)
+
+
+def test_layers_of_a_cycled_target_are_those_that_run_last() -> None:
+    torch.manual_seed(0)
+    base = LlamaConfig(**SIZES | {"num_hidden_layers": 3})
+    target = ZttForCausalLM(ZttConfig(base_config=base, head_layers=1, tail_layers=1, cycles=3))
+    drafter = drafter_from_target(target, num_layers=4)
+    assert drafter.config.layers == [1, 2, 3, 4]
+    for layer, stored in zip(drafter.layers, (1, 1, 1, 2), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, target.get_decoder().layers[stored].mlp.up_proj.weight)

@@ -133,8 +133,6 @@ def test_only_dflash_drafters_are_exported(target: LlamaForCausalLM, folder: Pat
 def test_masks_are_a_token_that_no_text_holds(folder: Path) -> None:
     completions = read_completions([folder / "data"])
     assert unused_token(completions, VOCABULARY) == 63
-    with pytest.raises(ZerodraftError, match="from another model"):
-        unused_token(completions, 20)
 
 
 def test_settings_of_other_drafters_are_refused(folder: Path) -> None:

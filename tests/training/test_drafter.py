@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_targe
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.acceptance import measure_acceptance
 from zerodraft.training.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor
-from zerodraft.training.completions import read_completions
+from zerodraft.training.completions import check_vocabulary, read_completions
 from zerodraft.training.drafter import frequent_tokens, train_drafter
 from zerodraft.training.drafter_recipe import load_drafter_recipe
 from zerodraft.training.drafter_run import split_completions
@@ -92,6 +93,71 @@ def test_features_need_room(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ZerodraftError, match="GB are free"):
         FeatureCache(target, read_completions(completions_folder), [1], tmp_path / "small")
+
+
+def test_a_resumed_cache_needs_room_for_the_rest(
+    features: FeatureCache, target: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(23):
+        features[i]
+    rest = 2 * int(features.completions.lengths[23]) * 3 * 32
+    for free in (rest, rest - 1):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free})())
+        if free == rest:
+            FeatureCache(target, features.completions, features.taps, tmp_path / "features")
+        else:
+            with pytest.raises(ZerodraftError, match="GB are free"):
+                FeatureCache(target, features.completions, features.taps, tmp_path / "features")
+
+
+@pytest.mark.parametrize("key", [None, "[1]", '{"shape": 3}'])
+def test_a_folder_of_someone_else_is_left_alone(
+    features: FeatureCache, target: LlamaForCausalLM, tmp_path: Path, key: str | None
+) -> None:
+    folder = tmp_path / "thesis"
+    (folder / "chapters").mkdir(parents=True)
+    (folder / "chapters" / "one.tex").write_text("years of work")
+    if key is not None:
+        (folder / "key.json").write_text(key)
+    with pytest.raises(ZerodraftError, match="holds other files"):
+        FeatureCache(target, features.completions, features.taps, folder)
+    assert (folder / "chapters" / "one.tex").read_text() == "years of work"
+
+
+def test_only_the_caches_own_files_are_replaced(
+    features: FeatureCache, target: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    (tmp_path / "features" / "notes.txt").write_text("mine")
+    anew = FeatureCache(target, features.completions, [1], tmp_path / "features")
+    assert anew[0].shape[1] == 1
+    assert (tmp_path / "features" / "notes.txt").read_text() == "mine"
+
+
+def test_a_cache_that_was_cut_off_is_made_anew(
+    features: FeatureCache, target: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    features[0]
+    (tmp_path / "features" / "states.f16").write_bytes(b"")
+    assert FeatureCache(target, features.completions, features.taps, tmp_path / "features").share_done == 0
+
+
+def test_states_are_on_the_disk_before_they_count(features: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    done_at_flush = []
+    monkeypatch.setattr(type(features._states), "flush", lambda self: done_at_flush.append(int(features._done[0])))
+    features[0]
+    assert done_at_flush == [0]
+    assert features._done[0] == 1
+
+
+def test_targets_that_give_all_logits(features: FeatureCache, target: LlamaForCausalLM, tmp_path: Path) -> None:
+    class Plain(LlamaForCausalLM):
+        def forward(self, input_ids, output_hidden_states=False, use_cache=True):
+            return super().forward(input_ids, output_hidden_states=output_hidden_states, use_cache=use_cache)
+
+    plain = Plain(target.config).eval()
+    plain.load_state_dict(target.state_dict())
+    other = FeatureCache(plain, features.completions, features.taps, tmp_path / "plain")
+    assert torch.equal(other[0], features[0])
 
 
 def test_blocks_against_a_loop(features: FeatureCache) -> None:
@@ -218,8 +284,9 @@ def test_frequent_tokens(completions_folder: Path) -> None:
             counts[token] += 1
     chosen = frequent_tokens(completions, range(24), 10, VOCABULARY).numpy()
     assert counts[chosen].sum() == np.sort(counts)[-10:].sum()
+    check_vocabulary(completions, VOCABULARY)
     with pytest.raises(ZerodraftError, match="another model"):
-        frequent_tokens(completions, range(24), 10, 40)
+        check_vocabulary(completions, 40)
 
 
 def recipe(target_folder: Path, completions_folder: Path, out: Path, **training):
@@ -272,6 +339,42 @@ def test_a_drafter_without_coupling_gets_one(target_folder: Path, completions_fo
     weights = new.state_dict()
     assert set(weights) - set(old.state_dict()) == {name for name in weights if name.startswith("coupling.")}
     assert all(torch.allclose(weights[name], weight, atol=1e-6) for name, weight in old.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.anchors", 0),
+        ("loss.decay", 0),
+        ("drafter.block_size", 0),
+        ("drafter.layers", 0),
+        ("drafter.draft_vocab", -1),
+        ("held_back.sequences", 0),
+        ("training.steps", 0),
+        ("training.batch_size", 0),
+        ("training.learning_rate", float("nan")),
+    ],
+)
+def test_settings_that_train_nothing(key: str, value: float) -> None:
+    with pytest.raises(ZerodraftError, match=key.replace(".", r"\.") + " is"):
+        load_drafter_recipe(None, {"target": "x", "data": ["y"], "out": "z", key: value})
+
+
+def test_a_batch_of_more_sequences_than_there_are(
+    target_folder: Path, completions_folder: Path, tmp_path: Path
+) -> None:
+    settings = recipe(target_folder, completions_folder, tmp_path / "run", batch_size=21)
+    with pytest.raises(ZerodraftError, match="only 20 to train on"):
+        train_drafter(settings, callbacks=[])
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_damaged_target_is_one_sentence(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(target_folder, damaged)
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ZerodraftError, match="could not be loaded"):
+        train_drafter(recipe(damaged, completions_folder, tmp_path / "run"), callbacks=[])
 
 
 def test_only_cached_completions(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_full_attention(masking: str, target_folder: Path, completions_folder: P
 
 
 def test_what_does_not_fit_is_refused(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ZerodraftError, match=r"masked\.decay 0"):
+    with pytest.raises(ZerodraftError, match=r"masked\.decay is 0"):
         recipe(target_folder, completions_folder, tmp_path / "x", **{"masked.decay": 0.0})
     other = tmp_path / "other"
     other.mkdir()

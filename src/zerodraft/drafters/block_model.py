@@ -30,6 +30,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.config import ZttConfig
 
 
 class BlockDrafterConfig(PreTrainedConfig):
@@ -314,7 +315,11 @@ def last_layers(target: PreTrainedModel, count: int) -> list[nn.Module]:
     most = target.config.get_text_config().num_hidden_layers
     if not 1 <= count <= most:
         raise ZerodraftError(f"A drafter of {count} layers was asked for, the target has {most}: choose 1 to {most}.")
-    return list(getattr(target.get_decoder(), "layers", []))[-count:]
+    stored = list(getattr(target.get_decoder(), "layers", []))
+    if stored and isinstance(target.config, ZttConfig):
+        # cycled layers count as often as they run
+        stored = [stored[step.layer] for step in target.config.steps()]
+    return stored[-count:]
 
 
 @torch.no_grad()
@@ -373,7 +378,7 @@ def drafter_from_target(
         copy_layers(drafter, target, sources)
         # only the known token's slot starts with anything of its own: the embedding, at its usual size
         embedding: Any = target.get_input_embeddings()
-        usual = embedding.weight.float().pow(2).mean(1).sqrt().mean()
+        usual = embedding.weight.float().pow(2).mean(1).sqrt().mean().item()
         drafter.slots.weight.zero_()
         drafter.slots.weight[: config.hidden_size, config.hidden_size :] = usual * torch.eye(config.hidden_size)
     return drafter

@@ -97,6 +97,16 @@ def read_completions(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[
     return Completions(shards)
 
 
+def check_vocabulary(completions: Completions, size: int) -> None:
+    """Raises `ZerodraftError` if a token is beyond a vocabulary of `size`."""
+    largest = max(int(completions[i][0].max()) for i in range(len(completions)))
+    if largest >= size:
+        raise ZerodraftError(
+            f"The completions hold token {largest}, the target's vocabulary has {size}: they are from another model; "
+            "give completions of this target, or the target that wrote them."
+        )
+
+
 def read_shard(index: Path) -> Shard:
     """Reads one shard by its `.jsonl` file."""
     lengths, prompts, temperatures, sources = [], [], [], []

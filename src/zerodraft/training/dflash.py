@@ -19,6 +19,7 @@ from zerodraft.training.completions import Completions
 from zerodraft.training.drafter import train_drafter
 from zerodraft.training.drafter_recipe import DrafterRecipe
 from zerodraft.training.recipe import read_recipe
+from zerodraft.training.strict import check_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,9 @@ class DFlashShape:
     """The token that stands for a mask; the default is the last one that the completions do not hold."""
     start: str | None = None
     """Continue from this drafter (a folder in any DFlash layout) instead of from the target's layers."""
+
+    def __post_init__(self) -> None:
+        check_least("drafter", self, layers=1, block_size=1, taps=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +77,5 @@ def unused_token(completions: Completions, vocabulary: int) -> int:
     counts = np.zeros(vocabulary, np.int64)
     for i in range(len(completions)):
         tokens, _ = completions[i]
-        if tokens.max() >= vocabulary:
-            raise ZerodraftError(
-                f"The completions hold token {tokens.max()}, the target's vocabulary has {vocabulary}: they are from "
-                "another model."
-            )
         counts += np.bincount(tokens, minlength=vocabulary)
     return int(vocabulary - 1 - np.argmin(counts[::-1]))

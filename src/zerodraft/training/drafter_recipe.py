@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from zerodraft.errors import ZerodraftError
 from zerodraft.training.blocks import Label
 from zerodraft.training.recipe import TrainingRecipe, read_recipe
+from zerodraft.training.strict import check_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +29,9 @@ class BlockRecipe:
     start: str | None = None
     """Continue from this drafter (a folder) instead of from the target's layers."""
 
+    def __post_init__(self) -> None:
+        check_least("drafter", self, layers=1, block_size=1, draft_vocab=0, coupling=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLossRecipe:
@@ -39,6 +44,11 @@ class BlockLossRecipe:
     anchors: int = 32
     """Blocks per sequence and step."""
 
+    def __post_init__(self) -> None:
+        check_least("loss", self, anchors=1)
+        if not 0 < self.decay <= 1:
+            raise ZerodraftError(f"loss.decay is {self.decay}; it must be above 0 and at most 1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldBackRecipe:
@@ -48,6 +58,9 @@ class HeldBackRecipe:
     """How many greedy completions are kept back."""
     measured: int = 16
     """How many of them an evaluation during training judges; the end judges all."""
+
+    def __post_init__(self) -> None:
+        check_least("held_back", self, sequences=1, measured=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.base import RecipeTrainer, training_arguments
 from zerodraft.training.callbacks import ProgressBar
-from zerodraft.training.completions import Completions, read_completions
+from zerodraft.training.completions import Completions, check_vocabulary, read_completions
 from zerodraft.training.run import check_folder, provenance, save_model, start_folder, write_json
+from zerodraft.ztt.loading import load_pretrained
 
 SHORTEST = 12
 """Completions of fewer tokens are left out."""
@@ -107,6 +108,7 @@ class DrafterRun:
     recipe: Any
     folder: Path
     checkpoint: str | None
+    arguments: TrainingArguments
     completions: Completions
     target: Any
     train: list[int]
@@ -128,9 +130,17 @@ class DrafterRun:
             blocks: that are learned from in a pass over one sequence.
             callbacks: instead of the progress bar.
             **options: of the trainer class.
+
+        Raises:
+            ZerodraftError: too few sequences for one batch, or a loss that is not finite.
         """
-        recipe, folder = self.recipe, self.folder
-        arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
+        recipe, folder, arguments = self.recipe, self.folder, self.arguments
+        needed = recipe.training.batch_size * arguments.world_size
+        if len(self.train) < needed:
+            raise ZerodraftError(
+                f"A batch takes {needed} sequences (training.batch_size of each process), but there are only "
+                f"{len(self.train)} to train on: distil more, or lower training.batch_size."
+            )
         resumed_step = int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else 0
         log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
         per_step = recipe.training.batch_size * recipe.training.accumulation * arguments.world_size * blocks
@@ -183,7 +193,10 @@ def prepare(recipe: Any, resume: bool) -> DrafterRun:
     folder = Path(recipe.out)
     checkpoint = check_folder(folder, recipe, resume)
     completions = read_completions([os.path.expandvars(path) for path in recipe.data])
-    target = AutoModelForCausalLM.from_pretrained(resolve(recipe.target), dtype=torch.float32).eval()
+    arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
+    target: Any = load_pretrained(AutoModelForCausalLM, resolve(recipe.target), dtype=torch.float32)
+    check_vocabulary(completions, target.get_input_embeddings().weight.shape[0])
     train, held_back = split_completions(completions, recipe.held_back.sequences, recipe.seed)
     set_seed(recipe.seed)
-    return DrafterRun(recipe, folder, checkpoint, completions, target, train, held_back)
+    target = target.to(arguments.device).eval()
+    return DrafterRun(recipe, folder, checkpoint, arguments, completions, target, train, held_back)

@@ -23,7 +23,6 @@ from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked import MaskedDrafter, token_log_q
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
-from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.completions import Completions
 from zerodraft.training.drafter_run import HeldBackTrainer, prepare
@@ -217,11 +216,6 @@ class MaskedTrainer(HeldBackTrainer):
         recipe, model = self.masked, self.model
         config: Any = model.config  # pyright: ignore[reportOptionalMemberAccess]  # the Trainer always has one
         array, prompt_length = self.completions[index]
-        if array.max() >= self.vocab_size:
-            raise ZerodraftError(
-                f"The completions hold token {array.max()}, the target's vocabulary has {self.vocab_size}: they are "
-                "from another model."
-            )
         tokens, dice = torch.from_numpy(array), torch.Generator().manual_seed(seed)
         if recipe.masking == "ratio":
             return ratio_example(tokens, prompt_length, config.mask_token_id, config.shifted, dice)

@@ -12,6 +12,7 @@ from zerodraft.drafters.masked_model import Take
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.drafter_recipe import BlockTrainingRecipe, HeldBackRecipe
 from zerodraft.training.recipe import read_recipe
+from zerodraft.training.strict import check_least
 
 Masking = Literal["blocks", "block", "ratio"]
 
@@ -36,6 +37,11 @@ class MaskedRecipe:
     """Position j of a block weighs decay to the power j."""
     start: str | None = None
     """Continue from this masked diffusion model (a folder) instead of from the target's layers."""
+
+    def __post_init__(self) -> None:
+        check_least("masked", self, layers=0, block_size=1, blocks=1)
+        if not 0 < self.decay <= 1:
+            raise ZerodraftError(f"masked.decay is {self.decay}; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +74,6 @@ class MaskedDrafterRecipe:
     masked: MaskedRecipe = field(default_factory=MaskedRecipe)
     held_back: HeldBackRecipe = field(default_factory=HeldBackRecipe)
     training: MaskedTrainingRecipe = field(default_factory=MaskedTrainingRecipe)
-
-    def __post_init__(self) -> None:
-        if self.masked.block_size < 1 or self.masked.blocks < 1 or not 0 < self.masked.decay <= 1:
-            raise ZerodraftError(
-                f"masked.block_size is {self.masked.block_size}, masked.blocks {self.masked.blocks} and masked.decay "
-                f"{self.masked.decay}; expected at least 1, at least 1, and a number above 0 and at most 1."
-            )
 
 
 def load_masked_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> MaskedDrafterRecipe:

@@ -6,6 +6,7 @@ docstrings are the help texts of the command line.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from zerodraft.errors import ZerodraftError
-from zerodraft.training.strict import did_you_mean, from_mapping
+from zerodraft.training.strict import check_least, did_you_mean, from_mapping
 
 T = TypeVar("T")
 
@@ -174,6 +175,13 @@ class TrainingRecipe:
     """Train on the CPU even if there is an accelerator."""
     tensorboard: bool = True
     """Write TensorBoard logs if tensorboard is installed."""
+
+    def __post_init__(self) -> None:
+        counts = {"steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1, "keep_checkpoints": 1}
+        zero_or_more = ("max_minutes", "warmup_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm")
+        check_least("training", self, **counts, **dict.fromkeys(zero_or_more, 0))
+        if not 0 < self.learning_rate < math.inf:
+            raise ZerodraftError(f"training.learning_rate is {self.learning_rate}; it must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,6 +53,13 @@ def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:
     return cls(**values)
 
 
+def check_least(section: str, instance: Any, **least: float) -> None:
+    """Raises `ZerodraftError` for a field of `instance`, the recipe's `section`, that is below its least value."""
+    for name, bound in least.items():
+        if not getattr(instance, name) >= bound:
+            raise ZerodraftError(f"{section}.{name} is {getattr(instance, name)}; it must be at least {bound}")
+
+
 def to_mapping(instance: Any) -> dict[str, Any]:
     """The inverse of `from_mapping`, made of JSON types only (tuples become lists)."""
     return {f.name: _plain(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
