@@ -140,18 +140,17 @@ class _Tabled:
 
     def __init__(self, q_cost: Float64[np.ndarray, "k n m"], lam: float, table: LatticeScores) -> None:
         k, _, self.m = q_cost.shape
-        # in units of the proxy's weight, so that what the search visits of the table need not be multiplied
+        # in units of the proxy's weight, so that the table need not be multiplied
         self.unit = 1 - lam
-        self.base = (q_cost / self.unit - table.pairs).astype(np.float32)
-        self.extra = table.extra.reshape(k, -1, self.m)
+        pairs = (q_cost / self.unit - table.pairs).astype(np.float32)
+        # all at once: most is never read, but picking what is costs more
+        self.table = (pairs[:, None] - table.extra).reshape(k, -1, self.m)
 
     def root(self) -> list[int]:
         return [0]
 
     def costs(self, i: int, contexts: list[int]) -> Float[np.ndarray, "b m"]:
-        costs = self.base[i].take([at % self.m for at in contexts], 0)
-        costs -= self.extra[i].take(contexts, 0)
-        return costs
+        return self.table[i].take(contexts, 0)
 
     def extend(self, i: int, contexts: list[int], parents: list[int], columns: list[int]) -> list[int]:
         m = self.m
