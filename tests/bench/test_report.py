@@ -27,7 +27,7 @@ def record(seconds: float, count: int, steps: list[list[int]], **more: Any) -> d
         "steps": steps,
         "phases": phases,
         "tried_at": [len(steps)] * 4,
-        "accepted_at": [sum(accepted > at for _, accepted in steps) for at in range(4)],
+        "accepted_at": [sum(accepted > at for _, accepted, _ in steps) for at in range(4)],
         **more,
     }
 
@@ -35,16 +35,17 @@ def record(seconds: float, count: int, steps: list[list[int]], **more: Any) -> d
 @pytest.fixture
 def result() -> dict[str, Any]:
     """Four prompts of two tasks; `full` needs half of the passes, a fourth prompt differs by a near tie."""
-    steps = [[4, 3], [4, 0], [0, 0], [4, 2], [4, 0]]
+    steps = [[4, 3, 1], [4, 0, 1], [0, 0, 0], [4, 2, 0], [4, 0, 1]]
     rows = []
     for at, task in enumerate(("qa", "rag", "qa", "rag")):
-        differs = {"equal": False, "first_difference": 6, "top_gap": 4.2e-4} if at == 3 else {}
+        close = {"near_tie": True, "top_gap": 4.2e-4, "deficit": 4.2e-4}
+        differs = {"equal": False, "first_difference": 6, **close} if at == 3 else {}
         methods = {
             "hf_plain": {"count": 11, "seconds": 1.0 + at / 8, "equal": True, "passes": 10},
             "hf_lookup": {"count": 11, "seconds": 0.9 + at / 7, "equal": True, "passes": 8},
-            "plain": record(0.8 + at / 9, 11, [[0, 0]] * 10),
+            "plain": record(0.8 + at / 9, 11, [[0, 0, 0]] * 10),
             "full": record(0.45 + at / 11, 11, steps, **differs),
-            "no_tree": record(0.6 + at / 13, 11, [[3, 1]] * 5),
+            "no_tree": record(0.6 + at / 13, 11, [[3, 1, 1]] * 5),
         }
         rows.append({"id": f"q{at}", "task": task, "prompt_tokens": 20 + at, "methods": methods})
     names = list(rows[0]["methods"])
@@ -138,7 +139,7 @@ def test_the_summary_is_that_of_the_rows(result: dict[str, Any]) -> None:
     assert result["hf_best"] == min(("hf_plain", "hf_lookup"), key=lambda name: seconds[name])
     assert result["by_task"]["rag"]["full"]["equal"] == 1
     assert (full["near_ties"], result["equal"], result["identical"]) == (1, True, False)
-    assert result["steps"]["full"]["qa"] == [[0, 0, 2], [4, 0, 4], [4, 2, 2], [4, 3, 2]]
+    assert result["steps"]["full"]["qa"] == [[0, 0, 2, 0], [4, 0, 4, 1], [4, 2, 2, 0], [4, 3, 2, 1]]
     assert result["acceptance"]["full"] == {"tried_at": [20] * 4, "accepted_at": [8, 8, 4, 0]}
 
 
@@ -186,8 +187,8 @@ def test_what_is_modelled_is_marked_and_apart(result: dict[str, Any], tmp_path: 
     apart = re.search(r'<section class="modelled".*?</section>', text, re.DOTALL)
     assert apart is not None
     assert "MODELLED, NOT MEASURED" in apart.group()
-    # five steps of a prompt: four of 25 + 5 ms, one of 20 ms, 10 tokens of 20 ms each
-    assert f"{200 / 140:.2f}x" in Page(apart.group()).cells
+    # five steps of a prompt: three of 25 + 5 ms, one of a copy, 25 ms, one of 20 ms; 10 tokens of 20 ms each
+    assert f"{200 / 135:.2f}x" in Page(apart.group()).cells
     rest = text.replace(apart.group(), "").replace('<a href="#what-if">what if</a>', "")
     assert rest == plain
 
@@ -196,8 +197,11 @@ def test_modelled_speedup_by_hand() -> None:
     costs = parse_costs("target_ms=1:20/5:28,draft_ms=3,other_ms=1")
     assert costs == Costs({1: 20.0, 5: 28.0}, 3.0, 1.0)
     assert [costs.target(k) for k in (1, 3, 5, 9)] == [20, 24, 28, 28]
-    steps = [[4, 3, 10], [2, 0, 5], [0, 0, 1]]
+    steps = [[4, 3, 10, 1], [2, 0, 5, 1], [0, 0, 1, 0]]
     assert modelled_speedup(steps, costs) == pytest.approx(46 * 20 / (10 * 32 + 5 * 28 + 20))
+    assert modelled_speedup([step[:3] for step in steps], costs) == modelled_speedup(steps, costs)
+    copies = [[4, 3, 10, 1], [2, 0, 5, 0], [0, 0, 1, 0]]
+    assert modelled_speedup(copies, costs) == pytest.approx(46 * 20 / (10 * 32 + 5 * 25 + 20))
     assert modelled_speedup([], costs) is None
     free = break_even(steps, costs)
     assert modelled_speedup(steps, Costs(costs.target_ms, free, 1.0)) == pytest.approx(1.0)

@@ -1,11 +1,12 @@
 """Decoding methods against each other on real prompts: seconds, tokens per pass of the target, equality of tokens.
 
-All methods run on one prompt before the next prompt begins, in an order that changes from prompt to prompt, so that a
+All methods run on one prompt before the next prompt begins, in an order that is drawn for each prompt, so that a
 machine whose speed drifts slows all of them. Tokens are counted by ids. Greedy tokens of every method are compared with
-those of transformers' plain `generate`; where they differ, the distance of the two best logits at the first difference
-is noted: below `NEAR_TIE` it is rounding.
+those of transformers' plain `generate`; where they differ, it is noted how close the logits were at the first
+difference: if the two best ones, and the one of the token that was written, lie within `NEAR_TIE`, it is rounding.
 """
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from zerodraft.bench.methods import Decoded, Method, eos_ids
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
-from zerodraft.cli.decoding import NEAR_TIE, encode, first_difference, top_gap
+from zerodraft.cli.decoding import NEAR_TIE, encode, first_difference
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.errors import ZerodraftError
 
@@ -47,8 +48,13 @@ class Task:
     inputs: dict[str, Any]
 
     @property
+    def tokens(self) -> list[int]:
+        """Of the prompt."""
+        return self.inputs["input_ids"][0].tolist()
+
+    @property
     def length(self) -> int:
-        """Tokens of the prompt."""
+        """How many they are."""
         return int(self.inputs["input_ids"].shape[1])
 
 
@@ -85,11 +91,10 @@ def measure(
     if missing:
         short = settings.options() | {"max_new_tokens": min(WARM_UP_TOKENS, settings.max_new_tokens)}
         for name in names:
-            methods[name].decode(missing[0][1].inputs, short)
-    for number, task in missing:
-        at = number % len(names)
+            methods[name].decode(missing[0].inputs, short)
+    for task in missing:
         found: dict[str, Decoded] = {}
-        for name in names[at:] + names[:at]:
+        for name in order(names, task.question.id, settings.seed):
             torch.manual_seed(settings.seed)
             found[name] = methods[name].decode(task.inputs, settings.options())
         expected = found[names[0]].tokens[0] if not settings.temperature else None
@@ -100,6 +105,15 @@ def measure(
         kept.add(rows[-1])
         on_row(rows)
     return rows
+
+
+def order(names: Sequence[str], prompt: str, seed: int) -> list[str]:
+    """In which order methods run on a prompt.
+
+    It is drawn, for prompts come task by task in turn: any order that goes round too would always begin a task with the
+    same methods. And it is drawn from the prompt's name, so that a run that goes on has the order of one in a piece.
+    """
+    return random.Random(f"{seed}/{prompt}").sample(names, len(names))
 
 
 def check_equality(
@@ -121,16 +135,16 @@ def check_equality(
     differs from such a reference, it is decoded again, alone, before the difference counts.
     """
     rows, missing = _left(tasks, kept)
-    _add_references([task for _, task in missing], settings, model, references, reference, reference_batch)
+    _add_references(missing, settings, model, references, reference, reference_batch)
     for start in range(0, len(missing), batch):
-        part = [task for _, task in missing[start : start + batch]]
+        part = missing[start : start + batch]
         found = {name: method.decode(left_padded(part), settings.options()) for name, method in methods.items()}
         for at, task in enumerate(part):
             name = task.question.id
-            expected = references.get(name, settings.max_new_tokens, eos_ids(model))
+            expected = references.get(name, task.tokens, settings.max_new_tokens, eos_ids(model))
             if name in references.batched and any(decoded.tokens[at] != expected for decoded in found.values()):
                 expected = reference.decode(task.inputs, settings.options()).tokens[0]
-                references.add(name, expected)
+                references.add(name, task.tokens, expected)
             measured = {method: _record(decoded, at, expected, task, model) for method, decoded in found.items()}
             rows.append(_row(task, measured))
             kept.add(rows[-1])
@@ -142,21 +156,22 @@ def _add_references(
     tasks: Sequence[Task], settings: Settings, model: Any, references: References, reference: Method, batch: int
 ) -> None:
     """Decode those that are missing, prompts of similar length together."""
-    missing = [t for t in tasks if references.get(t.question.id, settings.max_new_tokens, eos_ids(model)) is None]
+    length, ends = settings.max_new_tokens, eos_ids(model)
+    missing = [task for task in tasks if references.get(task.question.id, task.tokens, length, ends) is None]
     if batch > 1:
         missing.sort(key=lambda task: task.length)
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         found = reference.decode(left_padded(part), settings.options())
         for task, tokens in zip(part, found.tokens, strict=True):
-            references.add(task.question.id, tokens, batched=len(part) > 1)
+            references.add(task.question.id, task.tokens, tokens, batched=len(part) > 1)
 
 
-def _left(tasks: Sequence[Task], kept: RowFile) -> tuple[list[Row], list[tuple[int, Task]]]:
-    """Rows that an earlier run has left, and the prompts that it has not come to, with their numbers."""
+def _left(tasks: Sequence[Task], kept: RowFile) -> tuple[list[Row], list[Task]]:
+    """Rows that an earlier run has left, and the prompts that it has not come to."""
     rows = [row for row in kept.rows if row["id"] in {task.question.id for task in tasks}]
     done = {row["id"] for row in rows}
-    return rows, [(number, task) for number, task in enumerate(tasks) if task.question.id not in done]
+    return rows, [task for task in tasks if task.question.id not in done]
 
 
 def left_padded(tasks: Sequence[Task]) -> dict[str, Any]:
@@ -184,22 +199,36 @@ def _record(decoded: Decoded, at: int, expected: list[int] | None, task: Task, m
     if alone:
         record |= {"seconds": decoded.seconds, "passes": decoded.passes}
     if decoded.stats is not None:
-        record |= _of_stats(decoded.stats, at, alone)
+        record |= _of_stats(decoded.stats, decoded.asked, at, alone)
     if expected is None:
         return record
     record["equal"] = tokens == expected
     if not record["equal"]:
         place = first_difference(tokens, expected)
-        record["first_difference"] = place
-        if model is not None:
-            record["top_gap"] = top_gap(model, task.inputs, expected[:place])
+        record |= {"first_difference": place, "near_tie": False}
+        # of a text that stops too early or goes on too long, no choice among tokens is to blame
+        if model is not None and place < min(len(tokens), len(expected)):
+            record |= closeness(model, task.inputs, expected[:place], tokens[place])
     return record
 
 
-def _of_stats(stats: DecodeStats, at: int, alone: bool) -> dict[str, Any]:
-    """Nodes and accepted tokens of each step of a row; of a row alone also seconds and acceptance by position."""
-    steps = [step.rows[at] for step in (stats.trace or [])[1:]]
-    traced = {"steps": [[len(row.drafted), len(row.accepted)] for row in steps if row is not None]}
+def closeness(model: Any, inputs: Mapping[str, Any], before: list[int], written: int) -> dict[str, Any]:
+    """How close the choice after `before` was: `top_gap`, how far apart the two best logits lie; `deficit`, how far the
+    written token's lies below the best; `near_tie`, whether rounding can explain that token."""
+    prompt = inputs["input_ids"]
+    ids = torch.cat([prompt, prompt.new_tensor([before])], 1)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1].float()
+    best, second = logits.topk(2).values.tolist()
+    gap, deficit = best - second, best - float(logits[written])
+    return {"top_gap": gap, "deficit": deficit, "near_tie": max(gap, deficit) < NEAR_TIE}
+
+
+def _of_stats(stats: DecodeStats, asked: Sequence[Sequence[bool]], at: int, alone: bool) -> dict[str, Any]:
+    """Of each step of a row its nodes, its accepted tokens, and whether a model drafted; of a row alone also seconds
+    and acceptance by position."""
+    steps = [(step.rows[at], int(bool(asked) and asked[n][at])) for n, step in enumerate((stats.trace or [])[1:])]
+    traced = {"steps": [[len(row.drafted), len(row.accepted), by_model] for row, by_model in steps if row is not None]}
     if not alone:
         return traced
     told = stats.to_dict()
@@ -207,5 +236,5 @@ def _of_stats(stats: DecodeStats, at: int, alone: bool) -> dict[str, Any]:
 
 
 def unexplained(record: Mapping[str, Any]) -> bool:
-    """Whether a record's tokens differ where the best logits were not nearly tied."""
-    return record.get("equal") is False and not record.get("top_gap", 1.0) < NEAR_TIE
+    """Whether a record's tokens differ, and rounding cannot explain it."""
+    return record.get("equal") is False and not record["near_tie"]

@@ -4,6 +4,7 @@ Cases are run in turn (A B A B ...), so that a machine whose speed drifts slows 
 pair.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import transformers
 
 import zerodraft
+from zerodraft.targets import compiled
 
 Case = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,32 +55,81 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 
-def provenance(*, seed: int, words: Sequence[str]) -> dict[str, Any]:
-    """Versions, machine, threads, seed, commit and command, for a result to be measured again.
+def provenance(*, seed: int, words: Sequence[str], sha256: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Versions, machine, threads, seed, files, commit and command, for a result to be measured again.
 
     Args:
         seed: Of all random choices.
         words: The command line; what it says about this machine's directories is left out.
+        sha256: `fingerprint` of the files that were measured with, by what they are.
     """
     return {
-        "versions": {
-            "zerodraft": zerodraft.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": version("tokenizers"),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "machine": platform.machine(),
         "system": platform.system(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": memory_gib(),
+        "kernels": kernels(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_at_end": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "seed": seed,
+        "sha256": dict(sha256 or {}),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src", "models")),
         "command": shlex.join(_portable(word) for word in words),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what figures depend on."""
+    return {
+        "zerodraft": zerodraft.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": version("tokenizers"),
+        "python": platform.python_version(),
+    }
+
+
+def kernels() -> str:
+    """Whether the lean path has compiled kernels here, and how wide their vectors are."""
+    found = compiled.kernels()
+    return "none" if found is None else f"compiled, {found.lanes} lanes"
+
+
+def cpu_name() -> str:
+    """The processor's model, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").split("\n") if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def memory_gib() -> float | None:
+    """The machine's memory."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """The first 16 digits of what `cat FILES | sha256sum` prints."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def weights(path: Path) -> list[Path]:
+    """The files with a model's weights: those in its directory, or the path itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
 
 
 def command_line() -> list[str]:

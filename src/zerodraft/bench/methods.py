@@ -5,6 +5,7 @@ are transformers' own ways of decoding, and llama.cpp.
 """
 
 import importlib.util
+import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,12 +38,13 @@ LOOKUP_TOKENS = 10
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """New ids of each row, how long they took, the target's passes after the prompt's, and what a decoder of ours
-    tells about itself."""
+    tells about itself; `asked` is for each of its steps, row by row, whether a model drafted (empty: never)."""
 
     tokens: list[list[int]]
     seconds: float
     passes: int | None = None
     stats: DecodeStats | None = None
+    asked: Sequence[Sequence[bool]] = ()
 
 
 @runtime_checkable
@@ -75,7 +77,8 @@ class Equipment:
         model: The target.
         drafter: Ours.
         ngram: A table for the path search.
-        assistant: A small causal model with the target's tokenizer.
+        assistant: A small causal model.
+        tokenizers: The target's and the assistant's.
         dflash: A drafter in transformers' DFlash format.
         gguf: The target for llama.cpp, in one or several precisions.
         threads: Of llama.cpp.
@@ -85,6 +88,7 @@ class Equipment:
     drafter: Any
     ngram: str = ""
     assistant: Any = None
+    tokenizers: tuple[Any, Any] = (None, None)
     dflash: Any = None
     gguf: Sequence[str] = ()
     threads: int = 1
@@ -128,6 +132,40 @@ class NoDrafter:
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """Nothing, for every row."""
         return [Lattice.empty() for _ in lengths]
+
+
+class Watched:
+    """A drafter that remembers in which steps it was asked for anything, row by row."""
+
+    def __init__(self, drafter: Any) -> None:
+        self.drafter, self.taps, self.max_length = drafter, drafter.taps, drafter.max_length
+        self.asked: list[list[bool]] = []
+
+    def check(self, config: Any) -> None:
+        """As the drafter says."""
+        self.drafter.check(config)
+
+    def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "WatchedSession":
+        """Forgets the call before."""
+        self.asked = []
+        return WatchedSession(self.drafter.start(batch, device, generator), self.asked)
+
+
+class WatchedSession:
+    """What a step makes known comes before its draft, and there may be none."""
+
+    def __init__(self, session: Any, asked: list[list[bool]]) -> None:
+        self.session, self.asked = session, asked
+
+    def observe(self, progress: Sequence[Any]) -> None:
+        """A step begins."""
+        self.asked.append([False] * len(progress))
+        self.session.observe(progress)
+
+    def propose(self, lengths: Sequence[int]) -> Sequence[Lattice]:
+        """It is asked."""
+        self.asked[-1] = [length > 0 for length in lengths]
+        return self.session.propose(lengths)
 
 
 def is_block(drafter: Any) -> bool:
@@ -181,6 +219,7 @@ class Ours:
     model: Any
     spec: DiffuSpec
     about: str
+    watched: Watched | None = None
     ours: bool = True
     exact: bool = True
 
@@ -189,7 +228,7 @@ class Ours:
         found = _generate(self.model, inputs, {**options, "custom_generate": self.spec})
         stats = self.spec.last_stats
         assert stats is not None
-        return Decoded(found.tokens, found.seconds, stats.steps, stats)
+        return Decoded(found.tokens, found.seconds, stats.steps, stats, self.watched.asked if self.watched else ())
 
 
 @dataclass(slots=True)
@@ -219,44 +258,87 @@ class HuggingFace:
 
 
 class LlamaCpp:
-    """llama.cpp through its Python package, greedy."""
+    """llama.cpp through its Python package, greedy; the weights are loaded for the first text."""
 
     ours = False
     exact = False
-    PRECISIONS = {"0": "f32", "1": "f16", "2": "q4_0", "3": "q4_1", "7": "q8_0", "15": "q4_k_m", "32": "bf16"}
+    PRECISIONS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 15: "q4_k_m", 32: "bf16"}
 
     def __init__(self, path: str, *, context: int, threads: int, eos_ids: frozenset[int]) -> None:
-        import llama_cpp  # pyright: ignore[reportMissingImports]  # optional
-
-        if not Path(path).expanduser().is_file():
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
             raise ZerodraftError(f"--gguf: no file at '{path}'")
-        self.llm = llama_cpp.Llama(
-            model_path=str(Path(path).expanduser()),
-            n_ctx=context,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
-        kind = str(self.llm.metadata.get("general.file_type"))
-        self.precision = self.PRECISIONS.get(kind, f"type{kind}")
+        kind = gguf_file_type(self.path)
+        self.precision = "unknown" if kind is None else self.PRECISIONS.get(kind, f"type{kind}")
         same = self.precision == "f32"
         self.about = f"llama.cpp, {'equal precision (f32)' if same else f'quantised ({self.precision})'}"
-        self.eos_ids = eos_ids
+        self.context, self.threads, self.eos_ids = context, threads, eos_ids
+        self._llm: Any = None
+
+    @property
+    def llm(self) -> Any:
+        """llama.cpp with this model."""
+        if self._llm is None:
+            import llama_cpp  # pyright: ignore[reportMissingImports]  # optional
+
+            self._llm = llama_cpp.Llama(
+                model_path=str(self.path),
+                n_ctx=self.context,
+                n_threads=self.threads,
+                n_threads_batch=self.threads,
+                verbose=False,
+            )
+        return self._llm
 
     def decode(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Decoded:
         """One row after another."""
         if options.get("do_sample"):
             raise ZerodraftError("llama.cpp is measured with greedy decoding only: leave it out of --methods")
+        llm = self.llm
         started, rows = time.perf_counter(), []
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            self.llm.reset()  # else the last call's prompt would count as read already
+            llm.reset()  # else the last call's prompt would count as read already
             tokens: list[int] = []
-            for token in self.llm.generate(ids[mask.bool()].tolist(), temp=0.0, repeat_penalty=1.0):
+            for token in llm.generate(ids[mask.bool()].tolist(), temp=0.0, repeat_penalty=1.0):
                 tokens.append(int(token))
                 if token in self.eos_ids or len(tokens) == options["max_new_tokens"]:
                     break
             rows.append(tokens)
         return Decoded(rows, time.perf_counter() - started)
+
+
+def gguf_file_type(path: Path) -> int | None:
+    """`general.file_type` of a GGUF file (which precision its weights have), from its head alone; None without one.
+
+    Raises:
+        ZerodraftError: the file is of another kind.
+    """
+    scalars = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    text, array = 8, 9
+    with path.open("rb") as file:
+
+        def read(form: str) -> Any:
+            return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))[0]
+
+        def value(kind: int) -> Any:
+            if kind == text:
+                return file.read(read("Q"))
+            if kind == array:
+                of, count = read("I"), read("Q")
+                return [value(of) for _ in range(count)]
+            return read(scalars[kind])
+
+        try:
+            if file.read(4) != b"GGUF":
+                raise KeyError
+            _version, _tensors, pairs = read("I"), read("Q"), read("Q")
+            for _ in range(pairs):
+                key, found = value(text), value(read("I"))
+                if key == b"general.file_type":
+                    return int(found)
+        except (KeyError, struct.error) as error:
+            raise ZerodraftError(f"--gguf: '{path}' is no GGUF file") from error
+    return None
 
 
 def available(equipment: Equipment) -> dict[str, Callable[[], Method]]:
@@ -269,7 +351,7 @@ def available(equipment: Equipment) -> dict[str, Callable[[], Method]]:
         ),
     }
     if equipment.assistant is not None:
-        options = {"assistant_model": equipment.assistant}
+        options = {"assistant_model": equipment.assistant, **through_text(equipment)}
         found["hf_assisted"] = lambda: HuggingFace(model, "transformers, assisted by a small model", options)
     if equipment.dflash is not None:
         flash = {"assistant_model": equipment.dflash, "speculation_type": "dflash"}
@@ -280,8 +362,16 @@ def available(equipment: Equipment) -> dict[str, Callable[[], Method]]:
             found[f"llama_cpp_{engine.precision}"] = lambda engine=engine: engine
     for name, variation in OURS.items():
         if variation.fits(equipment.drafter):
-            found[name] = lambda variation=variation: Ours(model, decoder(equipment, variation), variation.about)
+            found[name] = lambda variation=variation: ours(equipment, variation)
     return found
+
+
+def through_text(equipment: Equipment) -> dict[str, Any]:
+    """What transformers' assisted decoding wants where the assistant has another vocabulary."""
+    own, other = (model.config.get_text_config().vocab_size for model in (equipment.model, equipment.assistant))
+    if own == other:
+        return {}
+    return dict(zip(("tokenizer", "assistant_tokenizer"), equipment.tokenizers, strict=True))
 
 
 def choose(names: Sequence[str], found: Mapping[str, Callable[[], Method]]) -> dict[str, Method]:
@@ -313,9 +403,15 @@ def eos_ids(model: Any) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
-def decoder(equipment: Equipment, variation: Variation) -> DiffuSpec:
-    """The decoder of the commands, varied."""
+def ours(equipment: Equipment, variation: Variation) -> Ours:
+    """A variation of the decoder, at work."""
     drafter = equipment.drafter if variation.drafter is None else variation.drafter()
+    watched = Watched(drafter) if variation.drafter is None and is_model(drafter) else None
+    return Ours(equipment.model, decoder(equipment, variation, watched or drafter), variation.about, watched)
+
+
+def decoder(equipment: Equipment, variation: Variation, drafter: Any) -> DiffuSpec:
+    """The decoder of the commands, varied."""
     spec = make_decoder(equipment.model, drafter, ngram=equipment.ngram, trace=True, **variation.options)
     for name, value in variation.settings(drafter).items():
         setattr(spec, name, value)

@@ -1,6 +1,8 @@
 """What a run keeps on disk, so that an interrupted one goes on: a line of JSON for each finished prompt."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +57,38 @@ class RowFile:
 
 
 class References:
-    """Tokens of plain greedy decoding by the prompt's name, in a file that grows: `{"id", "tokens"}` a line, the last
-    of a name counting. `batched` are the names of those that were decoded together with others."""
+    """Tokens of plain greedy decoding by the prompt's name, in a file that grows: `{"id", "of", "tokens"}` a line, the
+    last of a name counting. `of` is made of the target's hash and the prompt's tokens, so that references of another
+    target or text are told apart; lines without it are believed. `batched` are the names of those that were decoded
+    together with others.
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    Args:
+        path: The file; None keeps nothing.
+        target: The hash of the target's weights.
+    """
+
+    def __init__(self, path: Path | None, target: str = "") -> None:
+        self.path, self.target = path, target
         rows = _whole_lines(path) if path is not None and path.is_file() else []
         try:
             self.tokens = {str(row["id"]): [int(token) for token in row["tokens"]] for row in rows}
+            self.of = {str(row["id"]): row["of"] for row in rows if "of" in row}
             self.batched = {str(row["id"]) for row in rows} - {str(row["id"]) for row in rows if "batched" not in row}
         except (KeyError, TypeError, ValueError) as error:
             raise ZerodraftError(f"'{path}' holds no references: every line needs an id and tokens.") from error
 
-    def get(self, name: str, length: int, ends: frozenset[int]) -> list[int] | None:
+    def get(self, name: str, prompt: Sequence[int], length: int, ends: frozenset[int]) -> list[int] | None:
         """The first `length` tokens, or None where they have to be decoded.
 
         Raises:
-            ZerodraftError: fewer are known, and the text did not end there.
+            ZerodraftError: fewer are known, and the text did not end there; or they are of another target or text.
         """
         tokens = self.tokens.get(name)
+        if self.of.get(name, self._of(prompt)) != self._of(prompt):
+            raise ZerodraftError(
+                f"'{self.path}' has tokens for prompt '{name}' that belong to another target or another text: name "
+                "another --references."
+            )
         if tokens is None or len(tokens) >= length or (tokens and tokens[-1] in ends):
             return None if tokens is None else tokens[:length]
         raise ZerodraftError(
@@ -81,15 +96,19 @@ class References:
             f"--max-new-tokens from {length}, or name another --references."
         )
 
-    def add(self, name: str, tokens: list[int], *, batched: bool = False) -> None:
+    def add(self, name: str, prompt: Sequence[int], tokens: list[int], *, batched: bool = False) -> None:
         """Keep newly decoded tokens."""
-        self.tokens[name] = tokens
+        self.tokens[name], self.of[name] = tokens, self._of(prompt)
         (self.batched.add if batched else self.batched.discard)(name)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_file():
                 _drop_cut_line(self.path)
-            _append(self.path, {"id": name, "tokens": tokens} | ({"batched": True} if batched else {}))
+            row = {"id": name, "of": self.of[name], "tokens": tokens}
+            _append(self.path, row | ({"batched": True} if batched else {}))
+
+    def _of(self, prompt: Sequence[int]) -> str:
+        return hashlib.sha256(f"{self.target} {list(prompt)}".encode()).hexdigest()[:16]
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 from zerodraft.bench.decode import Row, unexplained
 from zerodraft.bench.measure import spread
 from zerodraft.bench.methods import BASE, FULL, OURS, OWN_PLAIN
-from zerodraft.cli.decoding import NEAR_TIE
 
 
 def headline(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
@@ -58,7 +57,14 @@ def figures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
         "phases": {name: _phases(rows, name) for name in ours if any("phases" in row["methods"][name] for row in rows)},
         "steps": {name: {task: _steps(part, name) for task, part in tasks.items()} for name in ours},
         "differences": [
-            {"id": row["id"], "method": name, "place": record["first_difference"], "top_gap": record.get("top_gap")}
+            {
+                "id": row["id"],
+                "method": name,
+                "place": record["first_difference"],
+                "top_gap": record.get("top_gap"),
+                "deficit": record.get("deficit"),
+                "near_tie": record["near_tie"],
+            }
             for row in rows
             for name, record in row["methods"].items()
             if record.get("equal") is False
@@ -91,7 +97,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     if all("equal" in record for record in mine):
         different = [record for record in mine if not record["equal"]]
         summary["equal"] = len(mine) - len(different)
-        summary["near_ties"] = sum(record.get("top_gap", 1.0) < NEAR_TIE for record in different)
+        summary["near_ties"] = sum(record["near_tie"] for record in different)
     return summary
 
 
@@ -121,9 +127,9 @@ def _phases(rows: Sequence[Row], name: str) -> dict[str, float]:
 
 
 def _steps(rows: Sequence[Row], name: str) -> list[list[int]]:
-    """Every kind of step and how often it happened: [drafted tokens, accepted of them, times]."""
+    """Every kind of step: [drafted tokens, accepted of them, how often it happened, whether a model drafted]."""
     counts = Counter(tuple(step) for row in rows for step in row["methods"][name].get("steps", []))
-    return [[*step, times] for step, times in sorted(counts.items())]
+    return [[drafted, accepted, times, by_model] for (drafted, accepted, by_model), times in sorted(counts.items())]
 
 
 def _compact(row: Row) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 Modelled, not measured: a run has told how many tokens each step drafted and how many of them were accepted; the time
 of each step is taken from the stated costs instead of the clock. Passes over the prompt are left out on both sides.
+
+A kind of step is `[drafted, accepted, times, by_model]`: the last is 1 if a model drafted, 0 if tokens were only copied
+(or none were drafted), which costs no draft. Where results lack it, all drafts count as a model's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +24,7 @@ class Costs:
     Attributes:
         target_ms: Of a pass of the target, by the number of tokens that it scores; straight lines between, constant
             beyond.
-        draft_ms: Of a draft, whatever its length.
+        draft_ms: Of a model's draft, whatever its length; copies are free.
         other_ms: Of search, verification and the rest.
     """
 
@@ -34,9 +37,9 @@ class Costs:
         known = sorted(self.target_ms)
         return float(np.interp(tokens, known, [self.target_ms[k] for k in known]))
 
-    def step(self, drafted: int) -> float:
+    def step(self, drafted: int, by_model: bool) -> float:
         """A step with so many drafted tokens; one without a draft is a plain pass."""
-        return self.target(drafted + 1) + (self.draft_ms + self.other_ms if drafted else 0.0)
+        return self.target(drafted + 1) + self.draft_ms * by_model + self.other_ms * (drafted > 0)
 
     def __str__(self) -> str:
         curve = ", ".join(f"{ms:g} ms for {k}" for k, ms in sorted(self.target_ms.items()))
@@ -66,16 +69,20 @@ def parse_costs(text: str) -> Costs:
 
 
 def modelled_speedup(steps: Sequence[Sequence[int]], costs: Costs) -> float | None:
-    """Tokens per second over those of plain decoding; `steps` has [drafted, accepted, times]. None without steps."""
-    tokens = sum((accepted + 1) * times for _, accepted, times in steps)
-    spent = sum(costs.step(drafted) * times for drafted, _, times in steps)
+    """Tokens per second over those of plain decoding. None without steps."""
+    tokens = sum((accepted + 1) * times for _, accepted, times, *_ in steps)
+    spent = sum(costs.step(step[0], _by_model(step)) * step[2] for step in steps)
     return tokens * costs.target(1) / spent if spent else None
 
 
 def break_even(steps: Sequence[Sequence[int]], costs: Costs) -> float | None:
-    """The milliseconds that a draft may take before these steps are no faster than plain decoding. None where nothing
-    was drafted."""
-    drafts = sum(times for drafted, _, times in steps if drafted)
-    tokens = sum((accepted + 1) * times for _, accepted, times in steps)
-    rest = sum((costs.step(drafted) - (costs.draft_ms if drafted else 0)) * times for drafted, _, times in steps)
+    """The milliseconds that a draft may take before these steps are no faster than plain decoding. None where no model
+    drafted."""
+    drafts = sum(step[2] for step in steps if _by_model(step))
+    tokens = sum((accepted + 1) * times for _, accepted, times, *_ in steps)
+    rest = sum(costs.step(step[0], False) * step[2] for step in steps)
     return (tokens * costs.target(1) - rest) / drafts if drafts else None
+
+
+def _by_model(step: Sequence[int]) -> bool:
+    return bool(step[3] if len(step) > 3 else step[0])

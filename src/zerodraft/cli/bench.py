@@ -1,6 +1,6 @@
 """`zerodraft bench`: measure decoding methods and kernels, and write reports of what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -105,9 +105,10 @@ class Bench(Command):
         files = self.prompts or default_files()
         questions = read_questions(files, limit=self.limit, seed=self.seed)
         model, tokenizer = load_target(self.target)
-        equipment, drafter = self._equipment(model)
+        equipment, drafter = self._equipment(model, tokenizer)
         tasks = encode_all(questions, tokenizer, model, self.max_new_tokens)
         how = Settings(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
+        sha256 = self._fingerprints(files)
         settings = {
             "target": self.target,
             "drafter": drafter,
@@ -120,35 +121,42 @@ class Bench(Command):
             "equality_only": self.equality_only,
             "batch": self.batch,
         }
-        return self._measure(equipment, tasks, how, settings, console)
+        return self._measure(equipment, tasks, how, settings, sha256, console)
 
     def _measure(
-        self, equipment: "Equipment", tasks: "list[Task]", how: "Settings", settings: dict[str, Any], console: Console
+        self,
+        equipment: "Equipment",
+        tasks: "list[Task]",
+        how: "Settings",
+        settings: dict[str, Any],
+        sha256: dict[str, str],
+        console: Console,
     ) -> Result:
         import torch
 
         from zerodraft.bench.decode import check_equality, measure
-        from zerodraft.bench.measure import command_line, provenance, write_json
+        from zerodraft.bench.measure import command_line, kernels, provenance, versions, write_json
         from zerodraft.bench.methods import BASE, available, choose
         from zerodraft.bench.rows import References, RowFile
         from zerodraft.bench.summary import figures, headline, line
 
-        wanted = [name for word in self.methods for name in word.split(",") if name]
+        wanted = self._wanted()
         methods = choose(wanted, available(equipment))
         model, reference = equipment.model, methods[BASE]
         if self.equality_only:
             methods = {name: method for name, method in methods.items() if name in wanted or method.ours}
             methods.pop(BASE, None)
         names = list(methods)
-        threads = torch.get_num_threads()
+        with_what = {"methods": names, "threads": torch.get_num_threads(), "sha256": sha256, "kernels": kernels()}
         output = Path(self.output).expanduser() if self.output else None
-        kept = RowFile(output and output.with_suffix(".rows.jsonl"), {**settings, "methods": names, "threads": threads})
+        rows_file = output and output.with_suffix(".rows.jsonl")
+        kept = RowFile(rows_file, {**settings, **with_what, "versions": versions()})
 
         def show(rows: list[dict[str, Any]]) -> None:
             console.print(f"{len(rows)}/{len(tasks)} {rows[-1]['task']}: {line(rows, names)}")
 
         if self.equality_only:
-            references = References(Path(self.references).expanduser() if self.references else None)
+            references = References(Path(self.references).expanduser() if self.references else None, sha256["target"])
             rows = check_equality(
                 methods,
                 tasks,
@@ -170,7 +178,7 @@ class Bench(Command):
             "settings": settings,
             "methods": {name: method.about for name, method in methods.items()},
             **figures(rows, names),
-            "provenance": provenance(seed=self.seed, words=command_line()),
+            "provenance": provenance(seed=self.seed, words=command_line(), sha256=sha256),
         }
         show_table(result, console)
         if output is not None:
@@ -189,13 +197,13 @@ class Bench(Command):
 
         self._prepare()
         model, tokenizer = load_target(self.target)
-        equipment, drafter = self._equipment(model)
+        equipment, drafter = self._equipment(model, tokenizer)
         effort = Effort(repeats=3 if self.quick else 30, quick=self.quick)
         result: Result = {
             "benchmark": "kernels",
             "settings": {"target": self.target, "drafter": drafter, "quick": self.quick},
             "sections": kernel_sections(equipment, tokenizer, effort, self.seed),
-            "provenance": provenance(seed=self.seed, words=command_line()),
+            "provenance": provenance(seed=self.seed, words=command_line(), sha256=self._fingerprints()),
         }
         for table in kernel_tables(result):
             shown = Table(*table.header, title=table.title, title_justify="left", box=None, pad_edge=False)
@@ -236,13 +244,36 @@ class Bench(Command):
         torch.manual_seed(self.seed)
         transformers.utils.logging.set_verbosity_error()
 
-    def _equipment(self, model: Any) -> "tuple[Equipment, str]":
+    def _wanted(self) -> list[str]:
+        return [name for word in self.methods for name in word.split(",") if name]
+
+    def _fingerprints(self, prompts: Sequence[str] = ()) -> dict[str, str]:
+        """Of what is measured with, so that results of other weights or prompts can be told apart."""
+        from zerodraft.bench.measure import fingerprint, weights
+        from zerodraft.cli.decoding import shipped_drafter
+        from zerodraft.targets import resolve
+
+        models = {
+            "target": self.target,
+            "drafter": self.drafter or str(shipped_drafter(self.target) or ""),
+            "assistant": self.assistant,
+            "dflash": self.dflash,
+        }
+        if self.drafter.partition(":")[0] == "lookup" and not Path(self.drafter).is_dir():
+            models["drafter"] = ""
+        files = {kind: weights(resolve(name)) for kind, name in models.items() if name}
+        others = {"ngram": [self.ngram] if self.ngram else [], "gguf": self.gguf, "prompts": prompts}
+        files |= {kind: [Path(name).expanduser() for name in names] for kind, names in others.items() if names}
+        return {kind: fingerprint(paths) for kind, paths in files.items()}
+
+    def _equipment(self, model: Any, tokenizer: Any) -> "tuple[Equipment, str]":
         """What the methods need, and the drafter's name."""
         import torch
         from transformers import AutoModel, AutoModelForCausalLM
 
         from zerodraft.bench.methods import Equipment
         from zerodraft.cli.decoding import load_drafter
+        from zerodraft.cli.loading import load_tokenizer_for
         from zerodraft.targets import resolve
         from zerodraft.ztt.loading import load_pretrained
 
@@ -250,11 +281,13 @@ class Bench(Command):
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
 
         drafter, name = load_drafter(self.drafter, model, self.target)
+        assistant = load(AutoModelForCausalLM, self.assistant)
         equipment = Equipment(
             model=model,
             drafter=drafter,
             ngram=self.ngram,
-            assistant=load(AutoModelForCausalLM, self.assistant),
+            assistant=assistant,
+            tokenizers=(tokenizer, load_tokenizer_for(assistant, resolve(self.assistant)) if assistant else None),
             dflash=load(AutoModel, self.dflash),
             gguf=self.gguf,
             threads=torch.get_num_threads(),
@@ -277,5 +310,7 @@ def show_table(result: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     for row in result["differences"]:
-        gap = "" if row["top_gap"] is None else f", the two best logits {row['top_gap']:.1e} apart"
+        gap = ""
+        if row["top_gap"] is not None:
+            gap = f", the two best logits {row['top_gap']:.1e} apart, its own {row['deficit']:.1e} below the best"
         console.print(f"{row['method']} differs on {row['id']} from token {row['place'] + 1} on{gap}")
