@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from zerodraft.cli.main import COMMANDS
+from zerodraft.targets import lean_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,6 +19,8 @@ def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     namespace: dict[str, object] = {"__name__": "readme"}
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+    # decoding with drafts went the fast way, unasked
+    assert namespace["target"] in lean_weights._packed
 
 
 def test_the_make_targets_exist() -> None:

@@ -13,6 +13,7 @@ from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.errors import ZerodraftError
+from zerodraft.targets.best import release
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.exits import (
     ConfidenceExit,
@@ -67,4 +68,5 @@ __all__ = [
     "ZttModel",
     "exit_rule_from_dict",
     "exit_rule_to_dict",
+    "release",
 ]

@@ -38,11 +38,14 @@ def prompts_of(rows: int) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def spec_for(answers: Tensor, mask: Tensor | None = None, kind: str = "tree", **noise: Any) -> DiffuSpec:
-    """A specification whose drafter knows the answers (padded on the left where the mask says so) but spoils them."""
+def spec_for(
+    answers: Tensor, mask: Tensor | None = None, kind: str = "tree", make_target: Any = None, **noise: Any
+) -> DiffuSpec:
+    """A specification whose drafter knows the answers (padded on the left where the mask says so) but spoils them. The
+    target is the model's own forward pass unless another is asked for."""
     starts = [0] * len(answers) if mask is None else (mask == 0).sum(1).tolist()
     texts = [row[start:].tolist() for row, start in zip(answers, starts, strict=True)]
-    return DiffuSpec(NoisyDrafter(texts, VOCABULARY, **noise), trace=True, **KINDS[kind])
+    return DiffuSpec(NoisyDrafter(texts, VOCABULARY, **noise), make_target=make_target, trace=True, **KINDS[kind])
 
 
 def both(model: Any, batch: dict[str, Tensor], kind: str = "tree", noise: Any = None, **options: Any) -> tuple:

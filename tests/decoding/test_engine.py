@@ -135,7 +135,7 @@ def settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(model: Any, dice: Any, kind: str, options: dict[str, Any]) -> tuple[int, ...]:
-    spec = DiffuSpec(lattice_drafter(Q), dice=dice, **KINDS[kind])
+    spec = DiffuSpec(lattice_drafter(Q), make_target=None, dice=dice, **KINDS[kind])
     out = model.generate(PROMPT, custom_generate=spec, **settings(options))
     return tuple(out[0, PROMPT.shape[1] :].tolist())
 
@@ -189,7 +189,8 @@ def test_processors_blind_to_the_draft_would_be_noticed(kind: str, monkeypatch: 
 def test_a_batch_is_sampled_from_the_same_distribution(kind: str) -> None:
     model, options = model_of(), OPTIONS["penalty"]
     expected = exact(model, options)
-    spec = DiffuSpec(lattice_drafter(Q), generator=torch.Generator().manual_seed(0), **KINDS[kind])
+    generator = torch.Generator().manual_seed(0)
+    spec = DiffuSpec(lattice_drafter(Q), make_target=None, generator=generator, **KINDS[kind])
     rows = 500
     out = model.generate(PROMPT, num_return_sequences=rows, custom_generate=spec, **settings(options))
     counts = defaultdict(int)

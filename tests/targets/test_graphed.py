@@ -18,13 +18,13 @@ from tests.decoding.generating import MODELS, both, spec_for
 from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
 from tests.targets.tape import Taped
 from tests.ztt.tiny import LAYERS, SIZES, gap, left_padded, tiny, tiny_plain, tokens
-from zerodraft.cli.decoding import make_decoder
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.target import HfTarget
 from zerodraft.drafters.lookup import PromptLookupDrafter
-from zerodraft.targets import graphed, recorded, resolve
+from zerodraft.targets import best, graphed, recorded, resolve
+from zerodraft.targets.best import best_target
 from zerodraft.targets.graphed import GraphedTarget, graphed_target, release_graphs
-from zerodraft.targets.lean import lean_target
+from zerodraft.targets.lean import LeanTarget
 from zerodraft.targets.recorded import RecordingError
 
 FAMILIES = [family for family in MODELS if family != "ztt"]
@@ -235,13 +235,12 @@ def test_a_recording_that_fails_is_said_and_done_without(caplog: pytest.LogCaptu
     assert model not in graphed._idle
 
 
-def test_the_commands_take_the_fastest_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    llama, gemma, drafter = tiny_plain("llama"), tiny_plain("gemma3"), PromptLookupDrafter()
-    assert make_decoder(llama, drafter).make_target is lean_target
-    assert make_decoder(gemma, drafter).make_target is None
-    monkeypatch.setattr(graphed, "graphed_target", partial(graphed_target, recorder=Unrecorded))
-    assert make_decoder(gemma, drafter).make_target is graphed.graphed_target
-    assert make_decoder(gemma, drafter, lean=False).make_target is None
+def test_it_is_the_best_target_of_models_that_the_lean_path_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama, gemma = tiny_plain("llama"), tiny_plain("gemma3")
+    assert best_target(gemma) is None
+    monkeypatch.setattr(best, "graphed_target", partial(graphed_target, recorder=Unrecorded))
+    assert isinstance(best_target(gemma), GraphedTarget)
+    assert isinstance(best_target(llama), LeanTarget)
 
 
 def test_changed_weights() -> None:

@@ -19,6 +19,7 @@ from zerodraft.bench.sections import Effort, Section, point
 from zerodraft.cli.decoding import encode
 from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.decoding.target import HfTarget
+from zerodraft.targets.best import best_target
 from zerodraft.targets.lean import LeanTarget, lean_target
 from zerodraft.ztt.attention import zero_attention_lse
 
@@ -190,10 +191,10 @@ def step_section(equipment: Equipment, tokenizer: Any, effort: Effort) -> Sectio
 def step_costs(equipment: Equipment, name: str, tokenizer: Any, text: str, new: int) -> dict[str, float]:
     """Mean milliseconds of a step's parts while one text is written, after a short one to warm up."""
     model, spec = equipment.model, ours(equipment, OURS[name]).spec
-    make, made = spec.make_target, list[TimedTarget]()
+    fast, made = spec.make_target is not None, list[TimedTarget]()
 
     def timed(model: Any) -> Any:
-        made.append(TimedTarget((make(model) if make is not None else None) or HfTarget(model)))
+        made.append(TimedTarget((best_target(model) if fast else None) or HfTarget(model)))
         return made[-1]
 
     spec.make_target = timed

@@ -251,9 +251,11 @@ def make_decoder(
     from zerodraft.decoding.search import SearchConfig
     from zerodraft.drafters.hybrid import HybridDrafter
     from zerodraft.drafters.lookup import PromptLookupDrafter
-    from zerodraft.targets.graphed import graphed_target
-    from zerodraft.targets.lean import lean_target
+    from zerodraft.targets.best import best_target
 
+    if lean:
+        # what it prepares beside the model is no part of the first text's time
+        best_target(model)
     if hybrid and not isinstance(drafter, PromptLookupDrafter):
         drafter = HybridDrafter(other=drafter)
     k = drafter.max_length
@@ -262,14 +264,13 @@ def make_decoder(
     if search and tree:
         config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
         length = CostAwareTree(k=k, rest=not isinstance(drafter, HybridDrafter))
-    fast = (make for make in (lean_target, graphed_target) if lean and make(model) is not None)
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,
         length=length if adaptive else FixedLength(k),
         search=config,
         tree=tree,
-        make_target=next(fast, None),
+        make_target="auto" if lean else None,
         trace=trace,
     )
 

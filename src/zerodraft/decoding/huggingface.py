@@ -6,7 +6,7 @@ sampling. What cannot be had is one clear error. The model is not changed.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -46,8 +46,10 @@ class DiffuSpec:
         search: How a lattice of candidates becomes a draft.
         tree: Verify a tree of paths; False: the best path alone.
         sample_drafts: Where tokens are sampled, draw the draft at random too (exact as well).
-        make_target: Builds what runs the model; `HfTarget`, which runs any, where it is not given or returns None, and
-            where `past_key_values` already holds a part of the text.
+        make_target: Builds what runs the model. "auto": the fastest exact way on the model's machine, which keeps
+            packed weights or recorded passes beside the model until `zerodraft.release(model)`. None: the model's own
+            forward pass, which is also taken where the function returns None, where `past_key_values` already holds a
+            part of the text, and by "auto" where `generate` was given more inputs.
         trace: Keep every step in `last_stats.trace`.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
@@ -68,7 +70,7 @@ class DiffuSpec:
         search: SearchConfig | None = None,
         tree: bool = True,
         sample_drafts: bool = False,
-        make_target: MakeTarget | None = None,
+        make_target: MakeTarget | Literal["auto"] | None = "auto",
         trace: bool = False,
         generator: torch.Generator | None = None,
         dice: Randomness | None = None,
@@ -126,7 +128,7 @@ class DiffuSpec:
         check_options(model, config, assistant)
         held = 0 if past_key_values is None else check_cache(past_key_values, input_ids, attention_mask)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        check_inputs(inputs, own_target=self.make_target is not None)
+        check_inputs(inputs, own_target=callable(self.make_target))
         context = check_prompts(model, input_ids, mask, position_ids)
         self.drafter.check(model.config)
 
@@ -140,7 +142,7 @@ class DiffuSpec:
             keep_logits=returns and bool(config.output_logits),
         )
         stopping = Stopping(stopping_criteria, rows)
-        target = None if self.make_target is None or held else self.make_target(model)
+        target = None if held else self._fast_target(model, inputs)
         if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
             room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
@@ -184,6 +186,17 @@ class DiffuSpec:
                 logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
                 past_key_values=past_key_values,
             )
+
+    def _fast_target(self, model: Any, inputs: dict[str, Any]) -> Target | None:
+        """What `make_target` stands for; None for the model's own forward pass."""
+        if self.make_target is None:
+            return None
+        if callable(self.make_target):
+            return self.make_target(model)
+        # not at the top: `targets` builds on `decoding`, which works without it
+        from zerodraft.targets.best import best_target
+
+        return None if inputs else best_target(model)
 
 
 class _Steps:
