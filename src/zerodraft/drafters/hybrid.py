@@ -72,7 +72,8 @@ def copy(text: Int64[np.ndarray, " n"], length: int, max_ngram: int) -> tuple[In
 class Trial:
     """Whether the other drafter pays for its pass and for what it has verified: tokens and seconds of steps with it and
     without, where copies are unlikely. Both are tried in turn at first (and the `cold` first steps of each, which pay
-    for its kernels, forgotten); then old steps fade, and one step in `explore` does what does not look best."""
+    for its kernels, forgotten); then old steps fade, and one step in `explore` does what does not look best, fewer the
+    more there is to lose."""
 
     keep: float = 0.98
     explore: int = 16
@@ -80,13 +81,19 @@ class Trial:
     tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     steps: list[int] = field(default_factory=lambda: [0, 0])
+    waited: int = 0
 
     def choose(self) -> bool:
         """Ask it in this step?"""
         if min(self.steps) <= self.cold + 4:
             return self.steps[True] <= self.steps[False]
         without, with_it = (tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
-        return (with_it >= without) != (sum(self.steps) % self.explore == 0)
+        self.waited += 1
+        # a step that is r times slower costs 1 - 1/r of a step's tokens
+        if self.waited < self.explore * (max(with_it, without) / min(with_it, without)) ** 4:
+            return with_it >= without
+        self.waited = 0
+        return with_it < without
 
     def learn(self, asked: bool, tokens: int, seconds: float) -> None:
         """Takes note of what a step brought."""
