@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.ztt.tiny import VOCABULARY, base_config, tiny, tiny_plain
+from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
@@ -135,11 +136,32 @@ def test_sampled_paths_follow_the_seed_and_the_candidates_probabilities() -> Non
         assert len(set(lattice.ids[0].tolist())) == 4
 
 
+@pytest.mark.parametrize("size", [VOCABULARY - 40, VOCABULARY + 9])
+def test_vocabularies_may_differ_in_padding(size: int) -> None:
+    target = tiny_plain(vocab_size=size)
+    drafter = AutoregressiveDrafter(MODELS["llama"], candidates=4, vocab_size=size)
+    drafter.check(target.config)
+    session = drafter.start(1, CPU, None)
+    session.observe(progress([3, size - 1, 5]))  # the drafter may not know the second one
+    (lattice,) = session.propose([8])
+    assert len(lattice)
+    assert int(lattice.ids.max()) < min(size, VOCABULARY)
+    prompt, how = torch.tensor([[3, size - 1, 5]]), {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    plain = target.generate(prompt, **how)
+    assert torch.equal(plain, target.generate(prompt, custom_generate=DiffuSpec(drafter), **how))
+
+
 def test_what_does_not_fit_is_one_sentence() -> None:
     drafter = AutoregressiveDrafter(MODELS["llama"])
     drafter.check(base_config("gpt2"))
-    with pytest.raises(ZerodraftError, match="vocabulary has 64 tokens, the target's 65"):
-        drafter.check(base_config("llama", vocab_size=65))
+    for build in (
+        lambda: drafter.check(base_config("llama", vocab_size=321)),
+        lambda: AutoregressiveDrafter(MODELS["llama"], vocab_size=321),
+    ):
+        with pytest.raises(ZerodraftError, match="vocabulary has 64 tokens, the target's 321"):
+            build()
+    with pytest.raises(ZerodraftError, match="make it with vocab_size=60"):
+        drafter.check(base_config("llama", vocab_size=60))
     with pytest.raises(ZerodraftError, match="at least 1"):
         AutoregressiveDrafter(MODELS["llama"], candidates=0)
     from transformers import MambaConfig

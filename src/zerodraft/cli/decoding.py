@@ -118,7 +118,10 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
     from transformers import AutoModelForCausalLM
 
     model = load_pretrained(AutoModelForCausalLM, path).to(target.device).eval()
-    drafter = retokenized_if_needed(AutoregressiveDrafter(model), path, resolve(target_name))
+    own = AutoregressiveDrafter(model)
+    drafter = retokenized_if_needed(own, path, resolve(target_name))
+    if drafter is own:
+        drafter = AutoregressiveDrafter(model, vocab_size=target.config.get_text_config().vocab_size)
     drafter.check(target.config)
     return drafter, Path(text).name
 

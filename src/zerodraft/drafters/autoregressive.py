@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
+from zerodraft.drafters.masked import PADDING
 from zerodraft.errors import ZerodraftError
 
 
@@ -28,12 +29,20 @@ class AutoregressiveDrafter:
         max_length: The most positions drafted at once.
         temperature: 0 puts the most probable token on the path; above 0 it is drawn from the candidates at this
             temperature, with the log-probabilities that go with it.
+        vocab_size: The target's vocabulary; the model's own if not given. They may differ in rows of padding, as sizes
+            of one family do, and no token that the smaller one lacks is drafted.
     """
 
     taps: Sequence[int] = ()
 
     def __init__(
-        self, model: PreTrainedModel, *, candidates: int = 4, max_length: int = 8, temperature: float = 0.0
+        self,
+        model: PreTrainedModel,
+        *,
+        candidates: int = 4,
+        max_length: int = 8,
+        temperature: float = 0.0,
+        vocab_size: int | None = None,
     ) -> None:
         if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
             raise ZerodraftError(
@@ -48,18 +57,28 @@ class AutoregressiveDrafter:
         self.model, self.temperature = model, temperature
         self.candidates, self.max_length = candidates, max_length
         text = model.config.get_text_config()
-        self.vocab_size: int = text.vocab_size
+        self.own_size: int = text.vocab_size
+        self._check_size(self.own_size if vocab_size is None else vocab_size)
+        self.vocab_size = min(self.own_size, vocab_size or self.own_size)
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         eos = getattr(model.generation_config, "eos_token_id", None)
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.head_options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
 
     def check(self, config: Any) -> None:
-        """Target and drafter must have one vocabulary."""
-        target = config.get_text_config().vocab_size
-        if target != self.vocab_size:
+        """Target and drafter must have one vocabulary, but for padding."""
+        size = config.get_text_config().vocab_size
+        self._check_size(size)
+        if size < self.vocab_size:
             raise ZerodraftError(
-                f"The drafter's vocabulary has {self.vocab_size} tokens, the target's {target}: take a drafter of the "
+                f"The drafter drafts among {self.vocab_size} tokens, the target has {size}: make it with "
+                f"vocab_size={size}, if both have one tokenizer."
+            )
+
+    def _check_size(self, size: int) -> None:
+        if abs(size - self.own_size) > PADDING:
+            raise ZerodraftError(
+                f"The drafter's vocabulary has {self.own_size} tokens, the target's {size}: take a drafter of the "
                 "target's family, with the same tokenizer."
             )
 
@@ -144,14 +163,16 @@ class DraftRow:
     def _feed(self, tokens: list[int]) -> Float[Tensor, "v"]:
         """Scores of the token after these."""
         model = self.drafter.model
+        # a target can write what its own padding stands for
+        ids = torch.tensor([tokens], device=model.device).clamp(max=self.drafter.own_size - 1)
         out = model(
-            input_ids=torch.tensor([tokens], device=model.device),
+            input_ids=ids,
             past_key_values=self.cache,
             use_cache=True,
             **self.drafter.head_options,
         )
         self.cached += tokens
-        return out.logits[0, -1]
+        return out.logits[0, -1, : self.drafter.vocab_size]
 
     def _choose(self, logits: Float[Tensor, "v"]) -> tuple[Int64[np.ndarray, "m"], Float32[np.ndarray, "m"]]:
         """The candidates of one position, that of the path first."""
