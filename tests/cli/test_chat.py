@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from zerodraft.cli import chat as chat_module
 from zerodraft.cli.main import main
 from zerodraft.training.tokenizer import load_tokenizer
 
@@ -62,6 +63,38 @@ def test_it_ends_with_the_input_and_takes_a_system_message(
     (answer,) = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])["answers"]
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     assert answer["text"] == plain_answer(chat_dir, messages)
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_program(
+    chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speculate, calls = chat_module.speculate, []
+
+    def interrupted(model: Any, decode: Any, inputs: Any, sampling: Any, streamer: Any) -> Any:
+        calls.append(inputs["input_ids"].shape[1])
+        if len(calls) == 1:
+            streamer.on_finalized_text("a fox")
+            raise KeyboardInterrupt
+        return speculate(model, decode, inputs, sampling, streamer)
+
+    monkeypatch.setattr(chat_module, "speculate", interrupted)
+    assert chat(monkeypatch, "the cat\nhi\n", "--target", str(chat_dir), "--json") == 0
+    captured = capsys.readouterr()
+    first, second = json.loads(captured.out.rstrip("\n").split("\n")[-1])["answers"]
+    assert first == {"message": "the cat", "text": "a fox", "stopped": True}
+    assert "stopped" in captured.err
+    messages = [("user", "the cat"), ("assistant", "a fox"), ("user", "hi")]
+    assert second["text"] == plain_answer(chat_dir, [{"role": role, "content": text} for role, text in messages])
+    assert second["stopped"] is False
+
+
+def test_bytes_that_are_no_text(
+    chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"f\xfcr\nhi\n"), encoding="utf-8"))
+    assert main(["chat", "--drafter", "lookup", "--max-new-tokens", "2", "--target", str(chat_dir), "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])["answers"]
+    assert [answer["message"] for answer in answers] == ["f\N{REPLACEMENT CHARACTER}r", "hi"]
 
 
 def test_a_conversation_that_outgrows_the_context_can_start_anew(

@@ -56,12 +56,23 @@ def test_a_limit_draws_some(plain_dir: Path, prompts: Path, tmp_path: Path, caps
     assert set(read_completions(tmp_path / "out").temperatures) == {0}
 
 
+def test_prompts_that_are_too_long_are_told(
+    plain_dir: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--target", str(plain_dir), "--prompts", str(prompts), "--out", str(tmp_path / "out"), *SMALL]
+    prompts.write_text("the cat\n" + "the fox sat " * 30 + "\n", encoding="utf-8")
+    code, out, err = distill(capsys, *words, "--max-prompt-tokens", "20")
+    assert code == 0, err
+    assert "1 of 2 prompts were left out as too long" in out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "no prompts: name files"),
         (["--prompts", "nowhere.txt"], "'nowhere.txt' cannot be read"),
         (["--invent", "3", "--greedy", "2"], "--greedy is 2.0"),
+        (["--invent", "3", "--temperatures", ".nan"], "expected numbers from 0.0001 up"),
         (["--invent", "3", "--no-chat"], "leave out either --invent or --no-chat"),
         (["--invent", "3"], "pass --no-chat"),
         (["--invent", "3", "--limit", "-1"], "--limit is -1"),

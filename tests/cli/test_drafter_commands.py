@@ -58,6 +58,34 @@ def test_training_leaves_a_drafter_and_its_figures(drafter: Path) -> None:
     assert (drafter / "model.safetensors").is_file()
 
 
+def test_the_folder_of_a_run_is_a_drafter(
+    drafter: Path, target: Path, completions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of docs/drafters.md."""
+    words = f"generate --target {target} --drafter {drafter.parent} --max-new-tokens 8 --compare --json w3"
+    assert main(words.split()) == 0
+    assert json.loads(capsys.readouterr().out.strip().split("\n")[-1])["equal"]
+    assert main(f"eval-drafter {drafter.parent} --target {target} --data {completions} --limit 2".split()) == 0
+    assert "first choice's probability" in capsys.readouterr().out
+    assert main(f"export-drafter {drafter.parent} {drafter.parent / 'exported'}".split()) == 2
+    assert "is a block drafter" in capsys.readouterr().err
+
+
+def test_completions_of_another_model(
+    drafter: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "a.bin").write_bytes(np.full(20 * 20, 64, "<u2").tobytes())
+    (foreign / "a.jsonl").write_text(20 * (json.dumps({"n": 20, "p": 4, "temp": 0.0}) + "\n"))
+    train = f"train-drafter --target {target} --data {foreign} --out {tmp_path / 'out'} --held-back.sequences 3"
+    for words in (
+        f"eval-drafter {drafter} --target {target} --data {foreign}", train, f"{train} --drafter.start {drafter}"
+    ):  # fmt: skip
+        assert main(words.split()) == 2
+        assert "hold token 64, the target's vocabulary has 64" in capsys.readouterr().err
+
+
 def test_evaluation(
     drafter: Path, target: Path, completions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +121,8 @@ def test_bad_input(drafter: Path, target: Path, tmp_path: Path, capsys: pytest.C
     for words, said in (
         (f"eval-drafter {drafter} --target {target} --data {tmp_path}", "holds no completions"),
         (f"train-drafter --target {target} --data {tmp_path} --out {tmp_path / 'out'}", "holds no completions"),
+        (f"eval-drafter nosuch --target {target} --data {tmp_path}", "'nosuch' is no model directory"),
+        (f"eval-drafter {target} --target {target} --data {tmp_path}", "is a llama model; eval-drafter takes a block"),
         (f"train-drafter --target {target} --data x --out y --drafter.layer 3", "did you mean"),
     ):
         assert main(words.split()) == 2

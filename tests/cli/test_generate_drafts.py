@@ -1,6 +1,7 @@
 """`zerodraft generate --target`: the same text as plain decoding, what is reported, and bad input."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ def test_the_trace_holds_the_text_and_a_legend(
 ) -> None:
     code, out, _ = generate(capsys, "the cat", "--target", str(plain_dir), "--drafter", str(plain_dir), "--trace")
     assert code == 0
-    assert out.startswith(plain_text)
-    assert "■ accepted " in out
+    traced, legend = out.split("\n{+accepted+} ")
+    for mark in ("{+", "+}"):
+        traced = traced.replace(mark, "")
+    assert re.sub(r"\[-.*?-\]", "", traced, flags=re.DOTALL) == plain_text
+    assert "[-rejected-] " in legend
 
 
 def test_a_sampled_text_follows_the_seed_and_is_not_compared_token_by_token(
@@ -123,7 +127,17 @@ def test_the_shipped_drafter_is_found_by_its_targets_name(tmp_path: Path, monkey
     folder = tmp_path / "models" / decoding.SHIPPED["smollm2"]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    assert shipped_drafter("smollm2") == folder
+    monkeypatch.setenv("ZERODRAFT_CACHE", str(tmp_path / "cache"))
+    cached = str(tmp_path / "cache" / "smollm2")
+    for name in ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", cached, "cache/smollm2"):
+        assert shipped_drafter(name) == folder
+
+
+def test_a_prompt_file_of_another_encoding(plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompt.txt").write_bytes("für Elise".encode("latin-1"))
+    code, _, err = generate(capsys, "--prompt-file", str(tmp_path / "prompt.txt"), "--target", str(plain_dir))
+    assert code == 2
+    assert "is not UTF-8 text" in err
 
 
 @pytest.mark.parametrize(
@@ -137,7 +151,7 @@ def test_the_shipped_drafter_is_found_by_its_targets_name(tmp_path: Path, monkey
         (["hi", "--model", "T", "--drafter", "lookup"], "--drafter belongs to --target"),
         (["hi", "--target", "T", "--drafter", "lookup:0"], "such as lookup:3"),
         (["hi", "--target", "T", "--drafter", "lokup"], "--drafter is neither 'lookup', 'lookup:N' nor a model"),
-        (["hi", "--target", "T", "--ngram", "nowhere.ngram"], "nowhere.ngram"),
+        (["hi", "--target", "nobody", "--ngram", "nowhere.ngram"], "nowhere.ngram"),
         (["hi", "--target", "T", "--chat"], "no chat template"),
         (["the cat " * 1500, "--target", "T"], "the model reads at most 2048"),
         (["", "--target", "T"], "the prompt is empty"),

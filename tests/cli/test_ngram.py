@@ -93,6 +93,7 @@ def test_words_for_kenlm(tmp_path: Path, plain_dir: Path, capsys: pytest.Capture
         (["build", "a.txt", "--target", "x", "--out", "."], "--out is '.', a directory"),
         (["build", "a.txt", "--target", "x", "--out", "y", "--order", "0"], "--order is 0"),
         (["build", "a.txt", "--target", "x", "--out", "y", "--min-count", "0"], "--min-count is 0"),
+        (["build", "a.txt", "--target", "x", "--out", f"{__file__}/y/z"], "no file can be made"),
         (["info", "a", "b"], "'info' takes one table, got 2"),
         (["info", "nowhere.ngram"], "'nowhere.ngram' cannot be read"),
     ],
@@ -111,6 +112,8 @@ def test_bad_files_leave_nothing(tmp_path: Path, plain_dir: Path, capsys: pytest
     assert "token 300, but the vocabulary only tokens 0 to 299" in capsys.readouterr().err
     assert main(["ngram", "build", str(tmp_path / "no.txt"), "--target", str(plain_dir), "--out", str(out)]) == 2
     assert "no data at" in capsys.readouterr().err
+    assert main(["ngram", "build", str(folder), "--target", str(plain_dir), "--out", "/proc/self/x/y.ngram"]) == 2
+    assert "/proc/self/x/y.ngram" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["completions"]
 
 

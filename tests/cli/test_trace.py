@@ -34,6 +34,9 @@ def test_each_kind_has_its_colour(tokenizer: Any) -> None:
     assert coloured(found, ACCEPTED) == f" cat sat{first}"
     assert coloured(found, REJECTED) == " fox"
     assert coloured(found, OWN) == "the on"
+    assert trace(stats, tokenizer, marked=True).plain == f"the{{+ cat sat+}}[- fox-] on{{+{first}+}}"
+    marked = trace_legend(stats, marked=True).plain
+    assert marked.startswith(f"{{+accepted+}} {len(cat + sat) + 1}  [-rejected-] {len(fox) + 1}  the target's own")
     legend = trace_legend(stats).plain
     assert legend == f"■ accepted {len(cat + sat) + 1}  ■ rejected {len(fox) + 1}  ■ the target's own {len(the + on)}"
 

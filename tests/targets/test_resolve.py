@@ -20,6 +20,12 @@ def test_directory_is_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
+def test_the_folder_of_a_run_stands_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert resolve(tmp_path) == tmp_path / "model"
+
+
 def test_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ZerodraftError, match=r"has no config\.json"):
         resolve(tmp_path)

@@ -85,6 +85,15 @@ def test_errors(tmp_path, monkeypatch, recipe, source, message):
         read_documents((source,), recipe)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.txt", "not UTF-8"), ("a.jsonl", "not UTF-8"), ("a.parquet", "no whole parquet file")]
+)
+def test_damaged_files(tmp_path, recipe, name, message):
+    (tmp_path / name).write_bytes(b"PAR1\xff\xfe\xe4")
+    with pytest.raises(ZerodraftError, match=message):
+        read_documents((str(tmp_path / name),), recipe)
+
+
 def test_no_sources(recipe):
     with pytest.raises(ZerodraftError, match=r"data\.train is empty"):
         read_documents((), recipe)

@@ -1,5 +1,6 @@
 """Prompts: every field of the formats that are promised, each once, and the chat template around them."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,22 @@ def test_bad_files_are_one_sentence(name: str, content: bytes, message: str, tmp
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ZerodraftError, match=message):
         read_prompts([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("instances", [["a"], "a", {"input": "a"}])
+def test_instances_of_another_kind_are_one_sentence(instances: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"instruction": "x", "instances": instances}))
+    with pytest.raises(ZerodraftError, match=r"line 1 has instances that are no list of objects"):
+        read_prompts([str(file)])
+
+
+def test_a_template_that_refuses_is_one_sentence(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    for template in ("{{ raise_exception('no system role') }}", "{% if %}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ZerodraftError, match="chat template refuses a conversation of user: "):
+            PromptEncoder(tokenizer)("hi")
 
 
 def test_a_missing_file_is_named() -> None:

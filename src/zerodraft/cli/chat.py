@@ -1,5 +1,6 @@
 """`zerodraft chat`: a conversation with a target that decodes with drafts, one line at a time."""
 
+import io
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +27,8 @@ from zerodraft.errors import ZerodraftError
 class Chat(Command):
     """Talk with a model that decodes with drafts; its answers come as they are written.
 
-    One line is one message. /new starts a new conversation, /quit (or the end of the input) ends the program.
+    One line is one message. /new starts a new conversation, /quit (or the end of the input) ends the program. Ctrl-C
+    stops an answer; what is there of it stays in the conversation.
     """
 
     example: ClassVar[str] = "zerodraft chat --target smollm2"
@@ -60,6 +62,9 @@ class Chat(Command):
         decode = make_decoder(model, drafter)
         start = [{"role": "system", "content": self.system}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # a byte that is no character need not end the program either
+            sys.stdin.reconfigure(errors="replace")
         console.print(Text(f"{self.target} with drafts by {name}; /new starts anew, /quit ends", style="dim"))
         messages, answers = list(start), []
         while (line := self._read(console)) is not None:
@@ -88,11 +93,18 @@ class Chat(Command):
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed + turn
         )
         inputs = encode_messages(tokenizer, messages)
-        written, stats = speculate(model, decode, inputs, sampling, live_streamer(console, tokenizer))
+        streamer = live_streamer(console, tokenizer)
+        try:
+            written, stats = speculate(model, decode, inputs, sampling, streamer)
+        except KeyboardInterrupt:
+            console.print()
+            console.print(Text("stopped", style="dim"))
+            return {"text": streamer.text, "stopped": True}
         console.print()
         console.print(Text(summary(written, stats), style="dim"))
         return {
             "text": tokenizer.decode(written.tokens, skip_special_tokens=True),
+            "stopped": False,
             "new_tokens": len(written.tokens),
             "mat": stats.mat,
             "tokens_per_second": written.speed,

@@ -1,5 +1,6 @@
 """What the commands that decode with drafts share: getting target and drafter, generating, comparing, reporting."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from zerodraft.cli.command import Result
 from zerodraft.cli.loading import default_device, load_tokenizer_for, model_type
 from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.prompts import templated
 
 if TYPE_CHECKING:
     from zerodraft.decoding.huggingface import DiffuSpec
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 SHIPPED = {"smollm2": "smollm2-drafter"}
 """What a drafter in the repository's `models` directory is called, by the short name of its target."""
+
+SMALLEST_TEMPERATURE = 1e-4
+"""Logits over smaller ones are infinite."""
 
 NEAR_TIE = 1e-3
 """Logits this close can change places when the same sums are taken in another order."""
@@ -38,8 +43,10 @@ class Sampling:
         """Raises for numbers that make no sense."""
         if self.max_new_tokens < 1:
             raise ZerodraftError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ZerodraftError(f"--temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ZerodraftError(
+                f"--temperature is {self.temperature}; it must be 0 (greedy) or from {SMALLEST_TEMPERATURE} up"
+            )
         if not 0 < self.top_p <= 1:
             raise ZerodraftError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
 
@@ -63,11 +70,21 @@ def load_target(name: str) -> tuple[Any, Any]:
 
 def shipped_drafter(target: str) -> Path | None:
     """The repository's drafter for a target, if the working directory or this checkout has one."""
-    if target not in SHIPPED:
+    short = next((short for short in SHIPPED if _is_called(short, target)), None)
+    if short is None:
         return None
     roots = (Path.cwd(), Path(__file__).resolve().parents[3])
-    found = (root / "models" / SHIPPED[target] for root in roots)
+    found = (root / "models" / SHIPPED[short] for root in roots)
     return next((path for path in found if (path / "config.json").is_file()), None)
+
+
+def _is_called(short: str, name: str) -> bool:
+    """Whether a name is this short name, its hub id, or the directory that it resolves to."""
+    from zerodraft.targets.cache import default_cache_dir
+    from zerodraft.targets.resolve import SHORT_NAMES
+
+    directory = default_cache_dir() / short
+    return name in (short, SHORT_NAMES[short].hub_id) or Path(name).expanduser().resolve() == directory.resolve()
 
 
 def check_drafter(text: str) -> None:
@@ -137,14 +154,17 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     """A conversation's tensors, up to where the model answers."""
     if not tokenizer.chat_template:
         raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return templated(tokenizer, messages, return_tensors="pt", return_dict=True)
 
 
 def check_context(model: Any, length: int) -> None:
     """Raises for a prompt of so many tokens that nothing could follow."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length >= context:
-        raise ZerodraftError(f"the prompt has {length} tokens; the model reads at most {context}")
+        raise ZerodraftError(
+            f"the prompt has {length} tokens; the model reads at most {context}, those that it writes included: give a "
+            "shorter prompt"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,11 +193,14 @@ def write(model: Any, inputs: Any, sampling: Sampling, **options: Any) -> Writte
 
 
 def live_streamer(console: Console, tokenizer: Any) -> Any:
-    """Prints the text while it is written."""
+    """Prints the text while it is written, and keeps it as `text`."""
     from transformers import TextStreamer
 
     class Live(TextStreamer):
+        text = ""
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
             console.print(Text(text), end="")
 
     return Live(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -315,9 +338,9 @@ def decode_and_report(
     written, stats = speculate(model, decode, inputs, sampling, streamer)
     text = tokenizer.decode(written.tokens, skip_special_tokens=True)
     if decode.trace:
-        # without colours nobody could tell what was rejected
-        console.print(Text(text) if console.color_system is None else trace(stats, tokenizer))
-        console.print(trace_legend(stats))
+        marked = console.color_system is None
+        console.print(trace(stats, tokenizer, marked=marked))
+        console.print(trace_legend(stats, marked=marked))
     else:
         console.print()
     console.print(f"{summary(written, stats)}, drafts by {name}")

@@ -87,12 +87,19 @@ class Distill(Command):
             written = progress.tokens
         seconds = time.perf_counter() - started
         speed = written / seconds if written else 0.0
+        found = manifest["made_with"]["prompts"]
+        if left_out := found["count"] - found["used"]:
+            console.print(
+                f"{left_out} of {found['count']} prompts were left out as too long: --max-prompt-tokens is "
+                f"{self.settings.max_prompt_tokens}, and the target's context has to hold --max-new-tokens too"
+            )
         console.print(
             f"{manifest['sequences']} completions, {manifest['completion_tokens']:,} tokens in {self.out}; "
             f"this run wrote {written:,} in {seconds:.0f} s ({speed:.0f} tokens/s)"
         )
         return {
             "out": self.out,
+            "left_out": left_out,
             "sequences": manifest["sequences"],
             "tokens": manifest["tokens"],
             "completion_tokens": manifest["completion_tokens"],

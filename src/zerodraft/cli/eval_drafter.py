@@ -2,13 +2,17 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.loading import model_type
 from zerodraft.errors import ZerodraftError
+
+if TYPE_CHECKING:
+    from zerodraft.training.acceptance import Acceptance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +25,7 @@ class EvalDrafter(Command):
     example: ClassVar[str] = "zerodraft eval-drafter runs/drafter/model --target smollm2 --data completions"
 
     drafter: str = positional("DRAFTER")
-    """Directory of the drafter."""
+    """Directory of the drafter, or of the run that trained it."""
     target: str = metavar("DIR|NAME")
     """The model that it drafts for."""
     data: tuple[str, ...] = metavar("PATH")
@@ -48,13 +52,14 @@ class EvalDrafter(Command):
         from zerodraft.drafters.dflash import DFlashDrafter
         from zerodraft.drafters.dflash_files import is_dflash
         from zerodraft.training.acceptance import measure_acceptance
-        from zerodraft.training.completions import read_completions
+        from zerodraft.training.completions import check_vocabulary, read_completions
         from zerodraft.training.features import FeatureCache
 
         if self.plot is not None:
             from zerodraft.ztt.plot import check_matplotlib
 
             check_matplotlib()
+        path = find_drafter(self.drafter)
         completions = read_completions(self.data)
         greedy = [i for i in range(len(completions)) if completions.temperatures[i] == 0]
         greedy = [i for i in greedy if completions.lengths[i] - completions.prompt_lengths[i] >= 3]
@@ -63,8 +68,9 @@ class EvalDrafter(Command):
         if self.limit:
             greedy = [greedy[i] for i in np.unique(np.linspace(0, len(greedy) - 1, self.limit).astype(int))]
         target, _ = load_target(self.target)
-        kind = DFlashDrafter if is_dflash(self.drafter) else BlockDrafter
-        model = kind.from_pretrained(self.drafter, target).model
+        check_vocabulary(completions, target.get_input_embeddings().weight.shape[0])
+        kind = DFlashDrafter if is_dflash(path) else BlockDrafter
+        model = kind.from_pretrained(path, target).model
         head = target.get_output_embeddings().weight.detach()[model.draft_ids]
         taps = [*model.config.layers, target.config.get_text_config().num_hidden_layers]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -79,6 +85,7 @@ class EvalDrafter(Command):
             f"{measured.mat:.2f} tokens per target pass with plain blocks, over {len(greedy)} completions "
             f"({measured.steps:,} passes)"
         )
+        console.print(calibration(measured))
         if self.plot is not None:
             from zerodraft.training.acceptance_plot import plot_acceptance
 
@@ -86,3 +93,28 @@ class EvalDrafter(Command):
             console.print(f"drawn to {self.plot}")
         figures = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in asdict(measured).items()}
         return {"completions": len(greedy), **figures}
+
+
+def find_drafter(name: str) -> Path:
+    """The directory of a drafter whose drafts can be judged on a target's hidden states."""
+    from zerodraft.drafters.block_model import BlockDrafterConfig
+    from zerodraft.drafters.dflash_files import is_dflash
+    from zerodraft.targets import resolve
+
+    path = resolve(name)
+    if not is_dflash(path) and (kind := model_type(path)) != BlockDrafterConfig.model_type:
+        raise ZerodraftError(
+            f"'{name}' is a {kind} model; eval-drafter takes a block or DFlash drafter, such as 'zerodraft "
+            "train-drafter' makes (any other is compared by 'zerodraft bench decode')."
+        )
+    return path
+
+
+def calibration(measured: "Acceptance") -> Table:
+    """How often first choices of about one probability were right."""
+    table = Table("first choice's probability", "mean", "right", "slots", box=None, pad_edge=False)
+    for b, count in enumerate(measured.bin_counts):
+        if count:
+            mean, right = measured.confidence[b], measured.correct[b]
+            table.add_row(f"{b / 10:.1f} to {(b + 1) / 10:.1f}", f"{mean:.3f}", f"{right:.3f}", f"{count:,}")
+    return table

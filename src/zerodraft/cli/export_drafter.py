@@ -1,7 +1,6 @@
 """`zerodraft export-drafter`: a DFlash drafter in the files of transformers, vLLM and SGLang."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from rich.console import Console
@@ -21,7 +20,7 @@ class ExportDrafter(Command):
     example: ClassVar[str] = "zerodraft export-drafter runs/dflash/model exported"
 
     drafter: str = positional("DRAFTER")
-    """Directory of the drafter."""
+    """Directory of the drafter, or of the run that trained it."""
     output: str = positional("OUT")
     """New or empty directory to write to."""
     layout: Literal["transformers", "z-lab"] = "transformers"
@@ -31,13 +30,14 @@ class ExportDrafter(Command):
         """Reads, writes and says how to use it."""
         from zerodraft.drafters.block_model import BlockDrafterConfig
         from zerodraft.drafters.dflash_files import export_dflash, is_dflash, load_dflash
+        from zerodraft.targets import resolve
 
-        if not is_dflash(self.drafter):
-            path = Path(self.drafter)
-            block = path.is_dir() and model_type(path) == BlockDrafterConfig.model_type
+        path = resolve(self.drafter)
+        if not is_dflash(path):
+            block = model_type(path) == BlockDrafterConfig.model_type
             why = "is a block drafter, a network that other runtimes do not have" if block else "is no DFlash drafter"
             raise ZerodraftError(f"'{self.drafter}' {why}: train one with 'zerodraft train-drafter --kind dflash'.")
-        model = load_dflash(self.drafter)
+        model = load_dflash(path)
         export_dflash(model, self.output, self.layout)
         config = model.config
         console.print(

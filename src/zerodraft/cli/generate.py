@@ -52,7 +52,7 @@ class Generate(Command):
     compare: bool = False
     """Decode plainly too; tell equality and speedup."""
     trace: bool = False
-    """Colour accepted, rejected and the target's own tokens."""
+    """Colour (or mark) accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")
     """Read the prompt from this file instead."""
     chat: bool = False
@@ -92,6 +92,11 @@ class Generate(Command):
 
     def _decode(self, console: Console) -> Result:
         """With drafts: speed, and what came of them."""
+        from zerodraft.decoding.ngram import open_table
+
+        if self.ngram:
+            # a wrong file is told before anything is loaded
+            open_table(self.ngram)
         model, tokenizer = load_target(self.target)
         drafter, name = load_drafter(self.drafter, model, self.target)
         decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
@@ -159,7 +164,10 @@ class Generate(Command):
             file = Path(self.prompt_file).expanduser()
             if not file.is_file():
                 raise ZerodraftError(f"no prompt file at '{self.prompt_file}'")
-            text = file.read_text(encoding="utf-8")
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ZerodraftError(f"the prompt file '{self.prompt_file}' is not UTF-8 text: convert it") from error
         if not text.strip():
             raise ZerodraftError("the prompt is empty: give a text to continue, or a file with --prompt-file")
         return text

@@ -64,6 +64,11 @@ class Ngram(Command):
                 raise ZerodraftError(f"--{name} is missing; see 'zerodraft ngram --help'")
         if self.out and Path(self.out).expanduser().is_dir():
             raise ZerodraftError(f"--out is '{self.out}', a directory: name a file")
+        if self.out:
+            parents = Path(self.out).expanduser().absolute().parents
+            nearest = next(parent for parent in parents if parent.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                raise ZerodraftError(f"--out is '{self.out}', but in '{nearest}' no file can be made: name another")
         if not 1 <= self.order <= LONGEST:
             raise ZerodraftError(f"--order is {self.order}; it must be from 1 to {LONGEST}")
         if self.min_count < 1:
@@ -81,6 +86,10 @@ class Ngram(Command):
         started = time.perf_counter()
         with CountProgress(console) as progress, tempfile.TemporaryDirectory(prefix="zerodraft-ngram-") as folder:
             documents = self._documents(path, Path(folder), progress)
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ZerodraftError(f"--out is '{self.out}', which cannot be made: {error.strerror}") from error
             result = (self._build if self.action == "build" else self._words)(documents, path, out, progress)
         result |= {"out": self.out, "documents": len(documents), "seconds": time.perf_counter() - started}
         size = f"{result['bytes'] / 1e6:.1f} MB"
@@ -114,7 +123,6 @@ class Ngram(Command):
         }
 
     def _words(self, documents: "TokenFiles", path: Path, out: Path, progress: "CountProgress") -> Result:
-        out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
         tokens = 0
         try:

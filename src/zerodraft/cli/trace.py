@@ -1,4 +1,7 @@
-"""The colours of drafting on a terminal: tokens drafted and accepted, drafted and rejected, the target's own."""
+"""The colours of drafting on a terminal: tokens drafted and accepted, drafted and rejected, the target's own.
+
+Where there are no colours, marks say it: {+accepted+}, [-rejected-].
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,23 +21,31 @@ ROOT = -1
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def trace(stats: "DecodeStats", tokenizer: Any) -> Text:
-    """The first row's text in colours; of what was rejected the draft's best path stands where it would have been."""
+MARKS = {ACCEPTED: "{{+{}+}}", REJECTED: "[-{}-]", OWN: "{}"}
+"""What stands for a colour, as in `git diff --word-diff`."""
+
+
+def trace(stats: "DecodeStats", tokenizer: Any, *, marked: bool = False) -> Text:
+    """The first row's text in colours, or `marked` where there are none; of what was rejected the draft's best path
+    stands where it would have been."""
     text, pieces = Text(), TextPieces(tokenizer)
     for row in steps_of(stats):
         accepted = row.tokens[: len(row.accepted)]
-        for token in accepted:
-            text.append(pieces.add(token), style=ACCEPTED)
+        _append(text, "".join(map(pieces.add, accepted)), ACCEPTED, marked)
         if rejected := rejected_path(row):
-            text.append(pieces.peek(rejected), style=REJECTED)
-        for token in row.tokens[len(row.accepted) :]:
-            text.append(pieces.add(token), style=OWN)
-    text.append(pieces.rest(), style=OWN)
+            _append(text, pieces.peek(rejected), REJECTED, marked)
+        _append(text, "".join(map(pieces.add, row.tokens[len(row.accepted) :])), OWN, marked)
+    _append(text, pieces.rest(), OWN, marked)
     return text
 
 
-def trace_legend(stats: "DecodeStats") -> Text:
-    """One line: each kind in its colour with its number of tokens, alternatives in trees included."""
+def _append(text: Text, piece: str, style: str, marked: bool) -> None:
+    if piece:
+        text.append(MARKS[style].format(piece) if marked else piece, style=style)
+
+
+def trace_legend(stats: "DecodeStats", *, marked: bool = False) -> Text:
+    """One line: each kind in its colour or marks with its number of tokens, alternatives in trees included."""
     rows = steps_of(stats)
     accepted = sum(len(row.accepted) for row in rows)
     counts = {
@@ -44,8 +55,9 @@ def trace_legend(stats: "DecodeStats") -> Text:
     }
     text = Text()
     for (name, style), count in counts.items():
-        text.append("■ ", style=style.removesuffix(" strike"))
-        text.append(name, style=style)
+        if not marked:
+            text.append("■ ", style=style.removesuffix(" strike"))
+        _append(text, name, style, marked)
         text.append(f" {count}  ")
     text.rstrip()
     return text

@@ -84,7 +84,8 @@ def resolve(
     """Return a local directory with the model `name`, downloading and converting it if need be.
 
     Args:
-        name: A directory with a `config.json`, a hub id, or a short name (`smollm2`, `gemma3-270m`).
+        name: A directory with a `config.json`, a training run's folder (for the `model/` in it), a hub id, or
+            a short name (`smollm2`, `gemma3-270m`).
         cache_dir: Where short names are kept; default `$ZERODRAFT_CACHE`, else the platform's cache directory.
         sources: Where a short name that is not in the cache may come from, in order of preference.
 
@@ -95,8 +96,9 @@ def resolve(
     if not text:
         raise ZerodraftError("The model name is empty: give a directory, a hub id (owner/name) or a short name.")
     path = Path(text).expanduser()
-    if (path / "config.json").is_file():
-        return path
+    for directory in (path, path / "model"):
+        if (directory / "config.json").is_file():
+            return directory
     if text in SHORT_NAMES:
         root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         return _short(text, root / text, sources)

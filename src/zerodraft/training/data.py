@@ -141,18 +141,37 @@ def _read_source(source: str, recipe: DataRecipe) -> Iterator[str]:
         return
     for path in _expand(source):
         if path.suffix in (".txt", ".md"):
-            text = path.read_text(encoding="utf-8")
+            text = _text(path)
             yield from text.split(recipe.separator) if recipe.separator else (text,)
         elif path.suffix == ".jsonl":
             # split on "\n" only: strings may hold U+2028 and other characters that str.splitlines takes for line ends
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+            for number, line in enumerate(_text(path).split("\n"), 1):
                 if line.strip():
                     yield _field(json_row(line, path, number), recipe, str(path))
         else:
-            import pyarrow.parquet  # comes with the data extra
+            yield from (_field(row, recipe, str(path)) for row in _parquet_rows(path))
 
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from (_field(row, recipe, str(path)) for row in batch.to_pylist())
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text, convert it first"
+        raise ZerodraftError(f"'{path}' cannot be read: {why}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ZerodraftError("parquet files need the train extra: pip install 'zerodraft[train]'") from error
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ZerodraftError(f"'{path}' is no whole parquet file: {why}") from error
 
 
 def _expand(source: str) -> list[Path]:

@@ -7,6 +7,7 @@ files as one that was not. The format on disk is that of `completions`; `manifes
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,9 @@ from zerodraft.training.completions import Completion, read_shard, write_shard, 
 from zerodraft.training.prompts import Prompt, PromptEncoder, fingerprint
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+
+SMALLEST_TEMPERATURE = 1e-4
+"""Logits over smaller ones are infinite; 0 is greedy."""
 
 INVENTED_TOKENS = 192
 """Longest prompt that the target may invent."""
@@ -53,8 +57,10 @@ class DistillSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.greedy <= 1:
             raise ZerodraftError(f"--greedy is {self.greedy}; it is a share between 0 and 1")
-        if not self.temperatures or min(self.temperatures) <= 0:
-            raise ZerodraftError(f"--temperatures is {self.temperatures}; expected numbers above 0 (see --greedy)")
+        if not self.temperatures or not all(SMALLEST_TEMPERATURE <= t < math.inf for t in self.temperatures):
+            raise ZerodraftError(
+                f"--temperatures is {self.temperatures}; expected numbers from {SMALLEST_TEMPERATURE} up (see --greedy)"
+            )
         if not 0 < self.top_p <= 1:
             raise ZerodraftError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
         least = {"top_k": 0, "max_new_tokens": 1, "max_prompt_tokens": 1, "invent": 0, "batch_size": 1, "seed": 0}

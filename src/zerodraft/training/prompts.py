@@ -79,6 +79,11 @@ def _of_row(row: dict[str, Any], path: Path, number: int) -> str:
     text = _unwrap(row[field])
     # self-instruct's seed tasks keep the inputs in a list of instances
     instances = row.get("instances") or [{}]
+    if not isinstance(instances, list) or not isinstance(instances[0], dict):
+        raise ZerodraftError(
+            f"'{path}' line {number} has instances that are no list of objects: expected some like "
+            '[{"input": "..."}], or no such field.'
+        )
     contexts = [str(source.get(key) or "").strip() for source in (row, instances[0]) for key in CONTEXTS]
     context = next((context for context in contexts if context), "")
     return f"{text}\n\n{context}" if field == "instruction" and context else text
@@ -88,6 +93,25 @@ def _unwrap(text: str) -> str:
     """Takes off Alpaca's template, which some data sets wrap their instructions in."""
     _, found, inner = text.partition("### Instruction:\n")
     return (inner.partition("### Response:")[0] if found else text).strip()
+
+
+def templated(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
+    """A conversation in the tokenizer's chat template, up to where the model answers.
+
+    Raises:
+        ZerodraftError: the template cannot be read, or takes no such conversation (a system message, say).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        why = str(error).rstrip(".") or type(error).__name__
+        raise ZerodraftError(
+            f"The model's chat template refuses a conversation of {roles}: {why}; leave out what it does not take, or "
+            "the template."
+        ) from error
 
 
 class PromptEncoder:
@@ -122,5 +146,4 @@ class PromptEncoder:
         return list(self.tokenizer(before, add_special_tokens=False)["input_ids"])
 
     def _template(self, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return templated(self.tokenizer, [{"role": "user", "content": text}], tokenize=False)
