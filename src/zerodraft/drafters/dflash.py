@@ -19,7 +19,15 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.drafters.block_model import BlockLayer
 from zerodraft.drafters.dflash_files import load_dflash
 from zerodraft.drafters.dflash_model import DFlashModel, check_fits, embed, visible
-from zerodraft.drafters.tapped import FIRST_SLOTS, PackedLayer, TappedRow, TappedSession, grown, readable_weights
+from zerodraft.drafters.tapped import (
+    FIRST_SLOTS,
+    PackedLayer,
+    TappedRow,
+    TappedSession,
+    grown,
+    readable_weights,
+    release,
+)
 from zerodraft.targets.packed import PackedLinear
 
 
@@ -62,7 +70,9 @@ class DFlashDrafter:
         Raises:
             ZerodraftError: nothing to load there, a damaged checkpoint, or one that does not fit the target.
         """
-        return cls(load_dflash(path), target, candidates)
+        drafter = cls(load_dflash(path), target, candidates)
+        release(drafter.model.layers)
+        return drafter
 
     def check(self, config: Any) -> None:
         """Raises `ZerodraftError` unless a target with this config has the sizes that the drafter was made for."""
@@ -93,7 +103,7 @@ class _Row(TappedRow):
         cos, sin = model.rotate(places[None])
         self._write(model.fused(taps_MFH), (cos[:, :new], sin[:, :new]))
         self.length = known
-        token = embed(drafter.target, self.newest).to(taps_MFH)
+        token = (model.embedding_scale * embed(drafter.target, self.newest)).to(taps_MFH)
         x_SH = torch.cat([token[None], model.mask_embedding.expand(slots - 1, -1)])
         rotary = cos[:, new:], sin[:, new:]
         for i, layer in enumerate(drafter.layers):
@@ -104,7 +114,7 @@ class _Row(TappedRow):
                 keys = torch.arange(end, device=places.device)
                 seen = visible(places[None, new:], keys[None], window, config.causal_sliding)
             x_SH = layer(x_SH, slots, rotary, self.cache[i], known, seen)
-        log_q = drafter.head(model.norm(x_SH)[1 : length + 1]).float().log_softmax(-1)
+        log_q = model.scaled(drafter.head(model.norm(x_SH)[1 : length + 1]).float()).log_softmax(-1)
         top = log_q.topk(drafter.candidates)
         return Lattice(top.indices.cpu().numpy(), top.values.cpu().numpy())
 

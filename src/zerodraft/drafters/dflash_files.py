@@ -6,12 +6,18 @@
 | z-lab's | that of the layers (`qwen3`), architecture `DFlashDraftModel` | vLLM, SGLang, z-lab's code, llama.cpp |
 | transformers' | `muse_glimmer_assistant`, architecture `MuseGlimmerAssistantModel` | transformers 5.23, vLLM |
 
-They differ in names alone: the fusing projection and its norm are `fc` and `hidden_norm` for us and z-lab, `encoder.fc`
-and `encoder.output_norm_enc` for transformers; z-lab keeps the mask token and the tapped layers in `dflash_config`,
+The fusing projection and its norm are `fc` and `hidden_norm` for us and z-lab, `encoder.fc` and
+`encoder.output_norm_enc` for transformers; z-lab keeps the mask token and the tapped layers in `dflash_config`,
 transformers at the top. No layout holds embeddings or an LM head: they are the target's.
+
+Three things are read differently. *Direction*: transformers' layers see both ways; z-lab's sliding ones look back only,
+unless `is_causal` (or `causal` in `dflash_config`) says otherwise, which it does for all layers at once. *Windows* in
+both directions: `w` places to either side for transformers and us, `w - 1` for z-lab and vLLM. *Embeddings*:
+transformers scales them as the target does, z-lab by `input_embedding_scale` alone.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from os import PathLike
@@ -24,9 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zerodraft.drafters.dflash_model import FULL, DFlashConfig, DFlashModel, default_taps
+from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashModel, default_taps
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.loading import check_finite
+
+logger = logging.getLogger(__name__)
 
 Layout = Literal["transformers", "z-lab"]
 
@@ -36,18 +44,24 @@ FROM_TRANSFORMERS = {theirs: ours for ours, theirs in TO_TRANSFORMERS.items()}
 
 SAME = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "rms_norm_eps", "hidden_act", "max_position_embeddings", "layer_types", "sliding_window",
+    "rms_norm_eps", "hidden_act", "max_position_embeddings",
 )  # fmt: skip
 """Fields of the configuration that are called the same everywhere."""
 
+ONLY: dict[str, Any] = {"rope_is_neox_style": True, "is_neox_style": True, "logit_scale": 1}
+"""Fields of which this network knows one value."""
+
+LATER_PARTS = {"conv_kernel_size": "convolutions", "selector_rank": "a candidate selector"}
+"""What DFlash 2 adds, by the field that says so."""
+
 
 def is_dflash(path: str | PathLike[str]) -> bool:
-    """Whether the directory's `config.json` is that of a DFlash drafter in any layout."""
+    """Whether the directory's `config.json` is that of a DFlash drafter of any kind, even one that is not supported."""
     try:
         fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(fields, dict) and _layout(fields) is not None
+    return isinstance(fields, dict) and bool(_layout(fields) or _later_kind(fields))
 
 
 def load_dflash(path: str | PathLike[str]) -> DFlashModel:
@@ -59,6 +73,13 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
     folder = Path(path)
     fields, tensors = _read_config(folder), _read_tensors(folder)
     layout = _layout(fields)
+    if layout is None and (kind := _later_kind(fields)):
+        inner = fields.get("dflash_config") or {}
+        parts = " and ".join(part for name, part in LATER_PARTS.items() if name in inner or name in fields)
+        raise ZerodraftError(
+            f"The drafter '{folder}' is a {kind}, a kind of DFlash drafter that is not supported"
+            f"{parts and f' (it has {parts})'}: take one with the architecture {ZLAB} or {TRANSFORMERS}."
+        )
     if layout is None:
         raise ZerodraftError(
             f"'{folder}' holds no DFlash drafter: its config.json names neither the architecture {ZLAB} nor "
@@ -68,7 +89,9 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
         config = DFlashConfig.from_dict(fields) if layout == "ours" else config_of(fields, layout)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
-        raise ZerodraftError(f"The config.json in '{folder}' is not that of a DFlash drafter: {reason}.") from error
+        raise ZerodraftError(
+            f"The config.json in '{folder}' is not that of a DFlash drafter that can be loaded: {reason}."
+        ) from error
     model = DFlashModel(config)
     tensors = {FROM_TRANSFORMERS.get(name, name): value.float() for name, value in tensors.items()}
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -85,45 +108,77 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
 
 
 def config_of(fields: Mapping[str, Any], layout: str) -> DFlashConfig:
-    """Our configuration from a published one."""
-    inner = fields.get("dflash_config") or {}
-    same = {name: fields[name] for name in SAME if fields.get(name) is not None}
-    heads = fields["num_attention_heads"]
+    """Our configuration from a published one.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: one has a value that asks for something else than this network.
+    """
     theirs = layout == "transformers"
-    rope = fields.get("rope_parameters") or {
+    outer = {name: value for name, value in fields.items() if value is not None}
+    inner = {name: value for name, value in outer.get("dflash_config", {}).items() if value is not None}
+    # where both places name a value, transformers reads the top alone, the others prefer `dflash_config`
+    both = inner | outer if theirs else outer | inner
+    if "transformer_layer_config" in both:
+        raise ValueError("it is in the layout of speculators (transformer_layer_config), which is not supported")
+    for name, only in ONLY.items():
+        if both.get(name, only) != only:
+            raise ValueError(f"{name} is {both[name]}, and only {only} is supported")
+    heads, cap = outer["num_attention_heads"], both.get("final_logit_softcapping")
+    rope = outer.get("rope_parameters") or {
         "rope_type": "default",
-        **(fields.get("rope_scaling") or {}),
-        "rope_theta": fields.get("rope_theta", 500000.0 if theirs else 1000000.0),
+        **outer.get("rope_scaling", {}),
+        "rope_theta": outer.get("rope_theta", 500000.0 if theirs else 1000000.0),
     }
-    if "layer_types" not in same:
-        sliding = theirs or inner.get("use_swa")
-        same["layer_types"] = ["sliding_attention" if sliding else FULL] * fields["num_hidden_layers"]
-    causal = fields.get("is_causal", inner.get("causal"))
-    count = fields.get("num_target_layers") or inner.get("num_target_layers") or 0
-    ids = fields.get("target_layer_ids") or inner.get("target_layer_ids")
+    count = both.get("num_target_layers", 0)
+    scale = both.get("input_embedding_scale", None if theirs else 1.0)
     return DFlashConfig(
         **{
             "num_key_value_heads": heads,
-            "head_dim": fields["hidden_size"] // heads,
-            "sliding_window": inner.get("swa_window_size"),
-            **same,
-            "attention_bias": bool(fields.get("attention_bias", False)),
+            "head_dim": outer["hidden_size"] // heads,
+            **{name: outer[name] for name in SAME if name in outer},
+            **_attention(outer, inner, theirs),
+            "attention_bias": bool(outer.get("attention_bias", False)),
             "rope_parameters": rope,
-            "causal_sliding": not theirs if causal is None else bool(causal),
-            "block_size": int(fields.get("block_size") or inner.get("block_size") or 16) - 1,
-            "mask_token_id": int(fields["mask_token_id"] if "mask_token_id" in fields else inner["mask_token_id"]),
-            "target_layer_ids": ids or default_taps(count, fields["num_hidden_layers"]),
+            "block_size": int(both.get("block_size", 16)) - 1,
+            "mask_token_id": int(both["mask_token_id"]),
+            "target_layer_ids": both.get("target_layer_ids") or default_taps(count, outer["num_hidden_layers"]),
             "num_target_layers": count,
-            "vocab_size": fields.get("vocab_size") or 0,
+            "vocab_size": outer.get("vocab_size", 0),
+            "embedding_scale": None if scale is None else float(scale),
+            "output_multiplier": float(both.get("output_multiplier", 1.0)),
+            "final_logit_softcapping": float(cap) if cap and cap > 0 else None,
         }
     )
+
+
+def _attention(outer: Mapping[str, Any], inner: Mapping[str, Any], theirs: bool) -> dict[str, Any]:
+    """Who sees whom: the fields `layer_types`, `sliding_window` and `causal_sliding` of our configuration."""
+    kinds, count = outer.get("layer_types"), outer["num_hidden_layers"]
+    if not theirs and not kinds and outer.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is set without layer_types, and no layer says whether it slides")
+    # layers that slide by this alone see in both directions
+    forced = not theirs and bool(inner.get("use_swa")) and SLIDING not in (kinds or ())
+    if forced or not kinds:
+        kinds = [SLIDING if forced or theirs else FULL] * count
+    said = outer.get("is_causal", inner.get("causal"))
+    if said and (theirs or FULL in kinds):
+        what = "layers of this layout see" if theirs else "full layers are only supported when they see"
+        raise ValueError(f"{'is_causal' if 'is_causal' in outer else 'causal'} is true, but {what} in both directions")
+    causal = not theirs and not forced if said is None else bool(said)
+    window, window_swa = outer.get("sliding_window"), inner.get("swa_window_size")
+    if window is None or (window_swa is not None and not theirs):
+        window = window_swa
+    if window is not None and SLIDING in kinds and not theirs and not causal:
+        window -= 1
+    return {"layer_types": kinds, "sliding_window": window, "causal_sliding": causal}
 
 
 def export_dflash(model: DFlashModel, folder: str | PathLike[str], layout: Layout = "transformers") -> None:
     """Writes a drafter for other runtimes: `config.json` and `model.safetensors` in a new or empty directory.
 
     `transformers` serves vLLM and transformers 5.23 (`generate(assistant_model=..., speculation_type="dflash")`),
-    `z-lab` vLLM and SGLang.
+    `z-lab` vLLM and SGLang, which warns of layers that SGLang would run differently.
 
     Raises:
         ZerodraftError: the directory holds something, or the layout cannot hold this drafter.
@@ -137,6 +192,16 @@ def export_dflash(model: DFlashModel, folder: str | PathLike[str], layout: Layou
         raise ZerodraftError(
             "transformers' sliding DFlash layers see in both directions, this drafter's only look back: export it as "
             "z-lab."
+        )
+    if layout == "transformers" and (config.output_multiplier != 1 or config.final_logit_softcapping is not None):
+        raise ZerodraftError(
+            "transformers' DFlash drafters have no output_multiplier and no final_logit_softcapping, this one has: "
+            "export it as z-lab."
+        )
+    if layout == "z-lab" and config.looks_ahead:
+        logger.warning(
+            "This drafter's sliding layers see in both directions. vLLM runs them so (is_causal: false), but SGLang's "
+            "only look back, whatever the files say: there its drafts will be worse."
         )
     names = TO_TRANSFORMERS if layout == "transformers" else {}
     tensors = {
@@ -159,8 +224,15 @@ def published_config(config: DFlashConfig, layout: Layout, dtype: torch.dtype = 
     Each runtime reads its own places, so that what one ignores another needs: vLLM takes `vocab_size` (the target's),
     `is_causal` and `dflash_config` from the transformers layout too.
     """
-    sliding = config.layer_types != [FULL] * len(config.layer_types)
-    fields = {name: getattr(config, name) for name in SAME if getattr(config, name) is not None}
+    sliding, window = SLIDING in config.layer_types, config.sliding_window
+    inner: dict[str, Any] = {"mask_token_id": config.mask_token_id, "target_layer_ids": config.target_layer_ids}
+    if config.embedding_scale is not None:
+        inner["input_embedding_scale"] = config.embedding_scale
+    if config.output_multiplier != 1:
+        inner["output_multiplier"] = config.output_multiplier
+    if config.final_logit_softcapping is not None:
+        inner["final_logit_softcapping"] = config.final_logit_softcapping
+    fields: dict[str, Any] = {name: getattr(config, name) for name in SAME}
     fields |= {
         "architectures": [TRANSFORMERS if layout == "transformers" else ZLAB],
         "model_type": "muse_glimmer_assistant" if layout == "transformers" else "qwen3",
@@ -169,10 +241,15 @@ def published_config(config: DFlashConfig, layout: Layout, dtype: torch.dtype = 
         "block_size": config.block_size + 1,
         "vocab_size": config.vocab_size,
         "num_target_layers": config.num_target_layers,
-        "is_causal": sliding and config.causal_sliding,
+        "layer_types": config.layer_types,
         "rope_parameters": config.rope_parameters,
-        "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": config.target_layer_ids},
+        "dflash_config": inner,
     }
+    if not (sliding and config.causal_sliding):
+        # true would make the full layers causal too; without the field sliding layers are, and full ones are not
+        fields["is_causal"] = False
+    if window is not None:
+        fields["sliding_window"] = window + 1 if layout == "z-lab" and config.looks_ahead else window
     if layout == "transformers":
         # its class fills in numbers of another vocabulary where these are left out
         special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -196,6 +273,12 @@ def _layout(fields: Mapping[str, Any]) -> str | None:
     if TRANSFORMERS in architectures or fields.get("model_type") == "muse_glimmer_assistant":
         return "transformers"
     return None
+
+
+def _later_kind(fields: Mapping[str, Any]) -> str | None:
+    """An architecture that is called DFlash, but is none of those that can be loaded."""
+    named = (str(name) for name in fields.get("architectures") or [])
+    return next((name for name in named if "dflash" in name.lower() and name != ZLAB), None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

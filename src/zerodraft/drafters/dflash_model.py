@@ -50,7 +50,7 @@ class DFlashConfig(PreTrainedConfig):
         rope_parameters: as transformers has them.
         max_position_embeddings: longest text that the rotary positions are made for.
         layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
-        sliding_window: positions that a sliding layer looks back.
+        sliding_window: positions that a sliding layer looks back, itself included if it is causal.
         causal_sliding: sliding layers see nothing behind them (z-lab's checkpoints) or as far as before them
             (transformers').
         block_size: tokens drafted at once, as in our other drafters; published files count the last known token too and
@@ -59,6 +59,9 @@ class DFlashConfig(PreTrainedConfig):
         target_layer_ids: the target's layers whose outputs are tapped, from 0.
         num_target_layers: of the target, 0 where it is not known.
         vocab_size: of the target, 0 where it is not known.
+        embedding_scale: what rows of the target's embedding are multiplied with; as the target does if None.
+        output_multiplier: what logits are multiplied with.
+        final_logit_softcapping: what logits are then bent towards, if anything (c tanh(x / c)).
     """
 
     model_type = "zerodraft_dflash"
@@ -84,6 +87,9 @@ class DFlashConfig(PreTrainedConfig):
         target_layer_ids: Sequence[int] = (),
         num_target_layers: int = 0,
         vocab_size: int = 0,
+        embedding_scale: float | None = None,
+        output_multiplier: float = 1.0,
+        final_logit_softcapping: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.hidden_size = hidden_size
@@ -105,12 +111,20 @@ class DFlashConfig(PreTrainedConfig):
         self.target_layer_ids = list(target_layer_ids)
         self.num_target_layers = num_target_layers
         self.vocab_size = vocab_size
+        self.embedding_scale = embedding_scale
+        self.output_multiplier = output_multiplier
+        self.final_logit_softcapping = final_logit_softcapping
         super().__init__(**kwargs)
 
     @property
     def layers(self) -> list[int]:
         """The taps, numbered as transformers numbers hidden states: i + 1 is the output of layer i."""
         return [i + 1 for i in self.target_layer_ids]
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether there are sliding layers that see in both directions."""
+        return SLIDING in self.layer_types and not self.causal_sliding
 
     def window(self, layer: int) -> int | None:
         """How far a layer looks back; None: to the beginning."""
@@ -133,7 +147,8 @@ class DFlashConfig(PreTrainedConfig):
                 f"A DFlash drafter of {self.num_hidden_layers} layers with layer_types {self.layer_types}: expected "
                 f"'{FULL}' or '{SLIDING}' for each."
             )
-        if SLIDING in self.layer_types and not self.sliding_window:
+        least = 1 if self.causal_sliding else 0
+        if SLIDING in self.layer_types and (self.sliding_window is None or self.sliding_window < least):
             raise ZerodraftError("A DFlash drafter has sliding layers but no sliding_window: its config is incomplete.")
 
 
@@ -148,7 +163,7 @@ class DFlashModel(DrafterModel):
     base_model_prefix = "drafter"
     mask_embedding: Tensor
     embedding_scale: float = 1.0
-    """What the target's embedding multiplies its rows with (Gemma's does)."""
+    """What the target's rows are multiplied with: what the config says, else what the target does (Gemma's does)."""
     coupling: None = None
     """Its slots are not coupled (see `BlockDrafterModel`)."""
 
@@ -187,10 +202,12 @@ class DFlashModel(DrafterModel):
                 f"The drafter's masks are token {self.config.mask_token_id}, but the target has {rows} embeddings: use "
                 "the target that the drafter was made for."
             )
-        self.embedding_scale = float(getattr(_embedding(target), "embed_scale", 1.0))
+        if self.config.embedding_scale is None:
+            self.config.embedding_scale = float(getattr(_embedding(target), "embed_scale", 1.0))
+        self.embedding_scale = self.config.embedding_scale
         self.config.vocab_size = target.config.get_text_config().vocab_size
         mask = torch.tensor(self.config.mask_token_id)
-        self.mask_embedding = embed(target, mask).to(self.norm.weight)
+        self.mask_embedding = (self.embedding_scale * embed(target, mask)).to(self.norm.weight)
         return self
 
     def rotate(self, positions: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
@@ -200,6 +217,12 @@ class DFlashModel(DrafterModel):
     def fused(self, taps: Float[Tensor, "*s F H"]) -> Float[Tensor, "*s H"]:
         """The context: one feature per position from the target's tapped states."""
         return self.hidden_norm(self.fc(taps.flatten(-2)))
+
+    def scaled(self, logits: Float[Tensor, "*s V"]) -> Float[Tensor, "*s V"]:
+        """What the config makes of the LM head's logits."""
+        multiplier, cap = self.config.output_multiplier, self.config.final_logit_softcapping
+        logits = logits if multiplier == 1 else logits * multiplier
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def forward(
         self,
@@ -239,8 +262,8 @@ def visible(
 ) -> Bool[Tensor, "B Q M"] | None:
     """Which keys a layer lets the queries at some places see; None: all.
 
-    Windows are counted as the runtimes count them: a causal one holds the query itself, one in both directions reaches
-    `window` places to either side.
+    Windows are counted as transformers counts them: a causal one holds the query itself, one in both directions reaches
+    `window` places to either side (`window - 1` in z-lab's files, which `dflash_files` translates).
     """
     if window is None:
         return None
@@ -269,10 +292,9 @@ def check_fits(config: DFlashConfig, target: Any) -> None:
 
 
 def embed(target: PreTrainedModel, ids: Int[Tensor, "*s"]) -> Float[Tensor, "*s H"]:
-    """Tokens as the drafter's layers see them: by the target's embedding, without a norm that may follow it there."""
-    module = _embedding(target)
-    ids = ids.to(module.weight.device)
-    return F.embedding(ids, module.weight) if hasattr(module, "embed_norm") else module(ids)
+    """Rows of the target's embedding, without a scale or norm that may follow there."""
+    weight = _embedding(target).weight
+    return F.embedding(ids.to(weight.device), weight)
 
 
 def _embedding(target: PreTrainedModel) -> Any:
