@@ -48,9 +48,9 @@ class EvalDrafter(Command):
         import torch
 
         from zerodraft.cli.decoding import load_target
-        from zerodraft.drafters.block import BlockDrafter
+        from zerodraft.drafters.block import BlockDrafter, load_block
         from zerodraft.drafters.dflash import DFlashDrafter
-        from zerodraft.drafters.dflash_files import is_dflash
+        from zerodraft.drafters.dflash_files import is_dflash, load_dflash
         from zerodraft.training.acceptance import measure_acceptance
         from zerodraft.training.completions import check_vocabulary, read_completions
         from zerodraft.training.features import FeatureCache
@@ -69,8 +69,10 @@ class EvalDrafter(Command):
             greedy = [greedy[i] for i in np.unique(np.linspace(0, len(greedy) - 1, self.limit).astype(int))]
         target, _ = load_target(self.target)
         check_vocabulary(completions, target.get_input_embeddings().weight.shape[0])
-        kind = DFlashDrafter if is_dflash(path) else BlockDrafter
-        model = kind.from_pretrained(path, target).model
+        if is_dflash(path):
+            model = DFlashDrafter(load_dflash(path), target).model
+        else:
+            model = BlockDrafter(load_block(path), target).model
         head = target.get_output_embeddings().weight.detach()[model.draft_ids]
         taps = [*model.config.layers, target.config.get_text_config().num_hidden_layers]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
-from zerodraft.drafters.tapped import FIRST_SLOTS, PackedLayer, TappedRow, TappedSession, grown, readable_weights
+from zerodraft.drafters.tapped import (
+    FIRST_SLOTS,
+    PackedLayer,
+    TappedRow,
+    TappedSession,
+    grown,
+    readable_weights,
+    release,
+)
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.int8 import Int8Linear, int8_available
 from zerodraft.targets.packed import PackedLinear
@@ -72,9 +80,12 @@ class BlockDrafter:
         Raises:
             ZerodraftError: nothing to load there, a damaged checkpoint, or one that does not fit the target.
         """
-        model = load_pretrained(BlockDrafterModel, path, dtype=torch.float32)
-        assert isinstance(model, BlockDrafterModel)
-        return cls(model, target, candidates, int8=int8_available(target.device) if int8 is None else int8)
+        model = load_block(path)
+        drafter = cls(model, target, candidates, int8=int8_available(target.device) if int8 is None else int8)
+        release(model.layers, model.slots)
+        if model.coupling is not None:
+            release(model.coupling.state, model.coupling.out)
+        return drafter
 
     def check(self, config: Any) -> None:
         """Raises `ZerodraftError` unless a target with this config has the sizes that the drafter was made for."""
@@ -90,6 +101,17 @@ class BlockDrafter:
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> TappedSession:
         """A session for `batch` rows."""
         return TappedSession([_Row(self) for _ in range(batch)])
+
+
+def load_block(path: str | PathLike[str]) -> BlockDrafterModel:
+    """The network alone, in float32.
+
+    Raises:
+        ZerodraftError: nothing to load there, or a damaged checkpoint.
+    """
+    model = load_pretrained(BlockDrafterModel, path, dtype=torch.float32)
+    assert isinstance(model, BlockDrafterModel)
+    return model
 
 
 class _Row(TappedRow):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -93,6 +93,17 @@ def grown(cache: Tensor, needed: int) -> Tensor:
     """A cache (..., positions, D) with room for `needed` positions, at least doubled if it is made larger."""
     positions = cache.shape[-2]
     return cache if needed <= positions else F.pad(cache, (0, 0, 0, max(needed, 2 * positions) - positions))
+
+
+def release(*packed: nn.Module) -> None:
+    """Frees the weights of all linear layers in modules whose packed copies take their place.
+
+    Only for a network that nobody else holds: it cannot be called as a whole any more.
+    """
+    for part in packed:
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                module.to("meta")
 
 
 class PackedLayer:
