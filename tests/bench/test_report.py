@@ -217,6 +217,7 @@ def test_modelled_speedup_by_hand() -> None:
         (["report", "x.json", "--out", "a.html", "--what-if", "target=3"], "it must look like target_ms="),
         (["report", "x.json", "--out", "a.html", "--what-if", "target_ms=0,draft_ms=1"], "more than 0 ms"),
         (["decode", "x.json"], "take none"),
+        (["memory", "x.json"], "take none"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

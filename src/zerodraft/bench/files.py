@@ -8,9 +8,8 @@ from typing import Any
 
 from zerodraft.bench.measure import write_bytes
 from zerodraft.bench.report import plots_of
+from zerodraft.bench.tables import KINDS
 from zerodraft.errors import ZerodraftError
-
-KINDS = ("decode", "kernels")
 
 
 def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str, Any]]:
@@ -34,7 +33,7 @@ def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str
             raise ZerodraftError(f"'{file}' is not JSON: {error}") from error
         if not isinstance(result, dict) or (ours_only and result.get("benchmark") not in KINDS):
             raise ZerodraftError(
-                f"'{file}' is no result of 'zerodraft bench decode' or 'zerodraft bench kernels': name what they wrote."
+                f"'{file}' is no result of 'zerodraft bench decode', 'memory' or 'kernels': name what they wrote."
             )
         if path.stem in results:
             raise ZerodraftError(f"Two results are called '{path.stem}': give them different names.")

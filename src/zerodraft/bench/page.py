@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zerodraft.bench.tables import Result, Table, decode_tables, kernel_tables, number, provenance_table
+from zerodraft.bench.tables import KINDS, Result, Table, number, provenance_table, result_tables
 
 HEAD = """# Benchmarks
 
@@ -18,7 +18,7 @@ LEFT_OUT = {"Speedup by prompt, by task", "Tokens per second by task", "Differin
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of results by file name; those of other commands are listed with how they were made."""
     parts = [HEAD]
-    ours = {name: result for name, result in results.items() if result.get("benchmark") in ("decode", "kernels")}
+    ours = {name: result for name, result in results.items() if result.get("benchmark") in KINDS}
     for name, result in ours.items():
         parts += _section(name, result)
     others = {name: result for name, result in results.items() if name not in ours}
@@ -31,8 +31,7 @@ def _section(name: str, result: Result) -> Iterator[str]:
     yield f"## {name}\n"
     if result["benchmark"] == "decode":
         yield _headline(result)
-    tables = decode_tables(result) if result["benchmark"] == "decode" else kernel_tables(result)
-    for table in tables:
+    for table in result_tables(result):
         if table.title not in LEFT_OUT:
             yield _table(table)
     yield _table(provenance_table(result))

@@ -13,11 +13,10 @@ from zerodraft.bench.plots import decode_plots, kernel_plots
 from zerodraft.bench.tables import (
     Result,
     Table,
-    decode_tables,
-    kernel_tables,
     number,
     prompt_tables,
     provenance_table,
+    result_tables,
     what_if_table,
 )
 from zerodraft.bench.whatif import Costs
@@ -76,7 +75,7 @@ def page(results: Mapping[str, Result], costs: Costs | None = None) -> str:
 
 def plots_of(result: Result) -> dict[str, bytes]:
     """The figures of a result, PNG by title."""
-    return decode_plots(result) if result["benchmark"] == "decode" else kernel_plots(result)
+    return {"decode": decode_plots, "kernels": kernel_plots}.get(result["benchmark"], lambda _: {})(result)
 
 
 def _section(name: str, result: Result) -> Iterator[str]:
@@ -84,10 +83,7 @@ def _section(name: str, result: Result) -> Iterator[str]:
     yield f"<h2>{html.escape(name)}</h2>"
     if result["benchmark"] == "decode":
         yield from _headline(result)
-        tables = decode_tables(result)
-    else:
-        tables = kernel_tables(result)
-    for table in tables:
+    for table in result_tables(result):
         yield _table(table, result.get("subject"))
         if table.title in plots:
             yield _figure(table.title, plots.pop(table.title))

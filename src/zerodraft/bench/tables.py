@@ -7,6 +7,8 @@ from typing import Any
 from zerodraft.bench.whatif import Costs, break_even, modelled_speedup
 
 Result = Mapping[str, Any]
+KINDS = ("decode", "memory", "kernels")
+"""What a result of these commands says that it is."""
 
 TASKS = {
     "mt_bench": "conversation (MT-Bench)",
@@ -196,6 +198,41 @@ def kernel_tables(result: Result) -> list[Table]:
         header = (*settings, *(f"{name} (ms)" for name in timed), *extras)
         tables.append(Table(section["title"], section["about"], header, rows))
     return tables
+
+
+def memory_tables(result: Result) -> list[Table]:
+    """Of `bench memory`."""
+    rows = []
+    for name, values in result["memory"].items():
+        mib = (number(values["mib"][key], 0) for key in ("loaded", "load_peak", "decode_peak", "peak"))
+        ratios = (number(values[key], 2, "x") for key in ("ratio", "decode_ratio"))
+        rows.append(
+            (name, result["methods"][name], *mib, *ratios, f"{values['prompt_tokens']} + {values['new_tokens']}")
+        )
+    return [
+        Table(
+            "Memory",
+            "Resident MiB of a process for each method. All have loaded target and drafter; the ratios are to plain "
+            "decoding, of the whole process's peak and of the peak while decoding.",
+            (
+                "method",
+                "what",
+                "loaded",
+                "peak of loading",
+                "peak of decoding",
+                "peak",
+                "peak ratio",
+                "decoding ratio",
+                "tokens, prompt + new",
+            ),
+            rows,
+        )
+    ]
+
+
+def result_tables(result: Result) -> list[Table]:
+    """All figures of a result of any kind."""
+    return {"decode": decode_tables, "memory": memory_tables, "kernels": kernel_tables}[result["benchmark"]](result)
 
 
 def provenance_table(result: Result) -> Table:

@@ -14,19 +14,20 @@ from zerodraft.errors import ZerodraftError
 if TYPE_CHECKING:
     from zerodraft.bench.decode import Settings, Task
     from zerodraft.bench.methods import Equipment
+    from zerodraft.bench.tables import Table as Figures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench(Command):
-    """Measure decoding methods side by side, or the cost of their parts, and report it.
+    """Measure decoding methods side by side, their memory, or the cost of their parts, and report it.
 
-    'decode' runs all methods on every prompt in turn and compares their tokens. 'kernels' times path search, attention,
-    the target and a step. 'report' makes an HTML page (or, for an --out that ends in .md, Markdown) of results.
+    'decode' compares speed and tokens of all methods, 'memory' their peaks, 'kernels' times their parts. 'report' makes
+    a page of results: HTML or, for an --out that ends in .md, Markdown.
     """
 
     example: ClassVar[str] = "zerodraft bench decode --prompts FILE.jsonl --limit 12 --output results/decode.json"
 
-    action: Literal["decode", "kernels", "report"] = positional("decode|kernels|report")
+    action: Literal["decode", "memory", "kernels", "report"] = positional("decode|memory|kernels|report")
     """What to do."""
     files: tuple[str, ...] = positional("RESULTS.json...", default=())
     """For 'report': what the others wrote to --output."""
@@ -63,7 +64,7 @@ class Bench(Command):
     references: str = metavar("FILE.jsonl", default="")
     """With it: tokens of plain decoding, added where missing."""
     reference_batch: int = 1
-    """With it: so many references decoded at once; alone, where a method differs."""
+    """With it: references decoded at once; alone if one differs."""
     batch: int = 1
     """With it: prompts decoded at once."""
 
@@ -88,13 +89,14 @@ class Bench(Command):
         if self.equality_only and self.temperature:
             raise ZerodraftError("--equality-only compares greedy tokens: leave --temperature out")
         if bool(self.files) != (self.action == "report"):
-            raise ZerodraftError("'report' takes files with results, 'decode' and 'kernels' take none")
+            raise ZerodraftError("'report' takes files with results, the others take none")
         if self.action == "report" and Path(self.out).suffix not in (".html", ".md"):
             raise ZerodraftError(f"--out is '{self.out}'; name a file that ends in .html or .md")
 
     def run(self, console: Console) -> Result:
         """Measures or reports."""
-        return {"decode": self._decode, "kernels": self._kernels, "report": self._report}[self.action](console)
+        actions = {"decode": self._decode, "memory": self._memory, "kernels": self._kernels, "report": self._report}
+        return actions[self.action](console)
 
     def _decode(self, console: Console) -> Result:
         from zerodraft.bench.decode import Settings, encode_all
@@ -188,6 +190,55 @@ class Bench(Command):
         # what the file has for every prompt would only hide the rest on a terminal
         return {key: value for key, value in result.items() if key not in ("prompts", "steps")}
 
+    def _memory(self, console: Console) -> Result:
+        from functools import partial
+
+        from zerodraft.bench.measure import command_line, provenance, write_json
+        from zerodraft.bench.memory import measure_apart
+        from zerodraft.bench.methods import FULL
+        from zerodraft.bench.prompts import default_files
+        from zerodraft.bench.tables import memory_tables
+
+        self._prepare()
+        files = self.prompts or default_files()
+        found = measure_apart(partial(memory_of, self, tuple(files)), self._wanted())
+        (drafter,) = {values.pop("drafter") for values in found.values()}
+        result: Result = {
+            "benchmark": "memory",
+            "ratio": found.get(FULL, {}).get("ratio"),
+            "settings": {
+                "target": self.target,
+                "drafter": drafter,
+                "ngram": Path(self.ngram).name,
+                "prompts": [Path(file).name for file in files],
+                "prompt_tokens": next(iter(found.values()))["prompt_tokens"],
+                "max_new_tokens": self.max_new_tokens,
+            },
+            "methods": {name: values.pop("about") for name, values in found.items()},
+            "memory": found,
+            "provenance": provenance(seed=self.seed, words=command_line(), sha256=self._fingerprints(files)),
+        }
+        show_tables(memory_tables(result), console)
+        if self.output:
+            write_json(result, Path(self.output).expanduser())
+            console.print(f"written to {self.output}")
+        return result
+
+    def measure_memory(self, files: Sequence[str], name: str) -> dict[str, Any]:
+        """Of one method, in this process."""
+        from zerodraft.bench.memory import PROMPT_TOKENS, measure_here
+        from zerodraft.bench.prompts import read_questions
+        from zerodraft.cli.decoding import load_target
+
+        self._prepare()
+        model, tokenizer = load_target(self.target)
+        equipment, drafter = self._equipment(model, tokenizer)
+        text = "\n\n".join(question.text for question in read_questions(files))
+        inputs = tokenizer(text, return_tensors="pt").to(model.device)
+        inputs = {key: inputs[key][:, :PROMPT_TOKENS] for key in ("input_ids", "attention_mask")}
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {"drafter": drafter, **measure_here(equipment, name, inputs, options)}
+
     def _kernels(self, console: Console) -> Result:
         from zerodraft.bench.kernels import kernel_sections
         from zerodraft.bench.measure import command_line, provenance, write_json
@@ -205,12 +256,7 @@ class Bench(Command):
             "sections": kernel_sections(equipment, tokenizer, effort, self.seed),
             "provenance": provenance(seed=self.seed, words=command_line(), sha256=self._fingerprints()),
         }
-        for table in kernel_tables(result):
-            shown = Table(*table.header, title=table.title, title_justify="left", box=None, pad_edge=False)
-            for row in table.rows:
-                # the median is enough on a terminal
-                shown.add_row(*(cell.split(" [")[0] for cell in row))
-            console.print(shown)
+        show_tables(kernel_tables(result), console)
         if self.output:
             write_json(result, Path(self.output).expanduser())
             console.print(f"written to {self.output}")
@@ -293,6 +339,20 @@ class Bench(Command):
             threads=torch.get_num_threads(),
         )
         return equipment, name
+
+
+def memory_of(command: Bench, files: Sequence[str], name: str) -> dict[str, Any]:
+    """`measure_memory` where another process finds it."""
+    return command.measure_memory(files, name)
+
+
+def show_tables(tables: "Sequence[Figures]", console: Console) -> None:
+    """Tables of a report; the median is enough on a terminal."""
+    for table in tables:
+        shown = Table(*table.header, title=table.title, title_justify="left", box=None, pad_edge=False)
+        for row in table.rows:
+            shown.add_row(*(cell.split(" [")[0] for cell in row))
+        console.print(shown)
 
 
 def show_table(result: Mapping[str, Any], console: Console) -> None:
