@@ -5,11 +5,17 @@ from pathlib import Path
 import pytest
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.dflash import load_dflash_recipe
 from zerodraft.training.drafter_recipe import load_drafter_recipe
+from zerodraft.training.masked_recipe import load_masked_recipe
 from zerodraft.training.recipe import Recipe, load_recipe
 from zerodraft.training.strict import from_mapping, to_mapping
 
-DRAFTERS = {"smollm2-drafter"}
+DRAFTERS = {
+    "smollm2-drafter": load_drafter_recipe,
+    "smollm2-dflash": load_dflash_recipe,
+    "smollm2-masked": load_masked_recipe,
+}
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 
 
@@ -25,7 +31,8 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
-    recipe = load_drafter_recipe(path, {}) if path.stem in DRAFTERS else load_recipe(path)
+    load = DRAFTERS.get(path.stem, load_recipe)
+    recipe = load(path, {})
     assert recipe.training.steps
 
 
