@@ -281,7 +281,7 @@ def test_references_of_a_batch_are_decoded_alone_where_a_method_differs(bench: B
 
 
 def test_references_of_another_target_or_text_are_refused(
-    bench: Bench, target_dir: Path, prompts: Path, tmp_path: Path
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, target_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
     references = tmp_path / "references.jsonl"
     words = ("--equality-only", "--references", str(references), "--methods", "full")
@@ -291,6 +291,10 @@ def test_references_of_another_target_or_text_are_refused(
     weights["model.norm.weight"] += 1e-3
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     assert "another target or another text" in bench(*words, "--target", str(other), code=2)["error"]
+    half = LlamaForCausalLM.from_pretrained(target_dir, dtype="bfloat16"), AutoTokenizer.from_pretrained(target_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr("zerodraft.cli.decoding.load_target", lambda *_: half)
+        assert "another target or another text" in bench(*words, code=2)["error"]
     text = tmp_path / "questions.jsonl"
     text.write_text(prompts.read_text(encoding="utf-8").replace(" cat ", " fox "), encoding="utf-8")
     assert "another target or another text" in bench(*words, "--prompts", str(text), code=2)["error"]

@@ -64,7 +64,7 @@ class References:
 
     Args:
         path: The file; None keeps nothing.
-        target: The hash of the target's weights.
+        target: The hash of the target's weights, and what it computes in.
     """
 
     def __init__(self, path: Path | None, target: str = "") -> None:

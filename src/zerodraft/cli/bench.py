@@ -158,7 +158,8 @@ class Bench(Command):
             console.print(f"{len(rows)}/{len(tasks)} {rows[-1]['task']}: {line(rows, names)}")
 
         if self.equality_only:
-            references = References(Path(self.references).expanduser() if self.references else None, sha256["target"])
+            file = Path(self.references).expanduser() if self.references else None
+            references = References(file, f"{sha256['target']} {model.dtype}")
             rows = check_equality(
                 methods,
                 tasks,
