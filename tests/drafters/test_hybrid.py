@@ -127,6 +127,19 @@ def test_a_plain_step_teaches_nothing() -> None:
     assert row.text.tokens[-4:].tolist() == [9, 8, 4, 9]
 
 
+def test_a_step_with_nothing_to_gain_is_no_trial() -> None:
+    session = start([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13] * 2, least_gain=None)
+    assert isinstance(session, HybridSession)
+    trial = session.drafter.trial
+    trial.steps, trial.tokens, trial.seconds = [9, 9], [1.0, 2.0], [1.0, 1.0]
+    session.propose([6])
+    assert trial.waited == 0
+    session.observe([Progress(torch.tensor([40]), None)])
+    assert trial.steps == [9, 9]
+    session.propose([6])  # nothing to copy
+    assert trial.waited == 1
+
+
 def test_the_trial_is_of_whole_steps() -> None:
     other = NoisyDrafter([range(80)] * 3, 100, right=1.0, max_length=4)
     drafter = HybridDrafter(other=other, max_length=6)

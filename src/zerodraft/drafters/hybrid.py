@@ -175,18 +175,20 @@ class HybridSession:
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """A copy and a draft for each row, side by side, or one of them."""
         self._began = perf_counter()
-        # all rows share a pass of the other drafter
-        ask = self.drafter.least_gain is not None or self.drafter.trial.choose()
-        copies, asked = [], []
+        copies, open_rows = [], []
         for row, length in zip(self.rows, lengths, strict=True):
             row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
             rates = row.trust.rates(row.agreement, len(row.copied)) if len(row.copied) else np.empty(0)
-            gains = length > 0 and self._gains(rates)
-            if gains:
-                self._asked = ask
-            row.drafted = gains and ask
-            asked.append(min(length, self.drafter.other.max_length) if row.drafted else 0)
             copies.append(_chain(row.copied, rates))
+            open_rows.append(length > 0 and self._gains(rates))
+        if not any(open_rows):
+            return copies
+        # once: all rows share a pass of the other drafter
+        self._asked = self.drafter.least_gain is not None or self.drafter.trial.choose()
+        for row, is_open in zip(self.rows, open_rows, strict=True):
+            row.drafted = is_open and self._asked
+        longest = self.drafter.other.max_length
+        asked = [min(length, longest) * row.drafted for length, row in zip(lengths, self.rows, strict=True)]
         if not any(asked):
             return copies
         drafts = self.other.propose(asked)
