@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from zerodraft.cli import decoding
-from zerodraft.cli.decoding import first_difference, shipped_drafter, top_gap
+from zerodraft.cli.decoding import first_difference, load_target, near_tie, shipped_drafter, top_gap
 from zerodraft.cli.main import main
 
 
@@ -108,6 +108,20 @@ def test_a_difference_is_told_with_its_place_and_the_gap(
     assert "other tokens from the 6th on" in out
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_the_type_that_the_target_computes_in(dtype: Any, plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = load_target(str(plain_dir), dtype)
+    assert model.dtype == (torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    found = result(capsys, "the cat", "--target", str(plain_dir), "--drafter", "lookup", "--dtype", dtype)
+    assert found["new_tokens"] == 12
+
+
+def test_what_rounding_can_explain_depends_on_the_type() -> None:
+    assert near_tie(torch.float32) == 1e-3
+    assert near_tie(torch.bfloat16) == 4 * 0.125  # 0.125 is the next number's distance from 16
+    assert near_tie(torch.float16) == 4 * 2**-6
+
+
 def test_where_lists_differ() -> None:
     assert first_difference([1, 2, 3], [1, 2, 4]) == 2
     assert first_difference([1, 2], [1, 2, 4]) == 2
@@ -170,7 +184,7 @@ def test_a_drafter_with_another_vocabulary_is_refused(
     plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=77)).save_pretrained(tmp_path / "other")
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=5077)).save_pretrained(tmp_path / "other")
     code, _, err = generate(capsys, "hi", "--target", str(plain_dir), "--drafter", str(tmp_path / "other"))
     assert code == 2
-    assert "The drafter's vocabulary has 77 tokens" in err
+    assert "The drafter's vocabulary has 5077 tokens" in err

@@ -3,7 +3,7 @@
 All methods run on one prompt before the next prompt begins, in an order that is drawn for each prompt, so that a
 machine whose speed drifts slows all of them. Tokens are counted by ids. Greedy tokens of every method are compared with
 those of transformers' plain `generate`; where they differ, it is noted how close the logits were at the first
-difference: if the two best ones, and the one of the token that was written, lie within `NEAR_TIE`, it is rounding.
+difference: if the two best ones, and the one of the token that was written, lie within `near_tie`, it is rounding.
 """
 
 import random
@@ -16,7 +16,7 @@ import torch
 from zerodraft.bench.methods import Decoded, Method, eos_ids
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
-from zerodraft.cli.decoding import NEAR_TIE, encode, first_difference
+from zerodraft.cli.decoding import encode, first_difference, near_tie
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.errors import ZerodraftError
 
@@ -218,10 +218,12 @@ def closeness(model: Any, inputs: Mapping[str, Any], before: list[int], written:
     prompt = inputs["input_ids"]
     ids = torch.cat([prompt, prompt.new_tensor([before])], 1)
     with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, -1].float()
+        logits = model(input_ids=ids).logits[0, -1]
+    tie = near_tie(logits.dtype)
+    logits = logits.float()
     best, second = logits.topk(2).values.tolist()
     gap, deficit = best - second, best - float(logits[written])
-    return {"top_gap": gap, "deficit": deficit, "near_tie": max(gap, deficit) < NEAR_TIE}
+    return {"top_gap": gap, "deficit": deficit, "near_tie": max(gap, deficit) < tie}
 
 
 def _of_stats(stats: DecodeStats, asked: Sequence[Sequence[bool]], at: int, alone: bool) -> dict[str, Any]:

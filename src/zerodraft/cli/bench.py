@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.loading import Dtype
 from zerodraft.errors import ZerodraftError
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 class Bench(Command):
     """Measure decoding methods side by side, their memory, or the cost of their parts, and report it.
 
-    'decode' compares speed and tokens of all methods, 'memory' their peaks, 'kernels' times their parts. 'report' makes
-    a page of results: HTML or, for an --out that ends in .md, Markdown.
+    'decode' compares speed and tokens, 'memory' peaks, 'kernels' times parts; 'report' shows it.
     """
 
     example: ClassVar[str] = "zerodraft bench decode --prompts FILE.jsonl --limit 12 --output results/decode.json"
@@ -33,6 +33,8 @@ class Bench(Command):
     """For 'report': what the others wrote to --output."""
     target: str = metavar("DIR|NAME", default="smollm2")
     """The model that decodes."""
+    dtype: Dtype = "auto"
+    """What it computes in; auto: as its weights are stored."""
     drafter: str = metavar("DIR|NAME", default="")
     """As for 'zerodraft generate'."""
     ngram: str = metavar("FILE", default="")
@@ -106,13 +108,14 @@ class Bench(Command):
         self._prepare()
         files = self.prompts or default_files()
         questions = read_questions(files, limit=self.limit, seed=self.seed)
-        model, tokenizer = load_target(self.target)
+        model, tokenizer = load_target(self.target, self.dtype)
         equipment, drafter = self._equipment(model, tokenizer)
         tasks = encode_all(questions, tokenizer, model, self.max_new_tokens)
         how = Settings(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
         sha256 = self._fingerprints(files)
         settings = {
             "target": self.target,
+            "dtype": self.dtype,
             "drafter": drafter,
             "ngram": Path(self.ngram).name,
             "prompts": [Path(file).name for file in files],
@@ -232,7 +235,7 @@ class Bench(Command):
         from zerodraft.cli.decoding import load_target
 
         self._prepare()
-        model, tokenizer = load_target(self.target)
+        model, tokenizer = load_target(self.target, self.dtype)
         equipment, drafter = self._equipment(model, tokenizer)
         text = "\n\n".join(question.text for question in read_questions(files))
         inputs = tokenizer(text, return_tensors="pt").to(model.device)
@@ -248,12 +251,12 @@ class Bench(Command):
         from zerodraft.cli.decoding import load_target
 
         self._prepare()
-        model, tokenizer = load_target(self.target)
+        model, tokenizer = load_target(self.target, self.dtype)
         equipment, drafter = self._equipment(model, tokenizer)
         effort = Effort(repeats=3 if self.quick else 30, quick=self.quick)
         result: Result = {
             "benchmark": "kernels",
-            "settings": {"target": self.target, "drafter": drafter, "quick": self.quick},
+            "settings": {"target": self.target, "dtype": self.dtype, "drafter": drafter, "quick": self.quick},
             "sections": kernel_sections(equipment, tokenizer, effort, self.seed),
             "provenance": provenance(seed=self.seed, words=command_line(), sha256=self._fingerprints()),
         }

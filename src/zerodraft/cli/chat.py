@@ -20,6 +20,7 @@ from zerodraft.cli.decoding import (
     speculate,
     summary,
 )
+from zerodraft.cli.loading import Dtype
 from zerodraft.errors import ZerodraftError
 
 
@@ -35,6 +36,8 @@ class Chat(Command):
 
     target: str = metavar("DIR|NAME", default="smollm2")
     """A causal language model with a chat template: directory, hub id or short name."""
+    dtype: Dtype = "auto"
+    """What the target computes in; auto: what its weights are stored in."""
     drafter: str = metavar("DIR|NAME", default="")
     """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
     system: str = metavar("TEXT", default="")
@@ -57,7 +60,7 @@ class Chat(Command):
 
     def run(self, console: Console) -> Result:
         """Reads, answers, reports; until the input ends."""
-        model, tokenizer = load_target(self.target)
+        model, tokenizer = load_target(self.target, self.dtype)
         drafter, name = load_drafter(self.drafter, model, self.target)
         decode = make_decoder(model, drafter)
         start = [{"role": "system", "content": self.system}] if self.system else []

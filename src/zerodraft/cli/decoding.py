@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Result
-from zerodraft.cli.loading import default_device, load_tokenizer_for, model_type
+from zerodraft.cli.loading import Dtype, default_device, load_tokenizer_for, model_type
 from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.prompts import templated
 
 if TYPE_CHECKING:
+    import torch
+
     from zerodraft.decoding.huggingface import DiffuSpec
     from zerodraft.decoding.protocols import Drafter
     from zerodraft.decoding.stats import DecodeStats
@@ -27,7 +29,7 @@ SMALLEST_TEMPERATURE = 1e-4
 """Logits over smaller ones are infinite."""
 
 NEAR_TIE = 1e-3
-"""Logits this close can change places when the same sums are taken in another order."""
+"""Logits in float32 this close can change places when the same sums are taken in another order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,15 +58,23 @@ class Sampling:
         return chosen | ({"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {})
 
 
-def load_target(name: str) -> tuple[Any, Any]:
-    """The causal language model at a path, hub id or short name, ready to run, and its tokenizer."""
+def near_tie(dtype: "torch.dtype") -> float:
+    """The same for a model that computes in this type: `NEAR_TIE`, or four of the steps in which the type counts from
+    16 to 32, where large logits lie (0.5 in bfloat16, 0.06 in float16)."""
+    import torch
+
+    return max(NEAR_TIE, 4 * 16 * torch.finfo(dtype).eps)
+
+
+def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
+    """The causal language model at a path, hub id or short name, ready to run in a type, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     from zerodraft.targets import resolve
     from zerodraft.ztt.loading import load_pretrained
 
     path = resolve(name)
-    model = load_pretrained(AutoModelForCausalLM, path).to(default_device()).eval()
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(default_device()).eval()
     return model, load_tokenizer_for(model, path)
 
 
@@ -224,7 +234,7 @@ def compare(model: Any, inputs: Any, sampling: Sampling, drafted: Written, conso
         gap = top_gap(model, inputs, plain.tokens[:place])
         result |= {"first_difference": place, "top_gap": gap}
         verdict = f"[red]other tokens[/red] from the {place + 1}th on, where the two best logits lie {gap:.1e} apart"
-        verdict += " (rounding)" if gap < NEAR_TIE else ""
+        verdict += " (rounding)" if gap < near_tie(model.dtype) else ""
     console.print(f"plain decoding: {plain.speed:.1f} tokens/s, {verdict}; {speedup:.2f}x as fast with drafts")
     return result
 

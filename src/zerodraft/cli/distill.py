@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zerodraft.cli.command import Command, Result, metavar, settings_of
+from zerodraft.cli.loading import Dtype
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.distill import DistillSettings, Done, distill
 from zerodraft.training.prompts import Prompt, PromptEncoder, read_prompts
@@ -34,6 +35,8 @@ class Distill(Command):
 
     target: str = metavar("DIR|NAME")
     """The model that writes: directory, hub id or short name."""
+    dtype: Dtype = "auto"
+    """What the target computes in; auto: what its weights are stored in."""
     prompts: tuple[str, ...] = metavar("FILE...", default=())
     """Files with prompts."""
     out: str = metavar("DIR")
@@ -63,7 +66,7 @@ class Distill(Command):
         from zerodraft.ztt.loading import load_pretrained
 
         path, prompts = resolve(self.target), self._read()
-        model = load_pretrained(AutoModelForCausalLM, path).to(default_device()).eval()
+        model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype).to(default_device()).eval()
         tokenizer = load_tokenizer_for(model, path)
         provenance = {
             "target_name": self.target,
@@ -80,7 +83,7 @@ class Distill(Command):
                 prompts,
                 self.out,
                 self.settings,
-                target=identity(path),
+                target=identity(path) | ({} if self.dtype == "auto" else {"dtype": self.dtype}),
                 provenance=provenance,
                 on_batch=progress.show,
             )

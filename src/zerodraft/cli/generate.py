@@ -23,7 +23,7 @@ from zerodraft.cli.decoding import (
 )
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
-from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+from zerodraft.cli.loading import Dtype, load_tokenizer_for, load_ztt
 from zerodraft.errors import ZerodraftError
 
 
@@ -45,6 +45,8 @@ class Generate(Command):
     """A Zero Token Transformer: directory, hub id or short name."""
     target: str = metavar("DIR|NAME", default="")
     """Any causal language model, to decode with drafts."""
+    dtype: Dtype = "auto"
+    """What the target computes in; auto: what its weights are stored in."""
     drafter: str = metavar("DIR|NAME", default="")
     """Who drafts for --target; by default its own in models/ where there is one, else lookup."""
     ngram: str = metavar("FILE", default="")
@@ -79,7 +81,7 @@ class Generate(Command):
                 "give either --target (any causal language model) or --model (a Zero Token Transformer)"
             )
         defaults = {field.name: field.default for field in fields(self)}
-        foreign = ("drafter", "ngram", "compare", "trace") if self.model else ("exit_rule", "show_depth")
+        foreign = ("dtype", "drafter", "ngram", "compare", "trace") if self.model else ("exit_rule", "show_depth")
         for name in foreign:
             if getattr(self, name) != defaults[name]:
                 flag, form = name.replace("_", "-"), "--target" if self.model else "--model"
@@ -97,7 +99,7 @@ class Generate(Command):
         if self.ngram:
             # a wrong file is told before anything is loaded
             open_table(self.ngram)
-        model, tokenizer = load_target(self.target)
+        model, tokenizer = load_target(self.target, self.dtype)
         drafter, name = load_drafter(self.drafter, model, self.target)
         decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)

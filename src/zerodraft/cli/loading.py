@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zerodraft.errors import ZerodraftError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""What a model computes in; auto: what its checkpoint is stored in."""
 
 
 def load_ztt(name: str) -> tuple[Any, Path]:
