@@ -278,6 +278,37 @@ def test_decoding_writes_what_the_target_writes(family, steps: int, cached: bool
     assert spec.last_stats.mat > (1.8 if cached else 1)
 
 
+@torch.no_grad()
+def test_going_back_drafts_as_from_scratch(family) -> None:
+    """Exactly where nothing is kept; with the cache, where known tokens see only what comes before them."""
+    folder, _, _, _ = family
+    target = LlamaForCausalLM(LlamaConfig(**SIZES))
+    causal = masked_from_target(target, causal_prefix=True, block_size=4)
+    shake(causal)
+    for drafter in (MaskedDrafter(load_masked(folder), prefix_cache=False), MaskedDrafter(causal.eval())):
+        text = torch.randint(58, (20,))
+        session, anew = (drafter.start(1, torch.device("cpu"), None) for _ in range(2))
+        session.observe(progress(torch.cat([text[:12], text[:4]])))
+        session.propose([4])
+        session.rewind(0, 12)
+        session.observe(progress(text[12:]))
+        anew.observe(progress(text))
+        (lattice,), (expected,) = session.propose([4]), anew.propose([4])
+        assert np.array_equal(lattice.ids, expected.ids)
+        assert np.allclose(lattice.log_q, expected.log_q, atol=1e-4)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_is_for_machines_that_have_it(tmp_path: Path, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in dream_tensors().items()}
+    folder = write(tmp_path / "half", DREAM, tensors)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units}, raising=False)
+    target = LlamaForCausalLM(LlamaConfig(**SIZES))
+    stored = torch.bfloat16 if units else torch.float32
+    assert MaskedDrafter.from_pretrained(folder, target).model.dtype == stored
+    assert MaskedDrafter.from_pretrained(folder, target, dtype=torch.float16).model.dtype == torch.float16
+
+
 def test_positions_end_with_the_context() -> None:
     model = masked_from_target(LlamaForCausalLM(LlamaConfig(**(SIZES | {"max_position_embeddings": 16}))))
     session = MaskedDrafter(model).start(1, torch.device("cpu"), None)

@@ -1,5 +1,7 @@
 """Drafts through the text: whatever the two tokenizers are and wherever the text was cut, drafts go on with it."""
 
+import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Drafter, Progress
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
-from zerodraft.drafters.retokenized import RetokenizedDrafter, continuation, decode, retokenized_if_needed, spread
+from zerodraft.drafters.retokenized import (
+    RetokenizedDrafter,
+    continuation,
+    decode,
+    different_tokenizers,
+    retokenized_if_needed,
+    spread,
+)
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.tokenizer import train_tokenizer
 
@@ -101,7 +110,8 @@ def test_what_the_drafter_knows_arrives(own: str, target: str, texts: Any, data:
     text = decode(theirs, tokens)
     session = RetokenizedDrafter(Knowing(TOKENIZERS[own], text), TOKENIZERS[own], theirs).start(1, CPU, None)
     session.observe(progress(known))
-    (lattice,) = session.propose([60])
+    # how many of the drafter's tokens that takes is estimated from what is known, which may be two tokens
+    (lattice,) = session.propose([120])
     assert lattice.chain
     drafted = lattice.ids[:, 0].tolist()
     complete = not decode(theirs, known).endswith("\ufffd")
@@ -217,7 +227,53 @@ def test_drafters_that_cannot_be_wrapped_are_refused() -> None:
         wrapped.check(DRAFTER.config)
 
 
-def test_the_command_wraps_by_itself(tmp_path: Path) -> None:
+def test_tokenizers_are_compared_by_their_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Not by their number; only of added tokens may one have more, where that is asked for."""
+    with_mask, moved, other = (copy.deepcopy(TOKENIZERS["few"]) for _ in range(3))
+    with_mask.add_special_tokens({"additional_special_tokens": ["<|mask|>"]})
+    moved.add_tokens(["<|x|>", "<|mask|>"])
+    other = train_tokenizer([text[::-1] for text in CORPUS], len(other))
+    assert len(other) == len(TOKENIZERS["few"])
+    folders = {"few": TOKENIZERS["few"], "with_mask": with_mask, "moved": moved, "other": other}
+    for name, tokenizer in folders.items():
+        tokenizer.save_pretrained(tmp_path / name)
+
+    def differ(a: str, b: str, **options: bool) -> bool:
+        return different_tokenizers(tmp_path / a, tmp_path / b, **options) is not None
+
+    assert not differ("few", "few")
+    assert differ("few", "other")
+    assert differ("few", "other", added=False)
+    assert differ("with_mask", "few")
+    assert not differ("with_mask", "few", added=False)
+    assert differ("with_mask", "moved", added=False)
+    assert not caplog.records
+    # of this family transformers would make a tokenizer out of nothing
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "qwen2"}')
+    assert not differ("bare", "few")
+    assert f"no tokenizer could be loaded from '{tmp_path / 'bare'}'" in caplog.text
+
+
+def test_the_tokenizer_of_dream_is_read_without_its_code(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    settings = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": {"4": {"content": "<|mask|>", "special": True}},
+        "eos_token": "<|endoftext|>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "Dream"}')
+    TOKENIZERS["few"].save_pretrained(tmp_path / "target")
+    pair = different_tokenizers(tmp_path, tmp_path / "target", added=False)
+    assert pair is not None
+    assert pair[0]("abba<|mask|>")["input_ids"] == [2, 1, 0, 4]
+    assert pair[0].is_fast
+
+
+def test_the_command_wraps_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folders = {"target": (TARGET, "many"), "drafter": (DRAFTER, "few"), "bare": (DRAFTER, None)}
     for name, (network, tokenizer) in folders.items():
         network.save_pretrained(tmp_path / name)
@@ -229,5 +285,8 @@ def test_the_command_wraps_by_itself(tmp_path: Path) -> None:
     same = AutoregressiveDrafter(DRAFTER)
     assert retokenized_if_needed(same, tmp_path / "target", tmp_path / "target") is same
     assert retokenized_if_needed(same, tmp_path / "bare", tmp_path / "target") is same
-    with pytest.raises(ZerodraftError, match="vocabulary has 270 tokens"):
-        load_drafter(str(tmp_path / "bare"), TARGET, str(tmp_path / "target"))
+    assert not caplog.records[1:]
+    # without a tokenizer its tokens are taken to be the target's, which is said
+    drafter, _ = load_drafter(str(tmp_path / "bare"), TARGET, str(tmp_path / "target"))
+    assert isinstance(drafter, AutoregressiveDrafter)
+    assert f"no tokenizer could be loaded from '{tmp_path / 'bare'}'" in caplog.records[1].message

@@ -37,6 +37,10 @@ class Bench(Command):
     """What it computes in; auto: as its weights are stored."""
     drafter: str = metavar("DIR|NAME", default="")
     """As for 'zerodraft generate'."""
+    drafter_steps: int = 1
+    """Denoising steps of a masked drafter's drafts."""
+    prefix_cache: bool = True
+    """A masked drafter keeps what it computed for known tokens."""
     ngram: str = metavar("FILE", default="")
     """A table from 'zerodraft ngram'."""
     assistant: str = metavar("DIR|NAME", default="")
@@ -81,7 +85,15 @@ class Bench(Command):
 
     def check(self) -> None:
         """Looks at the numbers."""
-        least_of = {"limit": 0, "max_new_tokens": 2, "threads": 0, "batch": 1, "reference_batch": 1, "temperature": 0}
+        least_of = {
+            "drafter_steps": 1,
+            "limit": 0,
+            "max_new_tokens": 2,
+            "threads": 0,
+            "batch": 1,
+            "reference_batch": 1,
+            "temperature": 0,
+        }
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
@@ -117,6 +129,8 @@ class Bench(Command):
             "target": self.target,
             "dtype": self.dtype,
             "drafter": drafter,
+            "drafter_steps": self.drafter_steps,
+            "prefix_cache": self.prefix_cache,
             "ngram": Path(self.ngram).name,
             "prompts": [Path(file).name for file in files],
             "limit": self.limit,
@@ -330,7 +344,9 @@ class Bench(Command):
         def load(kind: Any, name: str) -> Any:
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
 
-        drafter, name = load_drafter(self.drafter, model, self.target)
+        drafter, name = load_drafter(
+            self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+        )
         assistant = load(AutoModelForCausalLM, self.assistant)
         equipment = Equipment(
             model=model,

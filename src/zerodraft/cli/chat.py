@@ -40,6 +40,10 @@ class Chat(Command):
     """What the target computes in; auto: what its weights are stored in."""
     drafter: str = metavar("DIR|NAME", default="")
     """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
+    drafter_steps: int = 1
+    """Denoising steps of a draft, if the drafter is a masked diffusion model."""
+    prefix_cache: bool = True
+    """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
     system: str = metavar("TEXT", default="")
     """Tell the model who it is, before the conversation."""
     max_new_tokens: int = 512
@@ -56,12 +60,14 @@ class Chat(Command):
         Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         ).check()
-        check_drafter(self.drafter)
+        check_drafter(self.drafter, self.drafter_steps)
 
     def run(self, console: Console) -> Result:
         """Reads, answers, reports; until the input ends."""
         model, tokenizer = load_target(self.target, self.dtype)
-        drafter, name = load_drafter(self.drafter, model, self.target)
+        drafter, name = load_drafter(
+            self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+        )
         decode = make_decoder(model, drafter)
         start = [{"role": "system", "content": self.system}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])

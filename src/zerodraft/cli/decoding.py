@@ -97,8 +97,10 @@ def _is_called(short: str, name: str) -> bool:
     return name in (short, SHORT_NAMES[short].hub_id) or Path(name).expanduser().resolve() == directory.resolve()
 
 
-def check_drafter(text: str) -> None:
-    """Raises for a `lookup:N` that is none."""
+def check_drafter(text: str, steps: int = 1) -> None:
+    """Raises for a `lookup:N` that is none, and for denoising steps that are none."""
+    if steps < 1:
+        raise ZerodraftError(f"--drafter-steps is {steps}; it must be at least 1")
     name, colon, value = text.partition(":")
     if name == "lookup" and colon and not (value.isdigit() and int(value) > 0):
         raise ZerodraftError(
@@ -106,13 +108,17 @@ def check_drafter(text: str) -> None:
         )
 
 
-def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, str]":
+def load_drafter(
+    text: str, target: Any, target_name: str, *, steps: int = 1, prefix_cache: bool = True
+) -> "tuple[Drafter, str]":
     """The drafter that `--drafter` names, and what to call it.
 
     Args:
         text: `lookup`, `lookup:N`, a drafter's directory, a causal language model, or nothing for the best there is.
         target: The loaded target.
         target_name: As it was given.
+        steps: Denoising steps of a draft, for masked diffusion models alone.
+        prefix_cache: Whether these keep the keys and values of known tokens.
     """
     from zerodraft.drafters.autoregressive import AutoregressiveDrafter
     from zerodraft.drafters.block import BlockDrafter
@@ -120,26 +126,28 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
     from zerodraft.drafters.dflash import DFlashDrafter
     from zerodraft.drafters.dflash_files import is_dflash
     from zerodraft.drafters.lookup import PromptLookupDrafter
-    from zerodraft.drafters.masked import MaskedDrafter
     from zerodraft.drafters.masked_formats import is_masked
     from zerodraft.drafters.retokenized import retokenized_if_needed
     from zerodraft.targets import resolve
     from zerodraft.ztt.loading import load_pretrained
 
     text = text or str(shipped_drafter(target_name) or "lookup")
-    check_drafter(text)
+    check_drafter(text, steps)
     name, _, value = text.partition(":")
     if name == "lookup" and not Path(text).is_dir():
+        _check_masked_only(text, steps, prefix_cache)
         return (PromptLookupDrafter(max_ngram=int(value)) if value else PromptLookupDrafter()), text
     try:
         path = resolve(text)
     except ZerodraftError as error:
         raise ZerodraftError(f"--drafter is neither 'lookup', 'lookup:N' nor a model: {error}") from error
     kind = model_type(path)
+    if is_masked(kind):
+        options = {"steps": steps, "prefix_cache": prefix_cache}
+        return _masked_drafter(path, target, resolve(target_name), options), Path(text).name
+    _check_masked_only(text, steps, prefix_cache)
     if kind == BlockDrafterConfig.model_type:
         return BlockDrafter.from_pretrained(path, target), Path(text).name
-    if is_masked(kind):
-        return MaskedDrafter.from_pretrained(path, target), Path(text).name
     if is_dflash(path):
         return DFlashDrafter.from_pretrained(path, target), Path(text).name
     from transformers import AutoModelForCausalLM
@@ -151,6 +159,30 @@ def load_drafter(text: str, target: Any, target_name: str) -> "tuple[Drafter, st
         drafter = AutoregressiveDrafter(model, vocab_size=target.config.get_text_config().vocab_size)
     drafter.check(target.config)
     return drafter, Path(text).name
+
+
+def _masked_drafter(path: Path, target: Any, target_path: Path, options: dict[str, Any]) -> "Drafter":
+    """A masked diffusion model, over the target's tokens if it has the same ones, else through the text."""
+    from zerodraft.drafters.masked import MaskedDrafter
+    from zerodraft.drafters.masked_model import MaskedConfig
+    from zerodraft.drafters.retokenized import RetokenizedDrafter, different_tokenizers
+
+    # one of ours has the tokens of the target that it was made from, and no tokenizer beside it
+    alone = model_type(path) == MaskedConfig.model_type and not (path / "tokenizer.json").is_file()
+    # the mask is a token that the target need not have
+    pair = None if alone else different_tokenizers(path, target_path, added=False)
+    drafter = MaskedDrafter.from_pretrained(path, target, own_vocabulary=pair is not None, **options)
+    if pair is None:
+        return drafter
+    through_text = RetokenizedDrafter(drafter, *pair)
+    through_text.check(target.config)
+    return through_text
+
+
+def _check_masked_only(text: str, steps: int, prefix_cache: bool) -> None:
+    if steps != 1 or not prefix_cache:
+        flag = "--drafter-steps" if prefix_cache else "--no-prefix-cache"
+        raise ZerodraftError(f"{flag} is for drafters that are masked diffusion models, and '{text}' is none")
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

@@ -49,6 +49,10 @@ class Generate(Command):
     """What the target computes in; auto: what its weights are stored in."""
     drafter: str = metavar("DIR|NAME", default="")
     """Who drafts for --target; by default its own in models/ where there is one, else lookup."""
+    drafter_steps: int = 1
+    """Denoising steps of a draft, if the drafter is a masked diffusion model."""
+    prefix_cache: bool = True
+    """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
     ngram: str = metavar("FILE", default="")
     """A table from 'zerodraft ngram', to choose among drafts."""
     compare: bool = False
@@ -81,12 +85,13 @@ class Generate(Command):
                 "give either --target (any causal language model) or --model (a Zero Token Transformer)"
             )
         defaults = {field.name: field.default for field in fields(self)}
-        foreign = ("dtype", "drafter", "ngram", "compare", "trace") if self.model else ("exit_rule", "show_depth")
+        of_target = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
+        foreign = of_target if self.model else ("exit_rule", "show_depth")
         for name in foreign:
             if getattr(self, name) != defaults[name]:
                 flag, form = name.replace("_", "-"), "--target" if self.model else "--model"
                 raise ZerodraftError(f"--{flag} belongs to {form}")
-        check_drafter(self.drafter)
+        check_drafter(self.drafter, self.drafter_steps)
 
     def run(self, console: Console) -> Result:
         """Loads, generates and reports."""
@@ -100,7 +105,9 @@ class Generate(Command):
             # a wrong file is told before anything is loaded
             open_table(self.ngram)
         model, tokenizer = load_target(self.target, self.dtype)
-        drafter, name = load_drafter(self.drafter, model, self.target)
+        drafter, name = load_drafter(
+            self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+        )
         decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)
         result = decode_and_report(

@@ -88,22 +88,31 @@ class MaskedDrafter:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike[str], target: PreTrainedModel, *, dtype: torch.dtype | None = None, **options: Any
+        cls,
+        path: str | PathLike[str],
+        target: PreTrainedModel,
+        *,
+        dtype: torch.dtype | None = None,
+        own_vocabulary: bool = False,
+        **options: Any,
     ) -> "MaskedDrafter":
         """Loads Dream, DiffuCoder, LLaDA, or what `zerodraft train-drafter --kind masked` wrote.
 
         Args:
             path: the directory.
             target: whose vocabulary and device count; only read.
-            dtype: to run in; as stored if not given.
+            dtype: to run in; if not given, float32 on a CPU without units for bfloat16, elsewhere as stored.
+            own_vocabulary: draft the model's own tokens, for a `RetokenizedDrafter` around this one.
             **options: of the class.
 
         Raises:
             ZerodraftError: an unknown format, a damaged checkpoint, or one that does not fit the target.
         """
+        if dtype is None and target.device.type == "cpu" and not has_bfloat16_units():
+            dtype = torch.float32
         model = load_masked(path, dtype)
         config: Any = target.config.get_text_config()
-        drafter = cls(model, vocab_size=config.vocab_size, **options)
+        drafter = cls(model, vocab_size=None if own_vocabulary else config.vocab_size, **options)
         if target.device.type != "meta":
             model.to(target.device)  # pyright: ignore[reportArgumentType]  # transformers' wrapper hides torch's types
         pack(model)
@@ -134,6 +143,10 @@ class MaskedSession:
         for row, new in zip(self._rows, progress, strict=True):
             row.observe(new.tokens)
 
+    def rewind(self, row: int, length: int) -> None:
+        """Take back all but the first `length` tokens that a row was told."""
+        self._rows[row].rewind(length)
+
     @torch.inference_mode()
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """A lattice for each row that wants one."""
@@ -155,6 +168,11 @@ class _Row:
         # the target may have more rows than the drafter; nothing is known of such a token
         tokens = tokens.masked_fill(tokens >= config.vocab_size, config.mask_token_id)
         self._known = torch.cat([self._known, tokens])
+
+    def rewind(self, length: int) -> None:
+        self._known = self._known[:length]
+        # as after a draft, the last known token is not cached
+        self._cached = min(self._cached, max(length - 1, 0))
 
     def draft(self, length: int) -> Lattice:
         drafter, config = self._drafter, self._model.config
@@ -242,6 +260,15 @@ def denoise(
         surest = scores[:, 0].masked_fill(~is_open, -torch.inf).topk(share).indices
         block[surest], is_open[surest] = tokens[surest, 0], False
     return log_q, ids
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself; where it does not, float32 is several times as fast."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:
+        # older torch
+        return torch.cpu._is_avx512_bf16_supported()
+    return any(capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class _Packed(nn.Module):

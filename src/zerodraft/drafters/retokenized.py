@@ -15,24 +15,31 @@ As the text grows, its end may be encoded anew (`m` + `at` is one token `mat`). 
 longest common prefix: by `rewind` where its session has it, else by reading the text again.
 """
 
+import json
+import logging
 from collections.abc import Sequence
 from math import ceil
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from transformers import AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, Qwen2Tokenizer
 
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.errors import ZerodraftError
 
+logger = logging.getLogger(__name__)
+
 UNFINISHED = "\ufffd"
 """What tokenizers decode the bytes of an incomplete character to."""
 TAIL = 16
 """Tokens at the end of the text that are enough to see how a tokenizer goes on after it."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""One of these has the tokens."""
 
 
 class RetokenizedDrafter:
@@ -143,17 +150,64 @@ class _Row:
 
 
 def retokenized_if_needed(drafter: Drafter, path: str | PathLike[str], target_path: str | PathLike[str]) -> Drafter:
-    """The drafter itself where the tokenizers in both directories are the same (or one has none), else wrapped."""
+    """The drafter itself where it can draft the target's tokens (see `different_tokenizers`), else wrapped."""
+    pair = different_tokenizers(path, target_path)
+    return drafter if pair is None else RetokenizedDrafter(drafter, *pair)
+
+
+def different_tokenizers(
+    path: str | PathLike[str], target_path: str | PathLike[str], *, added: bool = True
+) -> tuple[Any, Any] | None:
+    """The tokenizers beside a drafter and a target if they differ; None if they are the same.
+
+    None too where one of them cannot be loaded, which is logged: they are taken to be the same then.
+
+    Args:
+        path: The drafter's directory.
+        target_path: The target's directory.
+        added: Whether tokens that were added to the vocabulary and that only one of them has (a mask, the marks of a
+            chat) make a difference.
+    """
     own, target = _tokenizer(path), _tokenizer(target_path)
-    if own is None or target is None or own.get_vocab() == target.get_vocab():
-        return drafter
-    return RetokenizedDrafter(drafter, own, target)
+    if own is None or target is None:
+        where = path if own is None else target_path
+        logger.warning("no tokenizer could be loaded from '%s': drafter and target are taken to share one", where)
+        return None
+    same = own.get_vocab() == target.get_vocab() if added else same_but_for_added(own, target)
+    return None if same else (own, target)
+
+
+def same_but_for_added(a: Any, b: Any) -> bool:
+    """Whether two tokenizers have one vocabulary, and the same ids for the added tokens that both have."""
+    added_a, added_b = a.get_added_vocab(), b.get_added_vocab()
+    both = added_a.keys() & added_b.keys()
+    plain_a, plain_b = (
+        {token: i for token, i in tokenizer.get_vocab().items() if token not in added_a.keys() | added_b.keys()}
+        for tokenizer in (a, b)
+    )
+    return plain_a == plain_b and all(added_a[token] == added_b[token] for token in both)
 
 
 def _tokenizer(path: str | PathLike[str]) -> Any:
+    folder = Path(path)
+    # without files, the classes of some families make a tokenizer of next to no tokens
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    # a model that transformers does not know has nothing to say about its tokenizer
+    config = None if _field(folder / "config.json", "model_type") in CONFIG_MAPPING else PreTrainedConfig()
+    # Dream's tokenizer is Qwen2's, but names a class of its own, whose code would have to be run
+    is_dream = _field(folder / "tokenizer_config.json", "tokenizer_class") == "DreamTokenizer"
+    loader: Any = Qwen2Tokenizer if is_dream else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
+        return loader.from_pretrained(folder, config=config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _field(file: Path, name: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):
         return None
 
 
