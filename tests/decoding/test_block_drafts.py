@@ -1,11 +1,12 @@
 """Block-diffusion drafts through `generate`: among four tokens they are accepted often, and sampled ones exactly."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.decoding.test_engine import NEW, OPTIONS, PROMPT, Enumerator, V, distance, exact, model_of, settings
 from tests.ztt.tiny import left_padded
@@ -14,7 +15,10 @@ from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import drafter_from_target
+from zerodraft.targets import resolve
 from zerodraft.targets.lean import lean_target
+
+SHIPPED = Path(__file__).resolve().parents[2] / "models" / "smollm2-drafter"
 
 KINDS: dict[str, dict[str, Any]] = {
     "path": {"tree": False},
@@ -99,3 +103,20 @@ def test_rows_of_a_batch_are_sampled_from_it_too(kind: str) -> None:
     chi2 = sum((counts[key] - rows * chance) ** 2 / (rows * chance) for key, chance in expected.items())
     # mean of chi-square plus five standard deviations
     assert chi2 < len(expected) + 5 * (2 * len(expected)) ** 0.5
+
+
+@pytest.mark.real_model
+def test_the_shipped_drafter_writes_the_same_tokens() -> None:
+    path = resolve("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    chat = [{"role": "user", "content": "Why is the sky blue?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options = {"max_new_tokens": 24, "do_sample": False}
+    plain = model.generate(**prompt, **options)
+    drafter = BlockDrafter.from_pretrained(SHIPPED, model)
+    for kind in ("path", "tree"):
+        spec = DiffuSpec(drafter, length=FixedLength(drafter.max_length), **KINDS[kind])
+        assert torch.equal(plain, model.generate(**prompt, custom_generate=spec, **options))
+        assert spec.last_stats is not None
+        assert spec.last_stats.mat > 1.3
