@@ -20,6 +20,7 @@ from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.generating import NEW, both, ends_of, letters, model_of, prompts_of, spec_for
 from tests.ztt.tiny import VOCABULARY, gap, tiny, tiny_plain, tokens
 from zerodraft import ZerodraftError, ZeroMassExit
+from zerodraft.decoding import door
 from zerodraft.decoding.huggingface import DiffuSpec
 
 
@@ -58,6 +59,23 @@ def test_a_streamer_gets_what_plain_decoding_gives_it(rows: int, eos: bool) -> N
     model.generate(**batch, streamer=streams[1], custom_generate=spec, **options)
     assert streams[0].puts == streams[1].puts
     assert streams[0].ends == streams[1].ends == 1
+
+
+def test_another_way_of_transformers_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it is called there is not known here, and streamers would be left without a word."""
+    door.tell_of_loss.cache_clear()
+    monkeypatch.setattr(door, "COLLECTOR", "_another_name")
+    model, prompt = tiny_plain("llama"), tokens(1, 7)
+    for _ in range(2):
+        model.generate(prompt, max_new_tokens=4, custom_generate=spec_for(tokens(1, 30)))
+    assert caplog.text.count("has no GenerationMixin._another_name: streamers and stop strings") == 1
+    door.tell_of_loss.cache_clear()
+    monkeypatch.undo()
+    caplog.clear()
+    model.generate(prompt, max_new_tokens=4, custom_generate=spec_for(tokens(1, 30)))
+    assert not caplog.text
 
 
 def test_a_text_streamer_ends(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -172,6 +190,9 @@ def test_prompts_that_cannot_be_read() -> None:
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
     with pytest.raises(ZerodraftError, match="empty"):
         model.generate(tokens(2, 3), attention_mask=mask, max_new_tokens=4, custom_generate=spec)
+    right = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(ZerodraftError, match="on the left"):
+        model.generate(tokens(2, 3), attention_mask=right, max_new_tokens=4, custom_generate=spec)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -304,6 +304,10 @@ def check_prompts(
     real = mask.sum(1)
     if not ids.shape[1] or not bool(real.all()):
         raise ZerodraftError("A prompt is empty; give at least one token for each row.")
+    if not bool(mask[:, -1].all()):
+        raise ZerodraftError(
+            "A prompt is padded on the right, where its text has to go on; pad on the left: padding_side='left'."
+        )
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None and int(real.max()) > context:
         raise ZerodraftError(
