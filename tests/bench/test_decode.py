@@ -411,10 +411,19 @@ def test_prompts_are_spread_over_the_tasks(prompts: Path, tmp_path: Path) -> Non
     assert {question.task for question in three} == {"mt_bench", "qa", "rag"}
     assert read_questions([str(prompts)], limit=3, seed=0) == three
     assert len(read_questions([str(prompts)])) == 6
+    assert len(read_questions([str(prompts)], limit=9)) == 6
     other = tmp_path / "other.txt"
     other.write_text("one\ntwo\n", encoding="utf-8")
     found = read_questions([str(prompts), str(other)])
     assert [(q.id, q.text) for q in found if q.task == "other"] == [("other/1", "one"), ("other/2", "two")]
+
+
+def test_a_task_with_few_prompts_leaves_its_part_to_the_others(tmp_path: Path) -> None:
+    files = [tmp_path / "one.txt", tmp_path / "many.txt"]
+    files[0].write_text("alone\n", encoding="utf-8")
+    files[1].write_text("".join(f"prompt {n}\n" for n in range(20)), encoding="utf-8")
+    found = read_questions(list(map(str, files)), limit=10)
+    assert [sum(q.task == task for q in found) for task in ("one", "many")] == [1, 9]
 
 
 def test_questions_are_encoded_as_the_target_reads_them(prompts: Path, target_dir: Path) -> None:

@@ -2,17 +2,23 @@
 
 import base64
 import json
+import math
+import random
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from zerodraft.bench.files import read_results
+from zerodraft.bench import plots
+from zerodraft.bench.files import read_results, write_plots
 from zerodraft.bench.page import markdown
-from zerodraft.bench.summary import figures, headline
-from zerodraft.bench.whatif import Costs, break_even, modelled_speedup, parse_costs
+from zerodraft.bench.summary import figures, headline, speedup_interval
+from zerodraft.bench.tables import decode_tables
+from zerodraft.bench.whatif import SCRIPT, Costs, break_even, modelled_speedup, parse_costs
 from zerodraft.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +98,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._tag in ("td", "th", "b"):
-            self.cells[-1] += data
+            self.cells[-1] += data.replace("\N{NO-BREAK SPACE}", " ")
         elif self._tag == "script" and self._id == "results":
             self.data += data
 
@@ -160,7 +166,6 @@ def test_the_page_has_every_figure_and_needs_nothing_else(
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert "http" not in re.sub(r"[A-Za-z0-9+/]{200,}=*", "", text)
     assert "@media print" in text
-    assert "MODELLED" not in text
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
         "decode-acceptance-by-position.png",
         "decode-mat-by-task.png",
@@ -181,7 +186,7 @@ def test_a_result_without_times_is_reported_too(result: dict[str, Any], tmp_path
     assert "near ties aside" in report(tmp_path, "page.md", {"equality": result})
 
 
-def test_what_is_modelled_is_marked_and_apart(result: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_modelled_is_marked_and_apart(result: dict[str, Any], kernels: dict[str, Any], tmp_path: Path) -> None:
     plain = report(tmp_path, "report.html", {"decode": result})
     text = report(tmp_path, "report.html", {"decode": result}, "--what-if", "target_ms=1:20/5:25,draft_ms=5")
     apart = re.search(r'<section class="modelled".*?</section>', text, re.DOTALL)
@@ -189,8 +194,73 @@ def test_what_is_modelled_is_marked_and_apart(result: dict[str, Any], tmp_path: 
     assert "MODELLED, NOT MEASURED" in apart.group()
     # five steps of a prompt: three of 25 + 5 ms, one of a copy, 25 ms, one of 20 ms; 10 tokens of 20 ms each
     assert f"{200 / 135:.2f}x" in Page(apart.group()).cells
-    rest = text.replace(apart.group(), "").replace('<a href="#what-if">what if</a>', "")
-    assert rest == plain
+    assert "modelled" not in text.replace(apart.group(), "").partition("<script")[0].partition("<body")[2].lower()
+    assert text.replace(apart.group(), "") == re.sub(r'<section class="modelled".*?</section>', "", plain)
+    # the costs to begin with are those that the fields show
+    assert re.findall(r' value="([0-9.]+)"', apart.group()) == ["20", "25", "5", "0"]
+    assert "what-if" not in report(tmp_path, "report.html", {"kernels": kernels})
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_of_the_page_has_the_same_sums() -> None:
+    rng = random.Random(0)
+    cases = []
+    for n in range(20):
+        steps = [
+            [rng.randrange(30), rng.randrange(9), rng.randrange(1, 50), rng.randrange(2)][: 4 if n % 2 else 3]
+            for _ in range(rng.randrange(6))
+        ]
+        target = {k: rng.uniform(1, 50) for k in rng.sample(range(1, 40), rng.randrange(1, 4))}
+        cases.append((steps, Costs(target, rng.uniform(0, 9), rng.uniform(0, 3))))
+    given = [
+        [steps, {"points": sorted(costs.target_ms.items()), "draft": costs.draft_ms, "other": costs.other_ms}]
+        for steps, costs in cases
+    ]
+    program = f"{SCRIPT.read_text(encoding='utf-8')}\nconst cases = {json.dumps(given)};"
+    program += "console.log(JSON.stringify(cases.map(([steps, costs]) => modelled(steps, costs))))"
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True, timeout=60)
+    for (steps, costs), found in zip(cases, json.loads(done.stdout), strict=True):
+        for value, expected in (
+            (found["speedup"], modelled_speedup(steps, costs)),
+            (found["breakEven"], break_even(steps, costs)),
+        ):
+            assert value == (expected if expected is None else pytest.approx(expected))
+
+
+def test_acceptance_by_position_runs_down_the_page(result: dict[str, Any]) -> None:
+    result["acceptance"]["full"] = {"tried_at": [40] * 20 + [3] * 5, "accepted_at": [20] * 20 + [1] * 5}
+    table = next(table for table in decode_tables(result) if table.title == "Acceptance by position")
+    assert table.header == ("position", "plain", "full", "no_tree")
+    assert [row[0] for row in table.rows] == [str(n) for n in range(1, 26)]
+    assert table.rows[0][2:] == ("0.500 (20/40)", "1.000 (20/20)")
+    assert table.rows[24][2:] == ("0.333 (1/3)", "")
+
+
+def test_acceptance_of_few_drafts_is_not_drawn(result: dict[str, Any]) -> None:
+    axes = pytest.importorskip("matplotlib.figure").Figure().add_subplot()
+    counts = {"tried_at": [40, 30, 29, 3], "accepted_at": [20, 10, 9, 3]}
+    plots._acceptance({"acceptance": {"full": counts}}, axes)
+    (line,) = axes.get_lines()
+    assert line.get_ydata()[:2] == pytest.approx([0.5, 1 / 3])
+    assert all(map(math.isnan, line.get_ydata()[2:]))
+
+
+def test_whiskers_are_those_of_their_bars(result: dict[str, Any]) -> None:
+    """Of the pooled ratio, which a few long prompts may put outside the quartiles over prompts."""
+    prompts = [
+        {"count": {"full": 10, "hf_plain": 10}, "seconds": {"full": 1.0 + at / 100, "hf_plain": 2.0 + at / 40}}
+        for at in range(9)
+    ]
+    prompts.append({"count": {"full": 1000, "hf_plain": 1000}, "seconds": {"full": 25.0, "hf_plain": 100.0}})
+    pooled = sum(p["seconds"]["hf_plain"] for p in prompts) / sum(p["seconds"]["full"] for p in prompts)
+    assert pooled > 3
+    low, high = speedup_interval(prompts, "full")
+    assert 2 < low < pooled < high < 4
+    assert speedup_interval(prompts, "full") == (low, high)
+    assert speedup_interval(prompts[:1], "full") == pytest.approx((2.0, 2.0))
+    for name in ("plain", "full"):
+        low, high = speedup_interval(result["prompts"], name)
+        assert low <= result["overall"][name]["speedup"] <= high
 
 
 def test_modelled_speedup_by_hand() -> None:
@@ -233,6 +303,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "a.html").exists()
 
 
-def test_the_documentation_is_that_of_the_committed_results() -> None:
+def test_the_documentation_is_that_of_the_committed_results(tmp_path: Path) -> None:
     results = read_results(sorted(map(str, (ROOT / "results").glob("*.json"))), ours_only=False)
-    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == markdown(results)
+    drawn = write_plots(results, tmp_path)
+    links = {name: {title: f"figures/{file.name}" for title, file in files.items()} for name, files in drawn.items()}
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == markdown(results, links)
+    assert all((ROOT / "docs" / link).is_file() for files in links.values() for link in files.values())

@@ -41,14 +41,14 @@ def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str
     return results
 
 
-def write_plots(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
-    """All figures as PNG."""
-    written = []
+def write_plots(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Path]]:
+    """All figures as PNG; their files by result and title."""
+    written: dict[str, dict[str, Path]] = {}
     for name, result in results.items():
         if result.get("benchmark") not in KINDS:
             continue
         for title, image in plots_of(result).items():
             path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower())}.png"
             write_bytes(image, path)
-            written.append(path)
+            written.setdefault(name, {})[title] = path
     return written

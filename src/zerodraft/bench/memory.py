@@ -51,12 +51,12 @@ def measure_here(
     equipment: Equipment, name: str, inputs: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write one text by the method `name` in this process, which has loaded the equipment: MiB after loading, peaks of
-    loading and decoding (with what the method prepares), and of both."""
+    loading, of decoding (with what the method prepares), after it, and the peak of all."""
     found = {"loaded": resident(), "load_peak": peak()}
     apart = forget_peak()
     method = choose([name], available(equipment))[name]
     written = method.decode(inputs, options)
-    found["decode_peak"] = peak() if apart else None
+    found |= {"decode_peak": peak() if apart else None, "after": resident()}
     found["peak"] = max(found["load_peak"], peak())
     counts = {"prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": len(written.tokens[0])}
     return {"about": method.about, **counts, "mib": found}

@@ -1,15 +1,24 @@
 """The figures of reports as PNG; needs matplotlib (the `train` extra)."""
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from math import nan
 from typing import Any
 
 from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, PARTS
+from zerodraft.bench.summary import speedup_interval
 from zerodraft.bench.tables import task_name
 from zerodraft.ztt.plot import check_matplotlib
 
 Result = Mapping[str, Any]
-PALETTE = ("#9a9a9a", "#edae49", "#d1495b", "#5b5f97", "#66a182", "#00798c", "#2e4057", "#a26769", "#8cb369", "#c17767")
+PALETTE = (
+    "#9a9a9a", "#edae49", "#d1495b", "#5b5f97", "#66a182", "#00798c", "#2e4057",
+    "#a26769", "#8cb369", "#c17767", "#b8b8ff", "#7a5195", "#4f772d", "#ffb5a7",
+)  # fmt: skip
+NAMES = (BASE, "hf_lookup", "block_tree", OWN_PLAIN, "lookup", FULL, "block_path", "hf_assisted", "hf_dflash", *PARTS)
+FEW = 30
+"""Drafts at a position; with fewer its acceptance is not shown."""
 PHASES = {"prefill": "#c9c9c9", "draft": "#edae49", "search": "#d1495b", "verify": "#00798c", "other": "#5b5f97"}
 
 
@@ -61,42 +70,50 @@ def _bars(axes: Any, groups: list[str], bars: Mapping[str, Sequence[float]], err
     for at, (name, heights) in enumerate(bars.items()):
         places = [group + (at - (len(bars) - 1) / 2) * width for group in range(len(groups))]
         axes.bar(
-            places, heights, width, label=name, color=PALETTE[at % len(PALETTE)], yerr=errors.get(name),
+            places, heights, width, label=name, color=_colour(name), yerr=errors.get(name),
             error_kw={"elinewidth": 0.7, "alpha": 0.6},
         )  # fmt: skip
-    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n", 1) for group in groups], fontsize=8)
+    axes.set_xticks(
+        range(len(groups)), [textwrap.fill(group, 13, break_long_words=False) for group in groups], fontsize=8
+    )
     axes.legend(fontsize=7, frameon=False, ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _colour(name: str) -> str:
+    """A method has the same one in all figures."""
+    return PALETTE[NAMES.index(name) if name in NAMES else len(name) % len(PALETTE)]
 
 
 def _speedup_by_task(result: Result, axes: Any) -> None:
     """Without the variations that lack a part: they have a figure of their own."""
     groups = {"all": result["overall"], **result["by_task"]}
+    prompts = {task: [row for row in result["prompts"] if task in ("all", row["task"])] for task in groups}
     names = [name for name in result["overall"] if name not in (BASE, *PARTS)]
     bars = {name: [methods[name]["speedup"] for methods in groups.values()] for name in names}
-    errors = {}
-    for name in names:
-        spreads = [methods[name]["speedup_by_prompt"] for methods in groups.values()]
-        low = [max(bar - spread["q1"], 0) for bar, spread in zip(bars[name], spreads, strict=True)]
-        high = [max(spread["q3"] - bar, 0) for bar, spread in zip(bars[name], spreads, strict=True)]
-        errors[name] = [low, high]
+    errors = {name: _errors(bars[name], [speedup_interval(rows, name) for rows in prompts.values()]) for name in names}
     _bars(axes, list(map(task_name, groups)), bars, errors)
     axes.axhline(1, color="0.3", linewidth=0.8)
-    axes.set(ylabel="times plain decoding")
+    axes.set(ylabel="times plain decoding\n(95% interval over prompts)")
+
+
+def _errors(values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Lengths of whiskers; an interval need not hold the value that it belongs to."""
+    low = [max(value - interval[0], 0) for value, interval in zip(values, intervals, strict=True)]
+    high = [max(interval[1] - value, 0) for value, interval in zip(values, intervals, strict=True)]
+    return [low, high]
 
 
 def _parts(result: Result, axes: Any) -> None:
     overall = result["overall"]
     names = [name for name in (OWN_PLAIN, *PARTS, FULL) if name in overall]
     values = [overall[name]["speedup"] for name in names]
-    spreads = [overall[name]["speedup_by_prompt"] for name in names]
-    low = [max(value - spread["q1"], 0) for value, spread in zip(values, spreads, strict=True)]
-    high = [max(spread["q3"] - value, 0) for value, spread in zip(values, spreads, strict=True)]
-    colours = [PALETTE[5] if name == FULL else PALETTE[0] for name in names]
-    axes.barh(names, values, color=colours, xerr=[low, high], error_kw={"elinewidth": 0.7, "alpha": 0.6})
+    whiskers = _errors(values, [speedup_interval(result["prompts"], name) for name in names])
+    colours = [_colour(name if name == FULL else BASE) for name in names]
+    axes.barh(names, values, color=colours, xerr=whiskers, error_kw={"elinewidth": 0.7, "alpha": 0.6})
     for at, value in enumerate(values):
         axes.annotate(f"{value:.2f}x", (0, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(1, color="0.3", linewidth=0.8)
-    axes.set(xlabel="times plain decoding (quartiles over prompts)")
+    axes.set(xlabel="times plain decoding (95% interval over prompts)")
 
 
 def _mat(result: Result, axes: Any) -> None:
@@ -111,12 +128,14 @@ def _mat(result: Result, axes: Any) -> None:
 
 
 def _acceptance(result: Result, axes: Any) -> None:
-    for at, (name, counts) in enumerate(result["acceptance"].items()):
-        pairs = [(a / t) for a, t in zip(counts["accepted_at"], counts["tried_at"], strict=True) if t]
-        if pairs:
-            places = range(1, len(pairs) + 1)
-            axes.plot(places, pairs, marker="o", markersize=3, color=PALETTE[(at + 1) % len(PALETTE)], label=name)
-    axes.set(xlabel="drafted position", ylabel="share accepted up to here", ylim=(0, 1))
+    """Without shares of so few drafts that they say nothing."""
+    for name, counts in result["acceptance"].items():
+        tried = counts["tried_at"]
+        shares = [a / t if t >= FEW else nan for a, t in zip(counts["accepted_at"], tried, strict=True)]
+        if tried:
+            places = range(1, len(tried) + 1)
+            axes.plot(places, shares, marker="o", markersize=3, color=_colour(name), label=name)
+    axes.set(xlabel=f"drafted position (at least {FEW} drafts)", ylabel="share accepted up to here", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8, frameon=False)
 

@@ -64,6 +64,9 @@ def read_questions(files: Sequence[str], *, limit: int = 0, seed: int = 0) -> li
     if limit:
         dice = random.Random(seed)
         share = -(-limit // len(tasks))
+        # a task with fewer leaves its part to the others
+        while sum(min(share, len(rows)) for rows in tasks.values()) < min(limit, len(names)):
+            share += 1
         tasks = {task: dice.sample(rows, min(share, len(rows))) for task, rows in tasks.items()}
     longest = max(map(len, tasks.values()))
     rounds = [rows[i] for i in range(longest) for rows in tasks.values() if i < len(rows)]

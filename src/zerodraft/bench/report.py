@@ -1,6 +1,7 @@
 """One HTML page of results, with everything in it: tables, figures as data URIs, the results themselves as JSON.
 
-It asks for nothing from anywhere and prints well. What is modelled rather than measured has a page of its own.
+It asks for nothing from anywhere and prints well. What is modelled rather than measured has a page of its own, whose
+costs can be changed where the browser runs scripts.
 """
 
 import base64
@@ -19,7 +20,7 @@ from zerodraft.bench.tables import (
     result_tables,
     what_if_table,
 )
-from zerodraft.bench.whatif import Costs
+from zerodraft.bench.whatif import EXAMPLE, SCRIPT, Costs
 
 STYLE = """
 :root { color-scheme: light; --ink: #22272e; --soft: #5f6b7a; --line: #d8dee6; --accent: #00798c; --model: #9a5b00; }
@@ -40,22 +41,26 @@ figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; }
 nav a { margin-right: 1rem; color: var(--accent); }
 .modelled { border: 2px dashed var(--model); border-radius: .4rem; padding: .2rem 1.4rem 1rem; margin-top: 3rem; }
 .modelled h2, .badge { color: var(--model); } .badge { font-weight: 700; letter-spacing: .03em; }
+form label { display: inline-block; margin: .3rem 1.2rem .3rem 0; font-size: .87rem; }
+input { font: inherit; width: 5rem; padding: .1rem .3rem; border: 1px solid var(--line); border-radius: .2rem; }
 @media print {
-  @page { margin: 14mm; } body { max-width: none; margin: 0; padding: 0; font-size: 10pt; } nav { display: none; }
+  @page { size: A4; margin: 14mm; } nav { display: none; }
+  body { max-width: none; margin: 0; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .12rem .3rem; white-space: normal; }
-  tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .modelled, .appendix { break-before: page; }
+  tr, .scroll { break-inside: avoid; } .appendix .scroll { break-inside: auto; }
+  h2, h3, .note { break-after: avoid; } .modelled, .appendix { break-before: page; }
 }
 """
 
 
-def page(results: Mapping[str, Result], costs: Costs | None = None) -> str:
-    """The HTML of results by their names; with `costs` also what they would mean on a machine with these costs."""
+def page(results: Mapping[str, Result], costs: Costs = EXAMPLE) -> str:
+    """The HTML of results by their names, and what they would mean on a machine with these costs to begin with."""
     body, links = [], []
     for at, (name, result) in enumerate(results.items()):
         links.append((f"r{at}", name))
         body.append(f'<section id="r{at}">{"".join(_section(name, result))}</section>')
     modelled = [(name, result) for name, result in results.items() if result.get("steps")]
-    if costs is not None and modelled:
+    if modelled:
         links.append(("what-if", "what if"))
         body.append("".join(_what_if(modelled, costs)))
     body.append("".join(_appendix(results)))
@@ -63,13 +68,14 @@ def page(results: Mapping[str, Result], costs: Costs | None = None) -> str:
     nav = "".join(f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in links)
     # "</" would end the script element early
     data = json.dumps(results).replace("</", "<\\/")
+    script = f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script>" if modelled else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>zerodraft benchmark</title>'
         f"<style>{STYLE}</style></head><body><h1>zerodraft benchmark</h1>"
         '<p class="soft">Measured figures, but for the section that says otherwise. The results are in this file as '
         f"JSON, in the element with the id <code>results</code>.</p><nav>{nav}</nav>{''.join(body)}"
-        f'<script type="application/json" id="results">{data}</script></body></html>\n'
+        f'<script type="application/json" id="results">{data}</script>{script}</body></html>\n'
     )
 
 
@@ -115,14 +121,30 @@ def _what_if(results: Sequence[tuple[str, Result]], costs: Costs) -> Iterator[st
     yield '<section class="modelled" id="what-if"><h2>What if the costs were others?</h2>'
     yield '<p class="badge">MODELLED, NOT MEASURED</p>'
     yield (
-        "<p>How many tokens each step drafted and how many the target accepted was measured in the run above; the "
-        "time of each step is not: it is taken from the costs below. The pass over the prompt is left out. Draft "
-        "lengths and trees stay those that were chosen for the measured machine, so a decoder that adapts to the other "
-        "one can do better than this.</p>"
+        "<p>How many tokens each step drafted, whether a model drafted them, and how many the target accepted was "
+        "measured in the run above; the time of each step is not: it is taken from the costs below. Copied drafts cost "
+        "no draft. The pass over the prompt is left out. Draft lengths and trees stay those that were chosen for the "
+        "measured machine, so a decoder that adapts to the other one can do better than this.</p>"
     )
+    yield from _fields(costs)
     for name, result in results:
-        yield f"<p>Acceptance from: {html.escape(name)}</p>{_table(what_if_table(result, costs), result['subject'])}"
+        table = _table(what_if_table(result, costs), result["subject"])
+        yield f'<div data-acceptance="{html.escape(name)}"><p>Acceptance from: {html.escape(name)}</p>{table}</div>'
     yield "</section>"
+
+
+def _fields(costs: Costs) -> Iterator[str]:
+    """For the costs; hidden where nothing would come of a change."""
+    yield '<form id="costs" hidden><p>Milliseconds:</p>'
+    for tokens, ms in sorted(costs.target_ms.items()):
+        what = f"target, {tokens} token{'s' if tokens > 1 else ''}"
+        yield (
+            f'<label>{what} <input type="number" min="0.001" step="any" required data-tokens="{tokens}" '
+            f'value="{ms:g}"></label>'
+        )
+    for name, ms in (("draft", costs.draft_ms), ("other", costs.other_ms)):
+        yield f'<label>{name} <input type="number" min="0" step="any" required name="{name}" value="{ms:g}"></label>'
+    yield "</form>"
 
 
 def _appendix(results: Mapping[str, Result]) -> Iterator[str]:
@@ -139,7 +161,7 @@ def _table(table: Table, subject: Any = None) -> str:
 
     def cells(tag: str, row: Sequence[str]) -> str:
         kinds = (' class="text"' if at in texts else "" for at in range(len(row)))
-        return "".join(f"<{tag}{kind}>{html.escape(x)}</{tag}>" for kind, x in zip(kinds, row, strict=True))
+        return "".join(f"<{tag}{kind}>{html.escape(_whole(x))}</{tag}>" for kind, x in zip(kinds, row, strict=True))
 
     head = f"<thead><tr>{cells('th', table.header)}</tr></thead>" if any(table.header) else ""
     marked = ((' class="subject"' if row[0] == subject else "", row) for row in table.rows)
@@ -147,6 +169,11 @@ def _table(table: Table, subject: Any = None) -> str:
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     body = f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
     return f"<h3>{html.escape(table.title)}</h3>{note}{body}"
+
+
+def _whole(text: str) -> str:
+    """A spread breaks before its range alone."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}").replace("]\N{NO-BREAK SPACE}(", "] (") if "] (" in text else text
 
 
 def _figure(title: str, image: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from zerodraft.bench.whatif import Costs, break_even, modelled_speedup
@@ -54,7 +55,7 @@ def decode_tables(result: Result) -> list[Table]:
         "All prompts",
         "Speed: all tokens over all seconds. Speedups are over transformers' plain decoding in the same run. By "
         "prompt: median [quartiles] (range). MAT: new tokens per pass of the target. Equal: prompts with exactly the "
-        "tokens of plain decoding; near ties: of the others, those where the two best logits lay within 0.001.",
+        "tokens of plain decoding; near ties: of the others, those whose first difference rounding explains.",
         (
             "method",
             "what",
@@ -116,18 +117,15 @@ def _inside(result: Result) -> Iterator[Table]:
     """What our decoders did: acceptance by position, seconds by phase."""
     drafted = {name: counts for name, counts in result["acceptance"].items() if counts["tried_at"]}
     if drafted:
-        width = max(len(counts["tried_at"]) for counts in drafted.values())
-        rows = []
-        for name, counts in drafted.items():
-            shares = [
-                f"{a / t:.3f} ({a}/{t})" if t else "-"
-                for a, t in zip(counts["accepted_at"], counts["tried_at"], strict=True)
-            ]
-            rows.append((name, *shares, *[""] * (width - len(shares))))
+        columns = [
+            [f"{a / t:.3f} ({a}/{t})" if t else "-" for a, t in zip(c["accepted_at"], c["tried_at"], strict=True)]
+            for c in drafted.values()
+        ]
+        rows = [(str(at), *cells) for at, cells in enumerate(zip_longest(*columns, fillvalue=""), 1)]
         yield Table(
             "Acceptance by position",
             "Of the drafts that reach so far, the share that was accepted so far.",
-            ("method", *(str(position) for position in range(1, width + 1))),
+            ("position", *drafted),
             rows,
         )
     if result["phases"]:
@@ -148,10 +146,17 @@ def _differences(result: Result) -> Iterator[Table]:
     if result["differences"]:
         yield Table(
             "Differing tokens",
-            "The first difference of each text, and how far apart the two best logits of plain decoding lay there.",
-            ("prompt", "method", "token", "logits apart"),
+            "The first difference of each text, how far apart the two best logits of plain decoding lay there, and how "
+            "far that of the token that was written lay below the best.",
+            ("prompt", "method", "token", "logits apart", "below the best", "near tie"),
             [
-                (d["id"], d["method"], str(d["place"] + 1), "-" if d["top_gap"] is None else f"{d['top_gap']:.1e}")
+                (
+                    d["id"],
+                    d["method"],
+                    str(d["place"] + 1),
+                    *("-" if d[key] is None else f"{d[key]:.1e}" for key in ("top_gap", "deficit")),
+                    "yes" if d["near_tie"] else "no",
+                )
                 for d in result["differences"]
             ],
         )
@@ -204,30 +209,16 @@ def memory_tables(result: Result) -> list[Table]:
     """Of `bench memory`."""
     rows = []
     for name, values in result["memory"].items():
-        mib = (number(values["mib"][key], 0) for key in ("loaded", "load_peak", "decode_peak", "peak"))
+        mib = (number(values["mib"][key], 0) for key in ("loaded", "load_peak", "decode_peak", "after", "peak"))
         ratios = (number(values[key], 2, "x") for key in ("ratio", "decode_ratio"))
-        rows.append(
-            (name, result["methods"][name], *mib, *ratios, f"{values['prompt_tokens']} + {values['new_tokens']}")
-        )
-    return [
-        Table(
-            "Memory",
-            "Resident MiB of a process for each method. All have loaded target and drafter; the ratios are to plain "
-            "decoding, of the whole process's peak and of the peak while decoding.",
-            (
-                "method",
-                "what",
-                "loaded",
-                "peak of loading",
-                "peak of decoding",
-                "peak",
-                "peak ratio",
-                "decoding ratio",
-                "tokens, prompt + new",
-            ),
-            rows,
-        )
-    ]
+        rows.append((name, *mib, *ratios, f"{values['prompt_tokens']} + {values['new_tokens']}"))
+    note = (
+        "Resident MiB of a process for each method: loaded, while loading, while decoding, after it, and the peak of "
+        "all. Each has loaded target and drafter; the ratios are to plain decoding, of the peak and of the peak while "
+        "decoding. Tokens: of the prompt and new."
+    )
+    header = ("method", "loaded", "loading", "decoding", "after", "peak", "ratio", "decoding ratio", "tokens")
+    return [Table("Memory", note, header, rows)]
 
 
 def result_tables(result: Result) -> list[Table]:
@@ -253,13 +244,13 @@ def what_if_table(result: Result, costs: Costs) -> Table:
                 name,
                 number(modelled_speedup(every, costs), 2, "x"),
                 *(number(modelled_speedup(by_task[task], costs), 2, "x") for task in tasks),
-                number(break_even(every, costs), 1, " ms"),
+                number(break_even(every, costs), 1),
             )
         )
     return Table(
         "Modelled speedup over plain decoding",
         f"If a step cost: {costs}. The last column: what a draft may cost before it stops paying.",
-        ("method", "all prompts", *map(task_name, tasks), "break-even draft"),
+        ("method", "all prompts", *map(task_name, tasks), "break-even draft (ms)"),
         rows,
     )
 

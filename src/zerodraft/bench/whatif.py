@@ -9,11 +9,14 @@ A kind of step is `[drafted, accepted, times, by_model]`: the last is 1 if a mod
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from zerodraft.errors import ZerodraftError
 
+SCRIPT = Path(__file__).with_name("whatif.js")
+"""The same sums, for a page on which costs can be changed."""
 SYNTAX = "target_ms=30,draft_ms=4 or target_ms=1:30/8:45/32:80,draft_ms=4,other_ms=1"
 
 
@@ -45,6 +48,10 @@ class Costs:
         curve = ", ".join(f"{ms:g} ms for {k}" for k, ms in sorted(self.target_ms.items()))
         target = f"target {curve} tokens" if len(self.target_ms) > 1 else f"target {curve.split(' for')[0]}"
         return f"{target}, draft {self.draft_ms:g} ms, other {self.other_ms:g} ms"
+
+
+EXAMPLE = Costs({1: 30.0, 8: 33.0, 32: 45.0}, 4.0, 1.0)
+"""Of a machine that fetches weights slowly and computes fast: 8 tokens cost it little more than one. Made up."""
 
 
 def parse_costs(text: str) -> Costs:

@@ -1,5 +1,6 @@
 """`zerodraft bench`: measure decoding methods and kernels, and write reports of what was measured."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,9 @@ class Bench(Command):
     out: str = metavar("FILE", default="")
     """For 'report': the page to write, .html or .md."""
     plots: str = metavar("DIR", default="")
-    """For 'report': write the figures there too, as PNG."""
+    """For 'report': write the figures there, as PNG."""
     what_if: str = metavar("COSTS", default="")
-    """For 'report': model a machine, target_ms=30,draft_ms=4."""
+    """For 'report': a machine to model, target_ms=30,draft_ms=4."""
 
     def check(self) -> None:
         """Looks at the numbers."""
@@ -226,6 +227,7 @@ class Bench(Command):
             "ratio": found.get(FULL, {}).get("ratio"),
             "settings": {
                 "target": self.target,
+                "dtype": self.dtype,
                 "drafter": drafter,
                 "ngram": Path(self.ngram).name,
                 "prompts": [Path(file).name for file in files],
@@ -285,19 +287,27 @@ class Bench(Command):
         from zerodraft.bench.measure import write_text
         from zerodraft.bench.page import markdown
         from zerodraft.bench.report import page
-        from zerodraft.bench.whatif import parse_costs
+        from zerodraft.bench.whatif import EXAMPLE, parse_costs
         from zerodraft.ztt.plot import check_matplotlib
 
-        costs = parse_costs(self.what_if) if self.what_if else None
+        costs = parse_costs(self.what_if) if self.what_if else EXAMPLE
         as_html = Path(self.out).suffix == ".html"
         if as_html or self.plots:
             check_matplotlib()
         results = read_results(self.files, ours_only=as_html)
-        text = page(results, costs) if as_html else markdown(results)
-        write_text(text, Path(self.out).expanduser())
+        out = Path(self.out).expanduser()
+        plots = write_plots(results, Path(self.plots).expanduser()) if self.plots else {}
+        links = {
+            name: {title: Path(os.path.relpath(path, out.parent)).as_posix() for title, path in files.items()}
+            for name, files in plots.items()
+        }
+        write_text(page(results, costs) if as_html else markdown(results, links), out)
         console.print(f"{len(results)} results -> {self.out}")
-        plots = write_plots(results, Path(self.plots).expanduser()) if self.plots else []
-        return {"out": self.out, "results": list(results), "plots": [path.name for path in plots]}
+        return {
+            "out": self.out,
+            "results": list(results),
+            "plots": [path.name for files in plots.values() for path in files.values()],
+        }
 
     def _prepare(self) -> None:
         import torch
