@@ -89,7 +89,7 @@ def test_wrong_copies_bring_the_other_drafter_back() -> None:
     assert any(asked[3:])
 
 
-@pytest.mark.parametrize(("tokens", "seconds", "share"), [((1, 2), (1.0, 1.5), 0.98), ((1, 2), (1.0, 2.5), 0.03)])
+@pytest.mark.parametrize(("tokens", "seconds", "share"), [((1, 2), (1.0, 1.5), 0.96), ((1, 2), (1.0, 2.5), 0.04)])
 def test_the_other_drafter_is_asked_while_it_pays(
     tokens: tuple[int, int], seconds: tuple[float, float], share: float
 ) -> None:

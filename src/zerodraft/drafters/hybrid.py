@@ -90,7 +90,7 @@ class Trial:
         without, with_it = (tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
         self.waited += 1
         # a step that is r times slower costs 1 - 1/r of a step's tokens
-        if self.waited < self.explore * (max(with_it, without) / min(with_it, without)) ** 4:
+        if self.waited < self.explore * (max(with_it, without) / min(with_it, without)) ** 2:
             return with_it >= without
         self.waited = 0
         return with_it < without
