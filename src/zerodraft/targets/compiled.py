@@ -104,13 +104,17 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def to_panels(weight: Float[Tensor, "O K"]) -> Float[Tensor, "P K 16"]:
-    """A weight in panels of 16 outputs, the last one filled up with zeros."""
+def to_panels(weight: Float[Tensor, "O K"], gain: Float[Tensor, "K"] | None = None) -> Float[Tensor, "P K 16"]:
+    """A weight in panels of 16 outputs, the last one filled up with zeros, its inputs multiplied by `gain`. No more
+    memory than that is used on the way."""
     outputs, inputs = weight.shape
-    count = -(-outputs // PANEL)
-    panels = weight.new_zeros(count, PANEL, inputs)
-    panels.view(-1, inputs)[:outputs] = weight
-    return panels.transpose(1, 2).contiguous()
+    whole, rest = divmod(outputs, PANEL)
+    panels = weight.new_empty(whole + (rest > 0), inputs, PANEL)
+    panels[:whole] = weight[: whole * PANEL].unflatten(0, (whole, PANEL)).transpose(1, 2)
+    if rest:
+        panels[whole, :, :rest] = weight[whole * PANEL :].T
+        panels[whole, :, rest:] = 0
+    return panels if gain is None else panels.mul_(gain[:, None])
 
 
 @cache

@@ -187,7 +187,7 @@ def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
         layers=tuple(packed),
         final_gain=decoder.norm.weight.detach(),
         eps=eps,
-        head=PackedLinear(plain.lm_head.weight * _gain(decoder.norm), plain.lm_head.bias),
+        head=PackedLinear(plain.lm_head.weight, plain.lm_head.bias, _gain(decoder.norm)),
         floor=torch.tensor(math.sqrt(hidden * eps)),
         head_floor=torch.tensor(math.sqrt(head_dim * eps)),
         frequencies=frequencies,
@@ -206,7 +206,7 @@ def _pack_layer(config: Any, index: int, layer: Any) -> LeanLayer:
     head_dim = attention.head_dim
     before, after = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
     q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-    weight = torch.cat((_pairs(q.weight, head_dim), _pairs(k.weight, head_dim), v.weight)) * before
+    weight = torch.cat((_pairs(q.weight, head_dim), _pairs(k.weight, head_dim), v.weight))
     bias = None
     if q.bias is not None:
         bias = torch.cat((_pairs(q.bias, head_dim), _pairs(k.bias, head_dim), v.bias))
@@ -216,10 +216,10 @@ def _pack_layer(config: Any, index: int, layer: Any) -> LeanLayer:
         k_gain = _pairs(attention.k_norm.weight, head_dim).expand(k.out_features // head_dim, -1)
         qk_gain = torch.cat((q_gain, k_gain)) * math.sqrt(head_dim)
     return LeanLayer(
-        qkv=PackedLinear(weight, bias),
+        qkv=PackedLinear(weight, bias, before),
         out=PackedLinear.of(attention.o_proj),
-        gate=PackedLinear(mlp.gate_proj.weight * after, mlp.gate_proj.bias),
-        up=PackedLinear(mlp.up_proj.weight * after, mlp.up_proj.bias),
+        gate=PackedLinear(mlp.gate_proj.weight, mlp.gate_proj.bias, after),
+        up=PackedLinear(mlp.up_proj.weight, mlp.up_proj.bias, after),
         down=PackedLinear.of(mlp.down_proj),
         qk_gain=qk_gain,
         window=_window(config, index),

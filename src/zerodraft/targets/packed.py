@@ -21,7 +21,7 @@ _ROWS = 8
 
 
 class PackedLinear:
-    """`x @ weight.T + bias` for inference, with what follows it (an activation, a sum, a product) in the same kernel.
+    """`(x * gain) @ weight.T + bias` for inference, and what follows it (an activation, a sum, a product), in one kernel.
 
     Holds its own copy of the weight: later changes to the argument go unnoticed. Where neither our kernels nor oneDNN's
     operators are to be had, or for a device or dtype other than float32 on the CPU, it computes the same with
@@ -33,12 +33,19 @@ class PackedLinear:
     __slots__ = ("_kernels", "_packed", "_plain", "bias", "in_features", "out_features", "panels")
 
     @torch.no_grad()
-    def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> None:
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, "out"] | None = None,
+        gain: Float[Tensor, "in"] | None = None,
+    ) -> None:
         weight = weight.detach()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().clone()
         self._kernels = kernels() if _is_float32_on_cpu(weight) else None
-        self.panels = to_panels(weight) if self._kernels else None
+        self.panels = to_panels(weight, gain) if self._kernels else None
+        if self._kernels is None and gain is not None:
+            weight = weight * gain
         self._packed = _pack(weight) if self._kernels is None else None
         self._plain = weight.clone() if not self.packed else weight.new_empty(0)
 
