@@ -19,6 +19,7 @@ from tests.ztt.tiny import gap, tiny_plain, tokens
 from zerodraft.targets import compiled
 from zerodraft.targets.compiled import FLAGS, Kernels, build, kernels, to_panels
 from zerodraft.targets.lean import lean_target
+from zerodraft.targets.lean_weights import lean_weights
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -58,9 +59,11 @@ def test_layers_for_other_processors(
     functions = library(PROCESSORS[processor], tmp_path_factory)
     monkeypatch.setattr("zerodraft.targets.packed.kernels", lambda: functions)
     monkeypatch.setattr("zerodraft.targets.lean_compiled.kernels", lambda: functions)
-    model, prompt = tiny_plain(family), tokens(1, 30)
-    target = lean_target(model)
+    model, prompt = tiny_plain(family, head_dim=32), tokens(1, 30)
+    target, weights = lean_target(model), lean_weights(model)
     assert target is not None
+    assert weights is not None
+    assert weights.compiled is not None
     found = target.prefill(prompt, prompt >= 0, ()).logits[0, -1]
     with torch.no_grad():
         assert gap(found, model(prompt).logits[0, -1]) < 2e-5

@@ -50,7 +50,8 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield CYCLED[request.param]()
         return
     family, changes = MODELS[request.param.removesuffix(WITHOUT)]
-    made = tiny_plain(family, **changes)
+    # the kernels take heads of 16, 32, ...
+    made = tiny_plain(family, **({} if request.param.endswith(WITHOUT) else {"head_dim": 16}), **changes)
     with pytest.MonkeyPatch.context() as patch:
         if request.param.endswith(WITHOUT):
             patch.setattr("zerodraft.targets.packed.kernels", lambda: None)

@@ -21,7 +21,8 @@ _ROWS = 8
 
 
 class PackedLinear:
-    """`(x * gain) @ weight.T + bias` for inference, and what follows it (an activation, a sum, a product), in one kernel.
+    """`(x * gain) @ weight.T + bias` for inference, with what follows it (an activation, a sum, a product) in the same
+    kernel.
 
     Holds its own copy of the weight: later changes to the argument go unnoticed. Where neither our kernels nor oneDNN's
     operators are to be had, or for a device or dtype other than float32 on the CPU, it computes the same with
