@@ -294,11 +294,14 @@ class CostAwareTree:
     """Always k positions; of the tree that grows from them, the n likeliest nodes with the most expected tokens per
     second, `(1 + sum_{i<n} chance_i) / seconds(n)`.
 
-    Chances are the drafter's own, scaled by what lately became of such promises.
+    Chances are the drafter's own, scaled by what lately became of such promises. The promise hardly changes around its
+    best, and costs are known to a few percent only: of the numbers that come close to the best the largest is taken,
+    as a pass more costs more than a node more.
 
     Attributes:
         k: Positions asked for.
         explore: One step in so many scores another number of nodes, or is plain (with `rest`: not what it would be).
+        slack: How close to the best a promise must come, as a share of it.
         rest: Plain steps while those with a draft bring fewer tokens per second. Not for a `HybridDrafter`, whose
             copies cost nothing and which leaves its other drafter out by itself.
         keep: Factor by which old promises fade with each draft.
@@ -306,6 +309,7 @@ class CostAwareTree:
 
     k: int = 8
     explore: int = 24
+    slack: float = 0.03
     rest: bool = True
     keep: float = 0.98
     _costs: Costs = field(default_factory=Costs, init=False)
@@ -319,6 +323,8 @@ class CostAwareTree:
             raise ZerodraftError(f"k={self.k} drafts nothing; give at least 1.")
         if self.explore < 2:
             raise ZerodraftError(f"explore={self.explore} would never use the best size; give at least 2.")
+        if not 0 <= self.slack < 1:
+            raise ZerodraftError(f"slack={self.slack} is out of range; give a number of at least 0 and below 1.")
         if not 0 < self.keep <= 1:
             raise ZerodraftError(f"keep={self.keep} is out of range; give a number above 0 and at most 1.")
         self._promises = Promises(self.keep)
@@ -349,7 +355,8 @@ class CostAwareTree:
         elif sizes and rest == self.explore // 2:
             n = sizes[turn % len(sizes)]
         else:
-            n = int((self._tokens(chances) / self._seconds(len(chances))).argmax())
+            promise = self._tokens(chances) / self._seconds(len(chances))
+            n = int(np.flatnonzero(promise >= (1 - self.slack) * promise.max())[-1])
         self._hoped, self._nodes = float(chances[:n].sum()), n
         return n
 
