@@ -95,7 +95,7 @@ def test_it_decodes_with_drafts_and_plainly(chat_dir: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     for answer in drafts["answers"]:
         assert f"{answer['prompt']}\n" in out
-    assert out.count("the same tokens") == out.count("■ rejected") == len(demo.QUESTIONS)
+    assert out.count("the same tokens") == out.count("[-rejected-]") == len(demo.QUESTIONS)
 
 
 def test_a_target_that_cannot_be_had_is_one_sentence_and_the_rest_goes_on(

@@ -7,6 +7,7 @@ the path that GPUs take: fully_shard, DTensor parameters, gathered checkpoints.
 import sys
 from typing import Any
 
+import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -35,3 +36,6 @@ ZttTrainer.training_step = check_sharding
 path, *overrides = sys.argv[1:]
 pretrain(load_recipe(path, [*overrides, "training.steps=3"]), callbacks=[])
 pretrain(load_recipe(path, overrides), resume=True, callbacks=[])
+# none leaves while another still works
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
