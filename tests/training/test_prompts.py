@@ -32,6 +32,7 @@ def tokenizer() -> Any:
         ({"instruction": "Sum up.", "context": "A text."}, "Sum up.\n\nA text."),
         ({"instruction": "Sum up.", "instances": [{"input": "A text.", "output": "x"}]}, "Sum up.\n\nA text."),
         ({"question": "How many?", "answer": "2"}, "How many?"),
+        ({"problem": "Solve $x + 1 = 2$.", "solution": "1"}, "Solve $x + 1 = 2$."),
         ({"prompt": "Below is\n\n### Instruction:\nwhat\u2028is it?\n\n### Response:\n"}, "what\u2028is it?"),
         ({"text": "Write a function.", "code": "x"}, "Write a function."),
     ],

@@ -27,8 +27,8 @@ SECONDS_BETWEEN_LINES = 30
 class Distill(Command):
     """Let a target complete prompts, greedily and sampled, as training data for a drafter.
 
-    Prompts come from text files (one a line) and JSONL files (instruction with input or context, question, prompt or
-    text), or the target invents them. Run the same command again to go on after an interruption.
+    Prompts come from text files (one a line) and JSONL files (instruction with input or context, question, prompt,
+    problem or text), or the target invents them. Run the same command again to go on after an interruption.
     """
 
     example: ClassVar[str] = "zerodraft distill --target smollm2 --prompts prompts.jsonl --out completions"

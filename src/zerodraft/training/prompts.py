@@ -15,7 +15,7 @@ from zerodraft.training.jsonl import json_row
 
 FORMATS = (".txt", ".jsonl")
 
-FIELDS = ("instruction", "question", "prompt", "text")
+FIELDS = ("instruction", "question", "prompt", "problem", "text")
 """Where the prompt of a JSONL row is, the first of these that it has."""
 
 CONTEXTS = ("input", "context")
