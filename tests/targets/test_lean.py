@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
+from tests.targets.altered import with_adapter, with_hook, with_other_forward
 from tests.targets.cycled import CYCLED, LLAMA3, YARN
 from tests.ztt.tiny import gap, left_padded, tiny_plain, tokens
 from zerodraft.targets import resolve
@@ -219,25 +220,6 @@ def test_changed_weights_are_noticed(change: Any) -> None:
     after = lean(model).prefill(prompt, prompt >= 0, ()).logits
     assert gap(after[0, 0], plain(model, prompt[0].tolist()).logits[0, -1]) < 2e-5
     assert gap(before, after) > 1e-3
-
-
-def with_hook(model: Any) -> Any:
-    model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output * 2)
-    return model
-
-
-def with_other_forward(model: Any) -> Any:
-    model.model.layers[0].forward = model.model.layers[0].forward
-    return model
-
-
-class Adapted(nn.Linear):
-    """Stands for any layer that is a linear one and more."""
-
-
-def with_adapter(model: Any) -> Any:
-    model.model.layers[0].self_attn.q_proj = Adapted(32, 32, bias=False)
-    return model
 
 
 def with_one_double(model: Any) -> Any:

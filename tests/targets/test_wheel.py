@@ -4,6 +4,7 @@ import hashlib
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,28 @@ from zerodraft.targets.wheel import GgufModel, WheelFile, from_wheels
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
 HIDDEN, LAYERS, INNER = 32, 2, 64
+FFN = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+
+
+def writer_of(path: Path, family: str, layers: int) -> Any:
+    """Begins a GGUF file of a tiny model."""
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(INNER)
+    return writer
+
+
+def written(writer: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Finishes it with these tensors, which are returned."""
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
 
 
 def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
@@ -33,13 +56,8 @@ def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
             tensors[f"blk.{layer}.{name}.weight"] = random(HIDDEN)
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             tensors[f"blk.{layer}.{name}.weight"] = random(HIDDEN, HIDDEN)
-        for name, shape in (("gate", (INNER, HIDDEN)), ("up", (INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
-            tensors[f"blk.{layer}.ffn_{name}.weight"] = random(*shape)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
+        tensors |= {f"blk.{layer}.ffn_{name}.weight": random(*shape) for name, shape in FFN.items()}
+    writer = writer_of(path, "llama", LAYERS)
     writer.add_head_count(4)
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -51,13 +69,7 @@ def write_tiny_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_unk_token_id(0)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
+    return written(writer, tensors)
 
 
 def write_tiny_gemma(path: Path) -> dict[str, np.ndarray]:
@@ -81,13 +93,8 @@ def write_tiny_gemma(path: Path) -> dict[str, np.ndarray]:
         for name, count in (("attn_q", heads), ("attn_k", kv_heads), ("attn_v", kv_heads)):
             tensors[f"blk.{layer}.{name}.weight"] = random(count * head, HIDDEN)
         tensors[f"blk.{layer}.attn_output.weight"] = random(HIDDEN, heads * head)
-        for name, shape in (("gate", (INNER, HIDDEN)), ("up", (INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
-            tensors[f"blk.{layer}.ffn_{name}.weight"] = random(*shape)
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(INNER)
+        tensors |= {f"blk.{layer}.ffn_{name}.weight": random(*shape) for name, shape in FFN.items()}
+    writer = writer_of(path, "gemma3", layers)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(head)
@@ -105,13 +112,7 @@ def write_tiny_gemma(path: Path) -> dict[str, np.ndarray]:
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
+    return written(writer, tensors)
 
 
 def write_wheel(directory: Path, content: bytes | None, name: str = "tiny_model") -> Path:

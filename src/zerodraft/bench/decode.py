@@ -145,7 +145,9 @@ def check_equality(
             if name in references.batched and any(decoded.tokens[at] != expected for decoded in found.values()):
                 expected = reference.decode(task.inputs, settings.options()).tokens[0]
                 references.add(name, task.tokens, expected)
-            measured = {method: _record(decoded, at, expected, task, model) for method, decoded in found.items()}
+            measured = {
+                method: _record(decoded, at, expected, task, model, timed=False) for method, decoded in found.items()
+            }
             rows.append(_row(task, measured))
             kept.add(rows[-1])
         on_row(rows)
@@ -192,14 +194,20 @@ def _row(task: Task, measured: dict[str, Any]) -> Row:
     return {"id": question.id, "task": question.task, "prompt_tokens": task.length, "methods": measured}
 
 
-def _record(decoded: Decoded, at: int, expected: list[int] | None, task: Task, model: Any) -> dict[str, Any]:
+def _record(
+    decoded: Decoded, at: int, expected: list[int] | None, task: Task, model: Any, *, timed: bool = True
+) -> dict[str, Any]:
     """What is kept of one method on one prompt; `model` (if given) tells how close a differing choice was."""
     tokens, alone = decoded.tokens[at], len(decoded.tokens) == 1
     record: dict[str, Any] = {"count": len(tokens)}
     if alone:
-        record |= {"seconds": decoded.seconds, "passes": decoded.passes}
+        record["passes"] = decoded.passes
+    if timed:
+        record["seconds"] = decoded.seconds
     if decoded.stats is not None:
         record |= _of_stats(decoded.stats, decoded.asked, at, alone)
+    if timed and decoded.stats is not None:
+        record["phases"] = decoded.stats.to_dict()["seconds"]
     if expected is None:
         return record
     record["equal"] = tokens == expected
@@ -227,14 +235,14 @@ def closeness(model: Any, inputs: Mapping[str, Any], before: list[int], written:
 
 
 def _of_stats(stats: DecodeStats, asked: Sequence[Sequence[bool]], at: int, alone: bool) -> dict[str, Any]:
-    """Of each step of a row its nodes, its accepted tokens, and whether a model drafted; of a row alone also seconds
-    and acceptance by position."""
+    """Of each step of a row its nodes, its accepted tokens, and whether a model drafted; of a row alone also acceptance
+    by position."""
     steps = [(step.rows[at], int(bool(asked) and asked[n][at])) for n, step in enumerate((stats.trace or [])[1:])]
     traced = {"steps": [[len(row.drafted), len(row.accepted), by_model] for row, by_model in steps if row is not None]}
     if not alone:
         return traced
     told = stats.to_dict()
-    return traced | {name: told[name] for name in ("tried_at", "accepted_at")} | {"phases": told["seconds"]}
+    return traced | {name: told[name] for name in ("tried_at", "accepted_at")}
 
 
 def unexplained(record: Mapping[str, Any]) -> bool:

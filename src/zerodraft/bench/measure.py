@@ -4,7 +4,6 @@ Cases are run in turn (A B A B ...), so that a machine whose speed drifts slows 
 pair.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ import transformers
 
 import zerodraft
 from zerodraft.targets import compiled
+from zerodraft.targets.cache import sha256_of
 
 Case = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,12 +117,7 @@ def memory_gib() -> float | None:
 
 def fingerprint(files: Iterable[Path]) -> str:
     """The first 16 digits of what `cat FILES | sha256sum` prints."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    return sha256_of(*files)[:16]
 
 
 def weights(path: Path) -> list[Path]:

@@ -5,7 +5,6 @@ are transformers' own ways of decoding, and llama.cpp.
 """
 
 import importlib.util
-import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.errors import ZerodraftError
+from zerodraft.targets.wheel import check_gguf
 from zerodraft.training.strict import did_you_mean
 
 BASE = "hf_plain"
@@ -308,37 +308,19 @@ class LlamaCpp:
 
 
 def gguf_file_type(path: Path) -> int | None:
-    """`general.file_type` of a GGUF file (which precision its weights have), from its head alone; None without one.
+    """`general.file_type` of a GGUF file (which precision its weights have); None without one.
 
     Raises:
-        ZerodraftError: the file is of another kind.
+        ZerodraftError: the file is of another kind, or the package that reads it is missing.
     """
-    scalars = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-    text, array = 8, 9
-    with path.open("rb") as file:
+    check_gguf()
+    from gguf import GGUFReader
 
-        def read(form: str) -> Any:
-            return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))[0]
-
-        def value(kind: int) -> Any:
-            if kind == text:
-                return file.read(read("Q"))
-            if kind == array:
-                of, count = read("I"), read("Q")
-                return [value(of) for _ in range(count)]
-            return read(scalars[kind])
-
-        try:
-            if file.read(4) != b"GGUF":
-                raise KeyError
-            _version, _tensors, pairs = read("I"), read("Q"), read("Q")
-            for _ in range(pairs):
-                key, found = value(text), value(read("I"))
-                if key == b"general.file_type":
-                    return int(found)
-        except (KeyError, struct.error) as error:
-            raise ZerodraftError(f"--gguf: '{path}' is no GGUF file") from error
-    return None
+    try:
+        field = GGUFReader(path).get_field("general.file_type")
+    except (ValueError, IndexError) as error:
+        raise ZerodraftError(f"--gguf: '{path}' is no GGUF file") from error
+    return None if field is None else int(field.contents())
 
 
 def available(equipment: Equipment) -> dict[str, Callable[[], Method]]:

@@ -13,6 +13,7 @@ from zerodraft.cli.command import Result
 from zerodraft.cli.loading import Dtype, default_device, load_tokenizer_for, model_type
 from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.distill import SMALLEST_TEMPERATURE
 from zerodraft.training.prompts import templated
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 SHIPPED = {"smollm2": "smollm2-drafter"}
 """What a drafter in the repository's `models` directory is called, by the short name of its target."""
-
-SMALLEST_TEMPERATURE = 1e-4
-"""Logits over smaller ones are infinite."""
 
 NEAR_TIE = 1e-3
 """Logits in float32 this close can change places when the same sums are taken in another order."""

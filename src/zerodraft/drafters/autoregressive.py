@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
-from zerodraft.drafters.masked import PADDING
+from zerodraft.drafters.vocabulary import check_vocabulary_size
 from zerodraft.errors import ZerodraftError
 
 
@@ -58,7 +58,7 @@ class AutoregressiveDrafter:
         self.candidates, self.max_length = candidates, max_length
         text = model.config.get_text_config()
         self.own_size: int = text.vocab_size
-        self._check_size(self.own_size if vocab_size is None else vocab_size)
+        check_vocabulary_size(self.own_size, self.own_size if vocab_size is None else vocab_size)
         self.vocab_size = min(self.own_size, vocab_size or self.own_size)
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         eos = getattr(model.generation_config, "eos_token_id", None)
@@ -68,18 +68,11 @@ class AutoregressiveDrafter:
     def check(self, config: Any) -> None:
         """Target and drafter must have one vocabulary, but for padding."""
         size = config.get_text_config().vocab_size
-        self._check_size(size)
+        check_vocabulary_size(self.own_size, size)
         if size < self.vocab_size:
             raise ZerodraftError(
                 f"The drafter drafts among {self.vocab_size} tokens, the target has {size}: make it with "
                 f"vocab_size={size}, if both have one tokenizer."
-            )
-
-    def _check_size(self, size: int) -> None:
-        if abs(size - self.own_size) > PADDING:
-            raise ZerodraftError(
-                f"The drafter's vocabulary has {self.own_size} tokens, the target's {size}: take a drafter of the "
-                "target's family, with the same tokenizer."
             )
 
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "AutoregressiveSession":

@@ -26,11 +26,9 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel
+from zerodraft.drafters.vocabulary import check_vocabulary_size
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.packed import PackedLinear
-
-PADDING = 256
-"""Rows by which two embeddings of one tokenizer may differ: unused ones at the end, and the mask."""
 
 USUAL_LENGTH = 30
 """Positions drafted at most, where the model was not trained for a number: the published k_max."""
@@ -78,11 +76,7 @@ class MaskedDrafter:
         self.steps, self.prefix_cache, self.max_length = steps, prefix_cache, longest
         last_is_mask = config.mask_token_id == config.vocab_size - 1
         self.vocab_size = config.vocab_size - last_is_mask if vocab_size is None else vocab_size
-        if abs(config.vocab_size - self.vocab_size) > PADDING:
-            raise ZerodraftError(
-                f"The masked drafter's vocabulary has {config.vocab_size} tokens, the target's {self.vocab_size}: take "
-                "a drafter with the target's tokenizer."
-            )
+        check_vocabulary_size(config.vocab_size, self.vocab_size)
         usable = min(self.vocab_size, config.vocab_size)
         self.candidates = min(candidates, usable - (config.mask_token_id < usable))
 

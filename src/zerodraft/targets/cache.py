@@ -38,12 +38,13 @@ def default_cache_dir() -> Path:
     return root / "zerodraft"
 
 
-def sha256_of(path: Path) -> str:
-    """The file's sha256 as hex digits."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+def sha256_of(*paths: Path) -> str:
+    """The sha256 of a file, or of several one after another, as hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -20,16 +20,12 @@ from transformers import PreTrainedModel
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.decoding.target import HfTarget
 from zerodraft.errors import ZerodraftError
+from zerodraft.targets.modules import VARYING_ROPE, has_plain_parameters, is_untouched
 from zerodraft.targets.recorded import Recorder, Recording, RecordingError, Run
 
 logger = logging.getLogger(__name__)
 
 WARM_UPS = 2
-
-# transformers hooks every layer the first time that hidden states are asked for; the hooks only look
-_HARMLESS_HOOKS = "transformers.utils.output_capturing"
-# these compute their frequencies anew as the text grows
-_VARYING_ROPE = ("dynamic", "longrope")
 
 _idle: "WeakKeyDictionary[nn.Module, Recording]" = WeakKeyDictionary()
 _unfit: "WeakSet[nn.Module]" = WeakSet()
@@ -173,7 +169,7 @@ def _qualifies(model: Any) -> bool:
         and getattr(model, "hf_quantizer", None) is None
         and model.device.type != "meta"
         and {tensor.device for tensor in _tensors(model)} == {model.device}
-        and all(type(p) is nn.Parameter and type(p.data) is Tensor for p in model.parameters())
+        and has_plain_parameters(model)
         and not torch.is_autocast_enabled(model.device.type)
         and all(_repeats(name, module) for name, module in model.named_modules())
     )
@@ -182,13 +178,11 @@ def _qualifies(model: Any) -> bool:
 def _repeats(name: str, module: nn.Module) -> bool:
     """Whether nothing in a module's own Python has to run again for each pass."""
     rope = getattr(module, "rope_type", None)
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return (
         type(module).__module__.split(".")[0] in ("torch", "transformers")
-        and "forward" not in vars(module)
+        and is_untouched(module)
         and module._compiled_call_impl is None
-        and all(getattr(hook, "__module__", "") == _HARMLESS_HOOKS for hook in hooks)
         and not module.training
         and "expert" not in name
-        and not any(kind in _VARYING_ROPE for kind in (rope.values() if isinstance(rope, dict) else [rope]))
+        and not any(kind in VARYING_ROPE for kind in (rope.values() if isinstance(rope, dict) else [rope]))
     )

@@ -242,6 +242,27 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
       for (int64_t row = 0; row < n; row++)
         factors[row] = 1.0f / std::sqrt(sum_of_squares(p.x + row * s.hidden, s.hidden) + s.floor * s.floor);
     };
+    // the normed stream by a weight, with its bias; `done(place in the result, value)`
+    const auto from_stream = [&](const float* w, const float* bias, int64_t outputs, auto done) {
+      product(p.x, n, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+        const float factor = factors[row];
+        each(values, count, [&](int64_t i, auto value) {
+          value *= factor;
+          if (bias) value += at(bias, first + i, value);
+          done(row * outputs + first + i, value);
+        });
+      });
+    };
+    // x by a weight, with its bias, added to the stream
+    const auto onto_stream = [&](const float* x, int64_t k, const float* w, const float* bias) {
+      product(x, n, k, w, s.hidden, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+        float* const to = p.x + row * s.hidden + first;
+        each(values, count, [&](int64_t i, auto value) {
+          if (bias) value += at(bias, first + i, value);
+          put(to, i, value + at(to, i, value));
+        });
+      });
+    };
 
     for (int64_t index = 0; index < s.layers; index++) {
       const Layer& layer = layers[index];
@@ -250,15 +271,7 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
         std::copy(p.x + mine.first, p.x + mine.end, taps[index] + mine.first);
       }
       norms();
-      product(p.x, n, s.hidden, layer.qkv, qkv_width,
-              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-                const float factor = factors[row];
-                each(values, count, [&](int64_t i, auto value) {
-                  value *= factor;
-                  if (layer.qkv_bias) value += at(layer.qkv_bias, first + i, value);
-                  put(qkv, row * qkv_width + first + i, value);
-                });
-              });
+      from_stream(layer.qkv, layer.qkv_bias, qkv_width, [&](int64_t i, auto value) { put(qkv, i, value); });
 #pragma omp barrier
       // queries and keys are normed and turned, keys and values go to the cache
       const Range heads = share(n * qkv_heads);
@@ -350,45 +363,15 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
         }
       }
 #pragma omp barrier
-      product(attended, n, width, layer.out, s.hidden,
-              [&](int64_t row, int64_t first, int64_t count, const Vector* sums) {
-                float* const to = p.x + row * s.hidden + first;
-                each(sums, count, [&](int64_t i, auto value) {
-                  if (layer.out_bias) value += at(layer.out_bias, first + i, value);
-                  put(to, i, value + at(to, i, value));
-                });
-              });
+      onto_stream(attended, width, layer.out, layer.out_bias);
 #pragma omp barrier
       norms();
-      product(p.x, n, s.hidden, layer.gate, s.inner,
-              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-                const float factor = factors[row];
-                each(values, count, [&](int64_t i, auto value) {
-                  value *= factor;
-                  if (layer.gate_bias) value += at(layer.gate_bias, first + i, value);
-                  put(inner, row * s.inner + first + i, silu(value));
-                });
-              });
+      from_stream(layer.gate, layer.gate_bias, s.inner, [&](int64_t i, auto value) { put(inner, i, silu(value)); });
       // the same thread has the same panels again
-      product(p.x, n, s.hidden, layer.up, s.inner,
-              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-                const float factor = factors[row];
-                float* const to = inner + row * s.inner + first;
-                each(values, count, [&](int64_t i, auto value) {
-                  value *= factor;
-                  if (layer.up_bias) value += at(layer.up_bias, first + i, value);
-                  put(to, i, value * at(to, i, value));
-                });
-              });
+      from_stream(layer.up, layer.up_bias, s.inner,
+                  [&](int64_t i, auto value) { put(inner, i, value * at(inner, i, value)); });
 #pragma omp barrier
-      product(inner, n, s.inner, layer.down, s.hidden,
-              [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-                float* const to = p.x + row * s.hidden + first;
-                each(values, count, [&](int64_t i, auto value) {
-                  if (layer.down_bias) value += at(layer.down_bias, first + i, value);
-                  put(to, i, value + at(to, i, value));
-                });
-              });
+      onto_stream(inner, s.inner, layer.down, layer.down_bias);
 #pragma omp barrier
     }
   }

@@ -204,8 +204,8 @@ class LeanTarget:
         turning, floor, scale = q_heads + weights.kv_heads, weights.floor, weights.score_scale
         alone = visible is None and past == 0 and count > 1
         biases = {w: self._bias(depth, visible, w) for w in {layer.window for layer in weights.layers}}
+        x = F.embedding(ids.flatten(), weights.embedding)
         if weights.compiled is not None:
-            x = F.embedding(ids.flatten(), weights.embedding)
             rotations = self._rotations(depth)
             return x, weights.compiled(x, rotations, self._kv, past, biases, taps, causal=alone)
         turns = self._turns(depth)
@@ -216,7 +216,6 @@ class LeanTarget:
         tapped: dict[int, Tensor] = {}
         masks = Once()
 
-        x = F.embedding(ids.flatten(), weights.embedding)
         if 0 in taps:
             tapped[0] = x
         for index, layer in enumerate(weights.layers):

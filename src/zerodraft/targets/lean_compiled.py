@@ -5,7 +5,7 @@ hold the two together.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,13 +14,16 @@ from torch import Tensor
 from zerodraft.targets.compiled import PANEL, Kernels, LayerPointers, Pass, Shape, kernels, pointer
 from zerodraft.targets.packed import PackedLinear
 
+if TYPE_CHECKING:
+    from zerodraft.targets.lean_weights import LeanLayer, LeanWeights
+
 PRODUCTS = ("qkv", "out", "gate", "up", "down")
 
 
 class CompiledLayers:
     """The layers of `LeanWeights`, as the kernels take them."""
 
-    def __init__(self, functions: Kernels, weights: Any) -> None:
+    def __init__(self, functions: Kernels, weights: "LeanWeights") -> None:
         self._functions, self._weights = functions, weights
         first = weights.layers[0]
         self._shape = Shape(
@@ -37,7 +40,7 @@ class CompiledLayers:
         self._layers = (LayerPointers * len(weights.layers))(*map(_pointers, weights.layers))
 
     @staticmethod
-    def of(weights: Any) -> "CompiledLayers | None":
+    def of(weights: "LeanWeights") -> "CompiledLayers | None":
         """None where there are no kernels, or for layers that they do not compute."""
         functions = kernels()
         fits = (
@@ -93,7 +96,7 @@ class CompiledLayers:
         return tapped
 
 
-def _pointers(layer: Any) -> LayerPointers:
+def _pointers(layer: "LeanLayer") -> LayerPointers:
     pointers: dict[str, int | None] = {"qk_gain": pointer(layer.qk_gain)}
     for name in PRODUCTS:
         product: PackedLinear = getattr(layer, name)

