@@ -1,4 +1,4 @@
-"""Tiny models on disk, each with a tokenizer, for tests of whole commands and of the demo."""
+"""Tiny models on disk, each with a tokenizer, and what they write, for tests of whole commands and of the demo."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from zerodraft import ZttConfig, ZttForCausalLM
+from zerodraft.training.completions import Completion, write_shard
 from zerodraft.training.tokenizer import train_tokenizer
 
 TEXT = "the cat sat on the mat. once upon a time there was a little fox who could not sleep."
@@ -42,4 +43,12 @@ def save(model: Any, tokenizer: Any, path: Path) -> Path:
     """Save a model and its tokenizer into one directory."""
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def save_completions(path: Path, model: Any, rows: int, new_tokens: int) -> Path:
+    """Save what a model writes, greedily, after random prompts of four tokens."""
+    prompts = torch.randint(model.config.vocab_size, (rows, 4), generator=torch.Generator().manual_seed(1))
+    ids = model.generate(prompts, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    write_shard(path, "a", [Completion(row, 4, 0.0, "") for row in ids.tolist()], model.config.vocab_size)
     return path

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -14,17 +13,6 @@ from zerodraft.cli.decoding import load_drafter
 from zerodraft.cli.main import main
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.retokenized import RetokenizedDrafter
-
-
-@pytest.fixture(scope="module")
-def completions(plain_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("completions")
-    model = AutoModelForCausalLM.from_pretrained(plain_dir)
-    prompts = torch.randint(model.config.vocab_size, (10, 4), generator=torch.Generator().manual_seed(0))
-    ids = model.generate(prompts, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
-    (folder / "a.bin").write_bytes(ids.numpy().astype("<u2").tobytes())
-    (folder / "a.jsonl").write_text(10 * (json.dumps({"n": ids.shape[1], "p": 4, "temp": 0.0}) + "\n"))
-    return folder
 
 
 def test_train_and_decode(
@@ -98,7 +86,12 @@ def test_other_drafters_have_no_steps(
 
 def test_settings_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = f"train-drafter --target x --data y --out {tmp_path / 'z'}"
-    for words, key in (("--kind masked --drafter.layers 3", "drafter"), ("--masked.layers 3", "masked")):
+    for words, key in (
+        ("--kind masked --drafter.layers 3", "drafter"),
+        ("--masked.layers 3", "masked"),
+        ("--kind masked --autoregressive.layers 3", "autoregressive"),
+        ("--kind autoregressive --masked.layers 3", "masked"),
+    ):
         assert main(f"{start} {words}".split()) == 2
         assert f"unknown key '{key}'" in capsys.readouterr().err.replace("\n", " ")
     assert main(f"{start} --kind masked --masked.layer 3".split()) == 2

@@ -13,12 +13,16 @@ from zerodraft import ZttConfig, ZttForCausalLM
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter, load_block
+from zerodraft.drafters.block_layers import CompiledBlock, EachLayer
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target, training_mask
 from zerodraft.errors import ZerodraftError
+from zerodraft.targets.compiled import kernels
+from zerodraft.targets.int8 import Int8Linear, rounded_linear
+from zerodraft.targets.packed import NarrowLinear
 
 SIZES = {
     "vocab_size": 64,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -86,15 +90,15 @@ def test_blocks_of_one_pass_are_blocks_alone() -> None:
             assert torch.allclose(logits.log_softmax(-1), alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
 @torch.no_grad()
-def test_only_a_model_of_our_own_loses_what_is_packed(tmp_path: Path, int8: bool) -> None:
+def test_only_a_model_of_our_own_loses_what_is_packed(tmp_path: Path, rounded: bool) -> None:
     target, drafter = make("qwen2")
     before = {name: value.clone() for name, value in drafter.state_dict().items()}
     drafter.save_pretrained(tmp_path)
-    handed = BlockDrafter(drafter, target, candidates=5, int8=int8)
+    handed = BlockDrafter(drafter, target, candidates=5, rounded=rounded)
     assert all(torch.equal(value, before[name]) for name, value in drafter.state_dict().items())
-    ours = BlockDrafter.from_pretrained(tmp_path, target, candidates=5, int8=int8)
+    ours = BlockDrafter.from_pretrained(tmp_path, target, candidates=5, rounded=rounded)
     kept = {name for name, value in ours.model.named_parameters() if not value.is_meta}
     assert kept == {name for name in before if "norm" in name or "coupling.token" in name}
     ids = torch.randint(64, (2, 330))
@@ -119,13 +123,19 @@ def test_training_mask_element_by_element() -> None:
                 assert mask[row, 0, query, key] == expected
 
 
+@pytest.mark.parametrize("layers", [CompiledBlock, EachLayer])
 @pytest.mark.parametrize("family", TARGETS)
 @torch.no_grad()
-def test_decoding_agrees_with_the_network(family: str) -> None:
+def test_decoding_agrees_with_the_network(family: str, layers: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through several steps that accept different numbers, past the first size of the cache, two rows at once."""
+    if layers is CompiledBlock and kernels() is None:
+        pytest.skip("needs a C++ compiler and torch's OpenMP")
+    if layers is EachLayer:
+        monkeypatch.setattr("zerodraft.drafters.block_layers.kernels", lambda: None)
     draft_ids = torch.arange(0, 64, 2)
     target, drafter = make(family, draft_ids)
     fast = BlockDrafter(drafter, target, candidates=5)
+    assert type(fast.layers) is layers
     session = fast.start(2, torch.device("cpu"), None)
     ids = torch.randint(64, (2, 330))
     taps = [states(target, ids[row : row + 1]) for row in range(2)]
@@ -141,12 +151,19 @@ def test_decoding_agrees_with_the_network(family: str) -> None:
         assert torch.allclose(pairs.logsumexp(-1), top.values.logsumexp(-1)[:, None].expand(-1, 5), atol=1e-4)
 
 
+@pytest.mark.parametrize("linear", [NarrowLinear, Int8Linear])
 @torch.no_grad()
-def test_int8_drafts_are_nearly_the_same() -> None:
+def test_rounded_drafts_are_nearly_the_same(linear: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with nothing left of the exact ones: rounding must show."""
+    if linear is NarrowLinear and kernels() is None:
+        pytest.skip("needs a C++ compiler and torch's OpenMP")
+    if linear is Int8Linear:
+        monkeypatch.setattr("zerodraft.targets.int8.kernels", lambda: None)
+    assert rounded_linear(torch.device("cpu")) is linear
     target, drafter = make()
     ids, lattices = torch.randint(64, (1, 12)), []
-    for int8 in (False, True):
-        session = BlockDrafter(drafter, target, candidates=64, int8=int8).start(1, torch.device("cpu"), None)
+    for rounded in (False, True):
+        session = BlockDrafter(drafter, target, candidates=64, rounded=rounded).start(1, torch.device("cpu"), None)
         session.observe([Progress(ids[0], states(target, ids)[0, :-1])])
         (lattice,) = session.propose([4])
         order = lattice.ids.argsort(1)

@@ -33,13 +33,14 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12, 13, 30])
 @pytest.mark.parametrize("outputs", [16, 40, 49])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_for_other_processors(
-    processor: str, rows: int, outputs: int, tmp_path_factory: pytest.TempPathFactory
+    processor: str, rows: int, outputs: int, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     functions = library(PROCESSORS[processor], tmp_path_factory)
-    x, weight, bias = torch.randn(rows, 23), torch.randn(outputs, 23), torch.randn(outputs)
+    x, weight, bias = torch.randn(rows, 23), torch.randn(outputs, 23).to(dtype).float(), torch.randn(outputs)
     other = torch.randn(rows, outputs)
-    panels = to_panels(weight)
+    panels = to_panels(weight).to(dtype)
     product = F.linear(x, weight, bias)
     for found, wanted in (
         (functions.linear(x, panels, None, outputs), F.linear(x, weight)),

@@ -19,6 +19,7 @@ from zerodraft.targets import resolve
 from zerodraft.targets.compiled import kernels
 from zerodraft.targets.lean import LeanTarget, lean_target
 from zerodraft.targets.lean_weights import lean_weights, release_lean
+from zerodraft.targets.packed import HalvesLinear
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -42,17 +43,23 @@ def lean(model: PreTrainedModel) -> LeanTarget:
     return target
 
 
-WITHOUT = ", without our kernels"
+WITHOUT, HALVES = ", without our kernels", ", bfloat16 weights"
 
 
-@pytest.fixture(scope="module", params=[*MODELS, *(name + WITHOUT for name in MODELS), *CYCLED])
+@pytest.fixture(
+    scope="module",
+    params=[name + how for how in ("", WITHOUT, HALVES) for name in MODELS] + [*CYCLED, next(iter(CYCLED)) + HALVES],
+)
 def model(request: pytest.FixtureRequest) -> Iterator[Any]:
-    if request.param in CYCLED:
-        yield CYCLED[request.param]()
+    name, halves = request.param.removesuffix(HALVES), request.param.endswith(HALVES)
+    if name in CYCLED:
+        made = CYCLED[name]()
+        yield rounded(made) if halves else made
         return
-    family, changes = MODELS[request.param.removesuffix(WITHOUT)]
+    family, changes = MODELS[name.removesuffix(WITHOUT)]
     # the kernels take heads of 16, 32, ...
     made = tiny_plain(family, **({} if request.param.endswith(WITHOUT) else {"head_dim": 16}), **changes)
+    made = rounded(made) if halves else made
     with pytest.MonkeyPatch.context() as patch:
         if request.param.endswith(WITHOUT):
             patch.setattr("zerodraft.targets.packed.kernels", lambda: None)
@@ -60,7 +67,20 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
         weights = lean_weights(made)
         assert weights is not None
         assert (weights.compiled is None) == (request.param.endswith(WITHOUT) or kernels() is None)
+        assert all(isinstance(layer.gate, HalvesLinear) == halves for layer in weights.layers)
         yield made
+
+
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """Its matrices are bfloat16 numbers, as those of a checkpoint in that dtype; gains are not."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                parameter.bfloat16()
+                if parameter.ndim > 1
+                else parameter * torch.empty_like(parameter).uniform_(0.5, 1.5)
+            )
+    return model
 
 
 def test_every_node_has_the_logits_of_its_own_text(model: Any) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zerodraft.targets.compiled import kernels
-from zerodraft.targets.packed import PackedLinear
+from zerodraft.targets.packed import HalvesLinear, NarrowLinear, PackedLinear, is_bfloat16
 
 
 @pytest.mark.parametrize("by", ["compiled", "onednn", "torch"])
@@ -36,6 +36,28 @@ def test_equals_the_layer(by: str, bias: bool, shape: tuple[int, ...], monkeypat
     ):
         torch.testing.assert_close(found, wanted, atol=2e-6, rtol=1e-5)
     assert torch.equal(other, kept)
+
+
+@torch.no_grad()
+def test_weights_that_are_bfloat16_stay_exact() -> None:
+    """Also with a gain, by which their product would not be; rounding other weights shows."""
+    torch.manual_seed(0)
+    layer, gain, x = nn.Linear(24, 40), torch.rand(24) + 0.5, torch.randn(3, 24)
+    assert not is_bfloat16(layer.weight)
+    wanted = F.linear(x * gain, layer.weight, layer.bias)
+    assert not torch.allclose(NarrowLinear.of(layer, gain)(x), wanted, atol=1e-5) or kernels() is None
+    layer.weight.copy_(layer.weight.bfloat16())
+    assert is_bfloat16(layer.weight)
+    wanted = F.linear(x * gain, layer.weight, layer.bias)
+    torch.testing.assert_close(HalvesLinear.of(layer, gain)(x), wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1023, 1024, 5000])
+def test_one_number_that_is_not_bfloat16_is_noticed(place: int) -> None:
+    weight = torch.randn(50, 101).bfloat16().float()
+    assert is_bfloat16(weight)
+    weight.view(-1)[place] = 1 + 2**-20
+    assert not is_bfloat16(weight)
 
 
 def test_a_copy_is_held() -> None:

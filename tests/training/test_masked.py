@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.saved import save_completions
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Progress
@@ -25,10 +26,10 @@ from zerodraft.training.masked import (
     measure_masked,
     ratio_example,
     train_masked,
-    walk,
     walk_together,
 )
 from zerodraft.training.masked_recipe import MaskedDrafterRecipe, load_masked_recipe
+from zerodraft.training.walk import walk
 
 VOCABULARY = 48
 
@@ -52,12 +53,7 @@ def target(target_folder: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def completions_folder(target: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("completions")
-    prompts = torch.randint(VOCABULARY, (12, 4), generator=torch.Generator().manual_seed(1))
-    ids = target.generate(prompts, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    (folder / "a.bin").write_bytes(ids.numpy().astype("<u2").tobytes())
-    (folder / "a.jsonl").write_text(12 * (json.dumps({"n": ids.shape[1], "p": 4, "temp": 0.0}) + "\n"))
-    return folder
+    return save_completions(tmp_path_factory.mktemp("completions"), target, 12, 20)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.autoregressive_recipe import load_autoregressive_recipe
 from zerodraft.training.dflash import load_dflash_recipe
 from zerodraft.training.drafter_recipe import load_drafter_recipe
 from zerodraft.training.masked_recipe import load_masked_recipe
@@ -15,6 +16,7 @@ DRAFTERS = {
     "smollm2-drafter": load_drafter_recipe,
     "smollm2-dflash": load_dflash_recipe,
     "smollm2-masked": load_masked_recipe,
+    "smollm2-autoregressive": load_autoregressive_recipe,
 }
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 

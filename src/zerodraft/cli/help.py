@@ -15,6 +15,8 @@ from zerodraft.cli.flags import Flag, flags_of
 WIDTH = 100
 COLUMN = 32
 """Where the explanations start."""
+INDENT = 16
+"""Where the keys of a section start, behind its name."""
 
 
 def overview(commands: dict[str, type[Command]]) -> str:
@@ -85,8 +87,8 @@ def _compact(section: str, flags: list[Flag]) -> list[str]:
     for flag in flags:
         key, default = flag.key.rpartition(".")[2].replace("_", "-"), _default(flag.default)
         shown.append(f"{key}={default}" if default else key)
-    text = textwrap.wrap(" ".join(shown), WIDTH - 14, break_on_hyphens=False, break_long_words=False)
-    return [f"  {section if i == 0 else '':<12}{line}" for i, line in enumerate(text)]
+    text = textwrap.wrap(" ".join(shown), WIDTH - 2 - INDENT, break_on_hyphens=False, break_long_words=False)
+    return [f"  {section if i == 0 else '':<{INDENT}}{line}" for i, line in enumerate(text)]
 
 
 def _explain(flag: Flag) -> list[str]:

@@ -1,36 +1,46 @@
 """`zerodraft train-drafter`: trains a drafter for a target on the target's own completions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, overrides_of
+from zerodraft.training.autoregressive_recipe import AutoregressiveRecipe, load_autoregressive_recipe
 from zerodraft.training.drafter_recipe import DrafterRecipe, load_drafter_recipe
-from zerodraft.training.masked_recipe import MaskedFlags, load_masked_recipe
+from zerodraft.training.masked_recipe import MaskedRecipe, load_masked_recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnSections:
+    """The sections that one kind of drafter alone has."""
+
+    masked: MaskedRecipe = field(default_factory=MaskedRecipe)
+    autoregressive: AutoregressiveRecipe = field(default_factory=AutoregressiveRecipe)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainDrafter(Command):
     """Train a drafter for a target on the target's own completions (see `zerodraft distill`).
 
-    Settings come from flags, from a YAML file (--recipe), or from both; flags win. The section [masked] belongs to
-    --kind masked (whose learning rate is 3e-4 if not given), the sections [drafter] and [loss] to the other kinds.
+    Settings come from flags, from a YAML file (--recipe), or from both; flags win. The sections [masked] and
+    [autoregressive] belong to these kinds (whose learning rate is 3e-4 if not given), [drafter] and [loss] to others.
     """
 
     example: ClassVar[str] = "zerodraft train-drafter --target smollm2 --data completions --out runs/drafter"
 
-    kind: Literal["block", "masked", "dflash"] = "block"
+    kind: Literal["block", "masked", "autoregressive", "dflash"] = "block"
     """block: a few layers that read the target's hidden states. masked: the target's layers as a masked diffusion model
-    of its own. dflash: the DFlash network, whose files other runtimes read."""
+    of its own. autoregressive: a few of the target's layers as a small causal model. dflash: the DFlash network, whose
+    files other runtimes read."""
     recipe: str | None = None
     """YAML file with any of the settings."""
     resume: bool = False
     """Continue from the last checkpoint in `out`."""
     overrides: dict[str, Any] = overrides_of(DrafterRecipe)
-    masked_overrides: dict[str, Any] = overrides_of(MaskedFlags)
+    own_overrides: dict[str, Any] = overrides_of(OwnSections)
 
     def check(self) -> None:
         """Reads the settings."""
@@ -42,7 +52,7 @@ class TrainDrafter(Command):
         results = self._train()(recipe, resume=self.resume)
         held_back = results["held_back"]
         console.print(
-            f"trained {results['parameters']:,} parameters on {results['blocks']:,} blocks in "
+            f"trained {results['trained_parameters']:,} parameters on {results['blocks']:,} blocks in "
             f"{results['seconds']:.0f} s"
         )
         table = Table("position", "accepted", box=None, pad_edge=False)
@@ -51,16 +61,18 @@ class TrainDrafter(Command):
         console.print(table)
         console.print(
             f"{held_back['mat']:.2f} tokens per target pass on {held_back['sequences']} held-back completions (greedy, "
-            "plain blocks)"
+            "plain drafts)"
         )
         console.print(f"written to {recipe.out}: model/, results.json, log.jsonl")
         return results
 
     def _settings(self) -> Any:
         """The recipe of the kind; a setting of another kind is an unknown key."""
-        given = {**self.overrides, **self.masked_overrides}
+        given = {**self.overrides, **self.own_overrides}
         if self.kind == "masked":
             return load_masked_recipe(self.recipe, given)
+        if self.kind == "autoregressive":
+            return load_autoregressive_recipe(self.recipe, given)
         if self.kind == "dflash":
             from zerodraft.training.dflash import load_dflash_recipe
 
@@ -72,6 +84,10 @@ class TrainDrafter(Command):
             from zerodraft.training.masked import train_masked
 
             return train_masked
+        if self.kind == "autoregressive":
+            from zerodraft.training.autoregressive import train_autoregressive
+
+            return train_autoregressive
         if self.kind == "dflash":
             from zerodraft.training.dflash import train_dflash
 

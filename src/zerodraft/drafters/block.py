@@ -1,11 +1,6 @@
 """Decoding with the block-diffusion drafter: one pass over [what the target newly saw, a block of masks] a draft.
 
-The keys and values of the target's states stay cached. New states and the block go through each layer together, as a
-few more rows cost next to nothing; the block's own keys and values lie behind the context and are overwritten next
-time. The block sees everything that is there, so attention needs no mask.
-
-Legend: R rows of one pass (M new context positions, then K slots), H hidden size, nq query heads, nk key/value heads,
-D head size.
+Legend: M new context positions, K slots, k of them wanted, m candidates, F tapped states, H hidden size.
 """
 
 from os import PathLike
@@ -18,18 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from zerodraft.decoding.lattice import Lattice
-from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
-from zerodraft.drafters.tapped import (
-    FIRST_SLOTS,
-    PackedLayer,
-    TappedRow,
-    TappedSession,
-    grown,
-    readable_weights,
-    release,
-)
+from zerodraft.drafters.block_layers import block_layers
+from zerodraft.drafters.block_model import BlockDrafterModel
+from zerodraft.drafters.tapped import FIRST_SLOTS, TappedRow, TappedSession, grown, readable_weights, release
 from zerodraft.errors import ZerodraftError
-from zerodraft.targets.int8 import Int8Linear, int8_available
+from zerodraft.targets.int8 import rounded_linear
 from zerodraft.targets.packed import PackedLinear
 from zerodraft.ztt.loading import load_pretrained
 
@@ -41,14 +29,16 @@ class BlockDrafter:
         model: the network; its weights are copied into the order that the CPU's kernels like best.
         target: whose embeddings and LM head are used; only read.
         candidates: tokens per position in the lattice.
-        int8: run the layers in int8: drafts lose a little, a pass on a CPU takes half the time.
+        rounded: keep the weights in bfloat16 or int8, whatever this machine multiplies fastest: drafts lose a little,
+            a pass on a CPU takes half the time.
 
     Raises:
-        ZerodraftError: the drafter was made for a target of another size, or the target's embeddings cannot be read.
+        ZerodraftError: the drafter was made for a target of another size, the target's embeddings cannot be read, or
+            nothing here multiplies rounded weights.
     """
 
     def __init__(
-        self, model: BlockDrafterModel, target: PreTrainedModel, candidates: int = 16, *, int8: bool = False
+        self, model: BlockDrafterModel, target: PreTrainedModel, candidates: int = 16, *, rounded: bool = False
     ) -> None:
         self.model = model.eval()
         self.taps = tuple(model.config.layers)
@@ -57,31 +47,33 @@ class BlockDrafter:
         self.check(target.config)
         self.embedding, head = readable_weights(target)
         device = target.device
-        if int8 and not int8_available(device):
-            raise ZerodraftError(f"This torch has no int8 kernels for '{device}': leave int8 out.")
-        linear = Int8Linear if int8 else PackedLinear
+        linear = rounded_linear(device) if rounded else PackedLinear
+        if linear is None:
+            raise ZerodraftError(f"Nothing here multiplies rounded weights on '{device}': leave rounded out.")
         with torch.no_grad():
             self.head = linear(head[model.draft_ids.to(device)])
             like: Any = head  # its device and dtype; transformers' wrapper of `to` hides torch's types
             model.to(like)
             self.slots = linear.of(model.slots)
             self.coupling = None if model.coupling is None else _FastCoupling(model, self.embedding, head)
-            self.layers = [PackedLayer(layer, linear) for layer in model.layers if isinstance(layer, BlockLayer)]
+            self.layers = block_layers(model, linear)
         self.draft_ids = model.draft_ids
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike[str], target: PreTrainedModel, candidates: int = 16, *, int8: bool | None = None
+        cls, path: str | PathLike[str], target: PreTrainedModel, candidates: int = 16, *, rounded: bool | None = None
     ) -> "BlockDrafter":
         """Loads what `BlockDrafterModel.save_pretrained` (and so `zerodraft train-drafter`) wrote.
 
-        `int8` is as in the class; None: where there are kernels for it.
+        `rounded` is as in the class; None: where this machine can.
 
         Raises:
             ZerodraftError: nothing to load there, a damaged checkpoint, or one that does not fit the target.
         """
         model = load_block(path)
-        drafter = cls(model, target, candidates, int8=int8_available(target.device) if int8 is None else int8)
+        if rounded is None:
+            rounded = rounded_linear(target.device) is not None
+        drafter = cls(model, target, candidates, rounded=rounded)
         release(model.layers, model.slots)
         if model.coupling is not None:
             release(model.coupling.state, model.coupling.out)
@@ -120,22 +112,20 @@ class _Row(TappedRow):
     def __init__(self, drafter: BlockDrafter) -> None:
         super().__init__()
         self.drafter = drafter
-        like = drafter.model.norm.weight
-        self.cache = [like.new_zeros(2, layer.kv_heads, FIRST_SLOTS, layer.head_dim) for layer in drafter.layers]
+        model = drafter.model
+        first: Any = model.layers[0]
+        shape = (len(model.layers), 2, first.self_attn.num_kv_heads, FIRST_SLOTS, first.self_attn.head_dim)
+        self.cache = model.norm.weight.new_zeros(shape)
 
     def draft(self, length: int) -> Lattice:
         drafter, model = self.drafter, self.drafter.model
         taps_MFH = self.take_pending(model.norm.weight)
         new = len(taps_MFH)
-        end = self.length + new + drafter.max_length
-        self.cache = [grown(cache, end) for cache in self.cache]
-        cos, sin = model.rotate(torch.arange(self.length, end, device=taps_MFH.device)[None])
+        self.cache = grown(self.cache, self.length + new + drafter.max_length)
         embedding = drafter.embedding[self.newest.to(drafter.embedding.device)]
         state = taps_MFH[-1, 0]
         x_KH = state + drafter.slots(model.entry(state, embedding)[None]).view(drafter.max_length, -1)
-        for i, layer in enumerate(drafter.layers):
-            rows_RH = torch.cat([taps_MFH[:, i], x_KH])
-            x_KH = layer(rows_RH, drafter.max_length, (cos, sin), self.cache[i], self.length)
+        x_KH = drafter.layers(taps_MFH, x_KH, self.cache, self.length)
         self.length += new
         states_KH = model.norm(x_KH)[:length]
         logits = drafter.head(states_KH)

@@ -242,13 +242,7 @@ def masked_from_target(
             f"A '{config.model_type}' model cannot become a masked diffusion model: its layers differ from ours; "
             f"choose a target of the kind {', '.join(ADAPTABLE)}, or train a block drafter (--kind block)."
         )
-    count = config.num_hidden_layers
-    if not 0 <= num_layers <= count or take not in get_args(Take):
-        raise ZerodraftError(
-            f"The {take} {num_layers} layers were asked for, the target has {count}: choose 1 to {count} (0: all) and "
-            f"one of {', '.join(get_args(Take))}."
-        )
-    chosen = layers_to_take(count, num_layers or count, take)
+    chosen = layers_to_take(config.num_hidden_layers, num_layers, take)
     decoder: Any = target.get_decoder()
     sources = [decoder.layers[i] for i in chosen]
     weights = sources[0].state_dict()
@@ -288,7 +282,17 @@ def masked_from_target(
 
 
 def layers_to_take(count: int, wanted: int, take: Take) -> list[int]:
-    """Numbers of `wanted` out of `count` layers, rising."""
+    """Numbers of `wanted` out of `count` layers (0: all), rising.
+
+    Raises:
+        ZerodraftError: there are fewer, or `take` is none of the ways.
+    """
+    if not 0 <= wanted <= count or take not in get_args(Take):
+        raise ZerodraftError(
+            f"The {take} {wanted} layers were asked for, the target has {count}: choose 1 to {count} (0: all) and "
+            f"one of {', '.join(get_args(Take))}."
+        )
+    wanted = wanted or count
     if take == "spread":
         return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
     return list(range(wanted) if take == "first" else range(count - wanted, count))

@@ -43,13 +43,13 @@ class LayerPointers(ctypes.Structure):
     _fields_ = [
         (name, _Pointer)
         for name in ("qkv", "qkv_bias", "out", "out_bias", "gate", "gate_bias", "up", "up_bias", "down", "down_bias")
-    ] + [("qk_gain", _Pointer)]
+    ] + [(name, _Pointer) for name in ("qk_gain", "before", "after")]
 
 
 class Shape(ctypes.Structure):
     """`Shape` of kernels.cpp."""
 
-    _fields_ = [(name, _Int) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim")] + [
+    _fields_ = [(name, _Int) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim", "narrow")] + [
         (name, ctypes.c_float) for name in ("floor", "head_floor", "scale")
     ]
 
@@ -58,16 +58,18 @@ class Pass(ctypes.Structure):
     """`Pass` of kernels.cpp."""
 
     _fields_ = [
-        (name, _Int) for name in ("sequences", "tokens", "past", "capacity", "threads", "causal", "masked_from")
-    ] + [(name, _Pointer) for name in ("x", "turns", "kv", "scratch")]
+        *((name, _Int) for name in ("sequences", "tokens", "past", "capacity", "threads", "causal")),
+        *((name, _Int) for name in ("masked_from", "context", "feed_step")),
+        *((name, _Pointer) for name in ("x", "turns", "kv", "scratch")),
+    ]
 
 
 class Kernels:
-    """The compiled functions. Tensors are contiguous, float32, on the CPU."""
+    """The compiled functions. Tensors are contiguous, float32 (weights also bfloat16), on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._linear, self._forward, self._scratch_floats = library.linear, library.forward, library.scratch_floats
-        self._linear.argtypes = [_Pointer] * 5 + [_Int] * 5
+        self._linear.argtypes = [_Pointer, _Pointer, _Int] + [_Pointer] * 3 + [_Int] * 5
         self._linear.restype = self._forward.restype = None
         self._scratch_floats.restype = library.lanes.restype = _Int
         self.lanes: int = library.lanes()
@@ -83,20 +85,22 @@ class Kernels:
     ) -> Float[Tensor, "*s O"]:
         """x @ weight.T + bias, and what comes after."""
         out = x.new_empty(*x.shape[:-1], outputs)
-        k = x.shape[-1]
+        k, narrow = x.shape[-1], panels.dtype == torch.bfloat16
         self._linear(
-            x.data_ptr(), panels.data_ptr(), pointer(bias), pointer(other), out.data_ptr(),
+            x.data_ptr(), panels.data_ptr(), narrow, pointer(bias), pointer(other), out.data_ptr(),
             x.numel() // k, k, outputs, _AFTER.index(after), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
-    def forward(self, shape: Shape, layers: Any, run: Pass, masks: Sequence[Any], taps: Sequence[Any]) -> None:
-        """All layers of a pass; `masks` and `taps` hold a pointer or None for each layer. Scratch is found here."""
+    def forward(
+        self, shape: Shape, layers: Any, run: Pass, masks: Sequence[Any], taps: Sequence[Any], feeds: Sequence[Any]
+    ) -> None:
+        """All layers of a pass; the last three hold a pointer or None for each layer. Scratch is found here."""
         run.threads = torch.get_num_threads()
         scratch = torch.empty(self._scratch_floats(ctypes.byref(shape), ctypes.byref(run)))
         run.scratch = scratch.data_ptr()
         many = _Pointer * len(masks)
-        self._forward(ctypes.byref(shape), layers, ctypes.byref(run), many(*masks), many(*taps))
+        self._forward(ctypes.byref(shape), layers, ctypes.byref(run), many(*masks), many(*taps), many(*feeds))
 
 
 def pointer(tensor: Tensor | None) -> int | None:

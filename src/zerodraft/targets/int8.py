@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from zerodraft.targets.compiled import kernels
+from zerodraft.targets.packed import NarrowLinear
+
 _prepack: Any = getattr(torch.ops.quantized, "linear_prepack", None)
 _linear: Any = getattr(torch.ops.quantized, "linear_dynamic", None)
 
@@ -19,6 +22,13 @@ def int8_available(device: torch.device) -> bool:
     """Whether this torch has int8 kernels for a device."""
     engines = set(torch.backends.quantized.supported_engines)
     return device.type == "cpu" and None not in (_prepack, _linear) and bool(engines & {"fbgemm", "x86"})
+
+
+def rounded_linear(device: torch.device) -> "type[NarrowLinear] | type[Int8Linear] | None":
+    """The fastest product with rounded weights on a device, if there is one: bfloat16 by our kernels, or int8."""
+    if device.type == "cpu" and kernels() is not None:
+        return NarrowLinear
+    return Int8Linear if int8_available(device) else None
 
 
 class Int8Linear:

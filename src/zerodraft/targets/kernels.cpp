@@ -5,33 +5,42 @@
 // serves all rows of the pass before the next one is read. One team of threads walks through all layers with barriers
 // in between; nothing is allocated.
 //
+// Weights are float32, or bfloat16 where they are exactly that or may be a little wrong (drafters); sums are float32.
+//
 // Legend: N rows of a pass (B sequences of T tokens), K inputs of a product, H hidden size, D head size, S slots of the
 // cache. Heads lie as in lean_weights.py: a rotary pair is two neighbouring elements, and norms' gains are in the
-// weights, so that a norm is one factor a row.
+// weights if these need not stay what they are, so that a norm is one factor a row.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <omp.h>
+#include <vector>
 
 namespace {
 
-// How many rows and panels a tile has: as many sums as there are registers. How many vectors ahead to ask for weights:
-// with short vectors too few loads are under way at once to keep the memory busy.
+// The most rows and panels of a tile, and rows times panels, as there are so many registers for sums: the fewer the rows,
+// the more panels are read at once. How many vectors ahead to ask for weights: else too few loads are under way to keep
+// the memory busy, and each page begins with a wait.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 12, kPanels = 2, kAhead = 0;
+constexpr int kLanes = 16, kRows = 12, kPanels = 4, kSums = 24, kAhead = 48;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 6, kPanels = 1, kAhead = 32;
+constexpr int kLanes = 8, kRows = 6, kPanels = 1, kSums = 6, kAhead = 32;
 #else
-constexpr int kLanes = 4, kRows = 4, kPanels = 1, kAhead = 32;
+constexpr int kLanes = 4, kRows = 4, kPanels = 1, kSums = 4, kAhead = 32;
 #endif
 constexpr int kPanel = 16, kVectors = kPanel / kLanes;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+// bfloat16: a float's upper half
+inline Vector load(const uint16_t* p) {
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints) << 16);
+}
 
 // Relative error below 3e-7; 0 below -87, minus infinity included. Taylor's series around the nearest multiple of ln 2.
 inline Vector exp(Vector x) {
@@ -71,14 +80,13 @@ inline float sum_of_squares(const float* x, int n) {
 typedef Vector Sums[kRows][kPanels][kVectors];
 
 // sums[m][p] = sum over k of a[m * a_row + k * a_step] * w[p * w_panel + k * w_step + (0 .. 15)]
-template <int M, int P>
-inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* w, int64_t w_panel, int64_t w_step,
+template <int M, int P, typename W>
+__attribute__((noinline)) void tile(const float* a, int64_t a_row, int64_t a_step, const W* w, int64_t w_panel, int64_t w_step,
                  int64_t k_count, Sums& sums) {
   Vector s[M][P][kVectors] = {};
   for (int64_t k = 0; k < k_count; k++) {
     Vector row[P][kVectors];
-    if (kAhead)
-      for (int p = 0; p < P; p++) __builtin_prefetch(w + p * w_panel + (k + kAhead) * w_step);
+    for (int p = 0; p < P; p++) __builtin_prefetch(w + p * w_panel + (k + kAhead) * w_step, 0, 2);
     for (int p = 0; p < P; p++)
       for (int v = 0; v < kVectors; v++) row[p][v] = load(w + p * w_panel + k * w_step + v * kLanes);
     for (int m = 0; m < M; m++) {
@@ -92,16 +100,16 @@ inline void tile(const float* a, int64_t a_row, int64_t a_step, const float* w, 
       for (int v = 0; v < kVectors; v++) sums[m][p][v] = s[m][p][v];
 }
 
-// A tile of `rows` rows, at most M.
-template <int P, int M = kRows>
-inline void tile_of(int rows, const float* a, int64_t a_row, int64_t a_step, const float* w, int64_t w_panel,
+// A tile of `rows` rows, at most M, and `panels` panels, at most P.
+template <int P, int M = std::min(kRows, kSums / P), typename W>
+inline void tile_of(int rows, int panels, const float* a, int64_t a_row, int64_t a_step, const W* w, int64_t w_panel,
                     int64_t w_step, int64_t k_count, Sums& sums) {
-  if constexpr (M > 0) {
-    if (rows == M)
-      tile<M, P>(a, a_row, a_step, w, w_panel, w_step, k_count, sums);
-    else
-      tile_of<P, M - 1>(rows, a, a_row, a_step, w, w_panel, w_step, k_count, sums);
-  }
+  if (P > 1 && panels < P)
+    tile_of<std::max(P - 1, 1)>(rows, panels, a, a_row, a_step, w, w_panel, w_step, k_count, sums);
+  else if (rows == M)
+    tile<M, P>(a, a_row, a_step, w, w_panel, w_step, k_count, sums);
+  else if constexpr (M > 1)
+    tile_of<P, M - 1>(rows, panels, a, a_row, a_step, w, w_panel, w_step, k_count, sums);
 }
 
 struct Range {
@@ -120,26 +128,39 @@ inline int tile_rows(int64_t rows) {
   return static_cast<int>((rows + tiles - 1) / tiles);
 }
 
+// Weights as floats. For many rows that is cheaper once than in every tile.
+inline const float* widened(const uint16_t* w, int64_t count) {
+  thread_local std::vector<float> floats;
+  if (static_cast<int64_t>(floats.size()) < count) floats.resize(count);
+  for (int64_t i = 0; i < count; i += kLanes) store(floats.data() + i, load(w + i));
+  return floats.data();
+}
+inline const float* widened(const float* w, int64_t) { return w; }
+
 // x (N, K) by this thread's share of w's panels; `done(row, first output, how many, sums of the panel)` takes each piece.
-template <typename Done>
-inline void product(const float* x, int64_t n, int64_t k, const float* w, int64_t outputs, Done done) {
+template <typename W, typename Done>
+inline void product(const float* x, int64_t n, int64_t k, const W* w, int64_t outputs, Done done) {
   const Range mine = share((outputs + kPanel - 1) / kPanel);
   const int step = tile_rows(n);
   Sums sums;
   for (int64_t panel = mine.first; panel < mine.end;) {
-    const int panels = std::min<int64_t>(kPanels, mine.end - panel);
-    for (int64_t row = 0; row < n; row += step) {
-      const int rows = static_cast<int>(std::min<int64_t>(step, n - row));
-      if (panels == kPanels)
-        tile_of<kPanels>(rows, x + row * k, k, 1, w + panel * k * kPanel, k * kPanel, kPanel, k, sums);
-      else
-        tile_of<1>(rows, x + row * k, k, 1, w + panel * k * kPanel, 0, kPanel, k, sums);
-      for (int m = 0; m < rows; m++)
-        for (int p = 0; p < panels; p++) {
-          const int64_t output = (panel + p) * kPanel;
-          done(row + m, output, std::min<int64_t>(kPanel, outputs - output), sums[m][p]);
-        }
-    }
+    const int panels = std::min<int64_t>(std::min(kPanels, kSums / step), mine.end - panel);
+    const auto rows_by = [&](const auto* weights) {
+      for (int64_t row = 0; row < n; row += step) {
+        const int rows = static_cast<int>(std::min<int64_t>(step, n - row));
+        tile_of<kPanels>(rows, panels, x + row * k, k, 1, weights, k * kPanel, kPanel, k, sums);
+        for (int m = 0; m < rows; m++)
+          for (int p = 0; p < panels; p++) {
+            const int64_t output = (panel + p) * kPanel;
+            done(row + m, output, std::min<int64_t>(kPanel, outputs - output), sums[m][p]);
+          }
+      }
+    };
+    const W* const weights = w + panel * k * kPanel;
+    if (n > 2 * kRows)
+      rows_by(widened(weights, panels * k * kPanel));
+    else
+      rows_by(weights);
     panel += panels;
   }
 }
@@ -161,17 +182,28 @@ inline void put(float* p, int64_t i, float v) { p[i] = v; }
 inline Vector silu(Vector x) { return x / (1.0f + exp(-x)); }
 inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
-}  // namespace
-
-extern "C" {
-
-// What a layer is made of; products in panels. Null where there is none.
+// What a layer is made of; products in panels, their weights of type W. Null where there is none.
+template <typename W>
 struct Layer {
-  const float *qkv, *qkv_bias, *out, *out_bias, *gate, *gate_bias, *up, *up_bias, *down, *down_bias, *qk_gain;
+  const W* qkv;
+  const float* qkv_bias;
+  const W* out;
+  const float* out_bias;
+  const W* gate;
+  const float* gate_bias;
+  const W* up;
+  const float* up_bias;
+  const W* down;
+  const float* down_bias;
+  const float* qk_gain;
+  // gains of the norms before qkv and before gate and up, where they are not in the weights
+  const float *before, *after;
 };
 
 struct Shape {
   int64_t layers, hidden, inner, heads, kv_heads, head_dim;
+  // Weights are bfloat16.
+  int64_t narrow;
   float floor, head_floor, scale;
 };
 
@@ -182,6 +214,9 @@ struct Pass {
   int64_t causal;
   // The first slot where a mask may differ from 0.
   int64_t masked_from;
+  // The first tokens of a single sequence may do no more than leave keys and values: a drafter's context. In front of
+  // each layer they are read anew, at this distance from each other.
+  int64_t context, feed_step;
   float* x;            // (N, H): in, out
   const float* turns;  // (N, D / 2, 2): cosine and sine
   float* kv;           // (layers, B, keys' then values' heads, capacity, D)
@@ -195,16 +230,14 @@ int64_t row_floats(const Shape* shape) {
 
 int64_t thread_floats(const Shape* shape, const Pass* pass) {
   const int64_t rows = pass->sequences * pass->tokens;
-  return (rows + kPanel - 1) / kPanel * kPanel + kPanel * (shape->head_dim + pass->past + pass->tokens);
-}
-
-int64_t scratch_floats(const Shape* shape, const Pass* pass) {
-  return pass->sequences * pass->tokens * row_floats(shape) + pass->threads * thread_floats(shape, pass);
+  return (rows + kPanel - 1) / kPanel * kPanel + kPanel * (shape->head_dim + pass->past + pass->tokens) +
+         rows * shape->hidden;
 }
 
 // out (N, outputs) = x @ w.T + bias, then nothing (0), silu (1), + other (2) or * other (3).
-void linear(const float* x, const float* w, const float* bias, const float* other, float* out, int64_t n, int64_t k,
-            int64_t outputs, int64_t after, int64_t threads) {
+template <typename W>
+void linear_of(const float* x, const W* w, const float* bias, const float* other, float* out, int64_t n, int64_t k,
+               int64_t outputs, int64_t after, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   product(x, n, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
     const int64_t start = row * outputs + first;
@@ -218,12 +251,16 @@ void linear(const float* x, const float* w, const float* bias, const float* othe
   });
 }
 
-// All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets the layer's input, or null.
-void forward(const Shape* shape, const Layer* layers, const Pass* pass, const float* const* masks, float* const* taps) {
+// All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets the layer's input, or null;
+// `feeds[layer]` is what the context is at the layer.
+template <typename W>
+void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, const float* const* masks,
+                float* const* taps, const float* const* feeds) {
   const Shape& s = *shape;
   const Pass& p = *pass;
   const int64_t n = p.sequences * p.tokens, d = s.head_dim, group = s.heads / s.kv_heads, slots = p.past + p.tokens;
   const int64_t qkv_heads = s.heads + 2 * s.kv_heads, qkv_width = qkv_heads * d, width = s.heads * d;
+  const int64_t context = p.context, live = n - context;  // rows that go through whole layers
   float* const qkv = p.scratch;
   float* const attended = qkv + n * qkv_width;
   float* const inner = attended + n * width;
@@ -235,28 +272,37 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
     float* const factors = own + omp_get_thread_num() * own_floats;
     float* const queries = factors + (n + kPanel - 1) / kPanel * kPanel;  // (D, 16)
     float* const scores = queries + kPanel * d;                          // (S, 16)
+    float* const scaled = scores + kPanel * slots;                       // (N, H)
     Sums sums;
 
+    // the stream times a gain, if there is one
+    const float* stream = p.x;
     // every thread for itself: cheaper than waiting for each other
-    const auto norms = [&] {
-      for (int64_t row = 0; row < n; row++)
-        factors[row] = 1.0f / std::sqrt(sum_of_squares(p.x + row * s.hidden, s.hidden) + s.floor * s.floor);
+    const auto norms = [&](int64_t first, const float* gain) {
+      for (int64_t row = first; row < n; row++) {
+        const float* const x = p.x + row * s.hidden;
+        factors[row] = 1.0f / std::sqrt(sum_of_squares(x, s.hidden) + s.floor * s.floor);
+        if (gain)
+          for (int64_t i = 0; i < s.hidden; i++) scaled[row * s.hidden + i] = x[i] * gain[i];
+      }
+      stream = gain ? scaled : p.x;
     };
-    // the normed stream by a weight, with its bias; `done(place in the result, value)`
-    const auto from_stream = [&](const float* w, const float* bias, int64_t outputs, auto done) {
-      product(p.x, n, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-        const float factor = factors[row];
+    // the normed stream from a row on by a weight, with its bias; `done(place in the result, value)`
+    const auto from_stream = [&](int64_t from, const W* w, const float* bias, int64_t outputs, auto done) {
+      product(stream + from * s.hidden, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+        const float factor = factors[from + row];
         each(values, count, [&](int64_t i, auto value) {
           value *= factor;
           if (bias) value += at(bias, first + i, value);
-          done(row * outputs + first + i, value);
+          done((from + row) * outputs + first + i, value);
         });
       });
     };
-    // x by a weight, with its bias, added to the stream
-    const auto onto_stream = [&](const float* x, int64_t k, const float* w, const float* bias) {
-      product(x, n, k, w, s.hidden, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-        float* const to = p.x + row * s.hidden + first;
+    // x's live rows by a weight, with its bias, added to the stream
+    const auto onto_stream = [&](const float* x, int64_t k, const W* w, const float* bias) {
+      const int64_t outputs = s.hidden;
+      product(x + context * k, live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+        float* const to = p.x + (context + row) * outputs + first;
         each(values, count, [&](int64_t i, auto value) {
           if (bias) value += at(bias, first + i, value);
           put(to, i, value + at(to, i, value));
@@ -265,13 +311,19 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
     };
 
     for (int64_t index = 0; index < s.layers; index++) {
-      const Layer& layer = layers[index];
+      const Layer<W>& layer = layers[index];
       if (taps[index]) {
         const Range mine = share(n * s.hidden);
         std::copy(p.x + mine.first, p.x + mine.end, taps[index] + mine.first);
       }
-      norms();
-      from_stream(layer.qkv, layer.qkv_bias, qkv_width, [&](int64_t i, auto value) { put(qkv, i, value); });
+      if (context) {
+        const Range mine = share(context);
+        for (int64_t row = mine.first; row < mine.end; row++)
+          std::copy_n(feeds[index] + row * p.feed_step, s.hidden, p.x + row * s.hidden);
+#pragma omp barrier
+      }
+      norms(0, layer.before);
+      from_stream(0, layer.qkv, layer.qkv_bias, qkv_width, [&](int64_t i, auto value) { put(qkv, i, value); });
 #pragma omp barrier
       // queries and keys are normed and turned, keys and values go to the cache
       const Range heads = share(n * qkv_heads);
@@ -299,7 +351,8 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
       }
 #pragma omp barrier
       // Attention: 16 queries that share a head of keys are the lanes, slots are the rows.
-      const int64_t all = p.tokens * group, blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
+      const int64_t all = (p.tokens - context) * group;
+      const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
       const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
       for (int64_t piece = omp_get_thread_num(); piece < pieces; piece += threads) {
         const int64_t sequence = piece / (s.kv_heads * blocks), kv_head = piece / blocks % s.kv_heads;
@@ -308,7 +361,7 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
         const float* const keys =
             p.kv + ((index * p.sequences + sequence) * 2 * s.kv_heads + kv_head) * p.capacity * d;
         const float* const values = keys + s.kv_heads * p.capacity * d;
-        const auto token_of = [&](int64_t query) { return (first + query) / group; };
+        const auto token_of = [&](int64_t query) { return context + (first + query) / group; };
         const auto head_of = [&](int64_t query) { return kv_head * group + (first + query) % group; };
         const auto row_of = [&](int64_t query) { return sequence * p.tokens + token_of(query); };
         const int64_t seen = p.causal ? p.past + token_of(count - 1) + 1 : slots;
@@ -320,7 +373,7 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
         }
         for (int64_t slot = 0; slot < seen; slot += kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(kRows, seen - slot));
-          tile_of<1>(rows, keys + slot * d, d, 1, queries, 0, kPanel, d, sums);
+          tile_of<1>(rows, 1, keys + slot * d, d, 1, queries, 0, kPanel, d, sums);
           for (int m = 0; m < rows; m++)
             for (int v = 0; v < kVectors; v++) store(scores + (slot + m) * kPanel + v * kLanes, sums[m][0][v]);
         }
@@ -352,7 +405,7 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
         for (int64_t query = 0; query < count; query += kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(kRows, count - query));
           for (int64_t i = 0; i < d; i += kPanel) {
-            tile_of<1>(rows, scores + query, 1, kPanel, values + i, 0, d, seen, sums);
+            tile_of<1>(rows, 1, scores + query, 1, kPanel, values + i, 0, d, seen, sums);
             for (int m = 0; m < rows; m++) {
               const int64_t lane = query + m;
               const float factor = inverse[lane / kLanes][lane % kLanes];
@@ -365,16 +418,43 @@ void forward(const Shape* shape, const Layer* layers, const Pass* pass, const fl
 #pragma omp barrier
       onto_stream(attended, width, layer.out, layer.out_bias);
 #pragma omp barrier
-      norms();
-      from_stream(layer.gate, layer.gate_bias, s.inner, [&](int64_t i, auto value) { put(inner, i, silu(value)); });
+      norms(context, layer.after);
+      from_stream(context, layer.gate, layer.gate_bias, s.inner,
+                  [&](int64_t i, auto value) { put(inner, i, silu(value)); });
       // the same thread has the same panels again
-      from_stream(layer.up, layer.up_bias, s.inner,
+      from_stream(context, layer.up, layer.up_bias, s.inner,
                   [&](int64_t i, auto value) { put(inner, i, value * at(inner, i, value)); });
 #pragma omp barrier
       onto_stream(inner, s.inner, layer.down, layer.down_bias);
 #pragma omp barrier
     }
   }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t scratch_floats(const Shape* shape, const Pass* pass) {
+  return pass->sequences * pass->tokens * row_floats(shape) + pass->threads * thread_floats(shape, pass);
+}
+
+// `linear_of` for weights of either type.
+void linear(const float* x, const void* w, int64_t narrow, const float* bias, const float* other, float* out, int64_t n,
+            int64_t k, int64_t outputs, int64_t after, int64_t threads) {
+  if (narrow)
+    linear_of(x, static_cast<const uint16_t*>(w), bias, other, out, n, k, outputs, after, threads);
+  else
+    linear_of(x, static_cast<const float*>(w), bias, other, out, n, k, outputs, after, threads);
+}
+
+// `forward_of` for weights of either type.
+void forward(const Shape* shape, const void* layers, const Pass* pass, const float* const* masks, float* const* taps,
+             const float* const* feeds) {
+  if (shape->narrow)
+    forward_of(shape, static_cast<const Layer<uint16_t>*>(layers), pass, masks, taps, feeds);
+  else
+    forward_of(shape, static_cast<const Layer<float>*>(layers), pass, masks, taps, feeds);
 }
 
 // The number of floats that vectors of this build hold.

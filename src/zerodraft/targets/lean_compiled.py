@@ -4,6 +4,7 @@ What the call does is what `LeanTarget` does with torch's operators, in the same
 hold the two together.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,41 +16,54 @@ from zerodraft.targets.compiled import PANEL, Kernels, LayerPointers, Pass, Shap
 from zerodraft.targets.packed import PackedLinear
 
 if TYPE_CHECKING:
-    from zerodraft.targets.lean_weights import LeanLayer, LeanWeights
+    from zerodraft.targets.lean_weights import LeanLayer
 
 PRODUCTS = ("qkv", "out", "gate", "up", "down")
 
 
 class CompiledLayers:
-    """The layers of `LeanWeights`, as the kernels take them."""
+    """Packed layers as the kernels take them."""
 
-    def __init__(self, functions: Kernels, weights: "LeanWeights") -> None:
-        self._functions, self._weights = functions, weights
-        first = weights.layers[0]
-        self._shape = Shape(
-            layers=len(weights.layers),
-            hidden=first.qkv.in_features,
-            inner=first.gate.out_features,
-            heads=weights.heads,
-            kv_heads=weights.kv_heads,
-            head_dim=weights.head_dim,
-            floor=float(weights.floor),
-            head_floor=float(weights.head_floor),
-            scale=weights.score_scale,
-        )
-        self._layers = (LayerPointers * len(weights.layers))(*map(_pointers, weights.layers))
+    def __init__(self, functions: Kernels, layers: Sequence["LeanLayer"], shape: Shape) -> None:
+        self._functions, self._layers, self._shape = functions, layers, shape
+        self._pointers = (LayerPointers * len(layers))(*map(_pointers, layers))
 
     @staticmethod
-    def of(weights: "LeanWeights") -> "CompiledLayers | None":
-        """None where there are no kernels, or for layers that they do not compute."""
+    def of(
+        layers: Sequence["LeanLayer"], *, heads: int, kv_heads: int, head_dim: int, eps: float, scale: float
+    ) -> "CompiledLayers | None":
+        """None where there are no kernels, or for layers that they do not compute.
+
+        Args:
+            layers: in the order in which they run.
+            heads: of queries.
+            kv_heads: of keys, and of values.
+            head_dim: size of a head.
+            eps: of the norms.
+            scale: multiplies the attention scores.
+        """
         functions = kernels()
-        fits = (
-            functions is not None
-            and weights.head_dim % PANEL == 0
-            and all(layer.zero is None for layer in weights.layers)
-            and all(getattr(layer, name).panels is not None for layer in weights.layers for name in PRODUCTS)
+        if (
+            functions is None
+            or head_dim % PANEL
+            or any(layer.zero is not None for layer in layers)
+            or any(getattr(layer, name).panels is None for layer in layers for name in PRODUCTS)
+        ):
+            return None
+        first = layers[0]
+        shape = Shape(
+            layers=len(layers),
+            hidden=first.qkv.in_features,
+            inner=first.gate.out_features,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            narrow=first.qkv.panel_dtype == torch.bfloat16,
+            floor=math.sqrt(first.qkv.in_features * eps),
+            head_floor=math.sqrt(head_dim * eps),
+            scale=scale,
         )
-        return CompiledLayers(functions, weights) if functions is not None and fits else None
+        return CompiledLayers(functions, layers, shape)
 
     def __call__(
         self,
@@ -58,9 +72,10 @@ class CompiledLayers:
         kv: Tensor,
         past: int,
         biases: Mapping[int | None, Tensor | None],
-        taps: Sequence[int],
+        taps: Sequence[int] = (),
         *,
-        causal: bool,
+        causal: bool = False,
+        context: Float[Tensor, "M L H"] | None = None,
     ) -> dict[int, Tensor]:
         """Changes x into the residual stream behind the last layer and writes to the cache; returns the tapped states.
 
@@ -72,8 +87,10 @@ class CompiledLayers:
             biases: what is added to the scores (B, 1, T, S), by the layers' window.
             taps: layers in front of which the stream is wanted.
             causal: without a bias, each token sees what is before it rather than everything.
+            context: what the first M tokens of the only sequence are in front of each layer, where they do no more than
+                leave keys and values; of x the rest is meant then.
         """
-        layers = self._weights.layers
+        layers = self._layers
         batch = kv.shape[1]
         tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers)}
         # the mask of one text without a window says nothing about what is cached
@@ -85,19 +102,21 @@ class CompiledLayers:
             capacity=kv.shape[3],
             causal=causal,
             masked_from=0 if whole else past,
+            context=0 if context is None else len(context),
+            feed_step=0 if context is None else context.stride(0),
             x=x.data_ptr(),
             turns=turns.data_ptr(),
             kv=kv.data_ptr(),
         )
         masks = [pointer(biases[layer.window]) for layer in layers]
-        self._functions.forward(
-            self._shape, self._layers, run, masks, [pointer(tapped.get(i)) for i in range(len(layers))]
-        )
+        feeds = [None if context is None else pointer(context[:, i]) for i in range(len(layers))]
+        tapped_at = [pointer(tapped.get(i)) for i in range(len(layers))]
+        self._functions.forward(self._shape, self._pointers, run, masks, tapped_at, feeds)
         return tapped
 
 
 def _pointers(layer: "LeanLayer") -> LayerPointers:
-    pointers: dict[str, int | None] = {"qk_gain": pointer(layer.qk_gain)}
+    pointers = {"qk_gain": pointer(layer.qk_gain), "before": pointer(layer.qkv.gain), "after": pointer(layer.gate.gain)}
     for name in PRODUCTS:
         product: PackedLinear = getattr(layer, name)
         pointers |= {name: pointer(product.panels), f"{name}_bias": pointer(product.bias)}

@@ -4,13 +4,15 @@ A model qualifies only if every module in it is one that is known here: transfor
 family with plain linear layers and embeddings, and those of a Zero Token Transformer around it. Adapters, quantised
 layers, hooks and replaced forwards all show up as something else, and the answer is no.
 
-Three things are folded into the packed weights, all exact up to rounding: the gains of the norms before a linear layer,
+Three things are folded into the packed weights, all exact up to rounding (the gains only where the weights are not
+exactly bfloat16, which they stay): the gains of the norms before a linear layer,
 the square root of the norm's width (so that a norm is a division by a hypotenuse), and an order of each query and key
 head's elements in which a rotary pair is a complex number.
 """
 
 import math
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +25,7 @@ from zerodraft.ztt.interface import PREFIX
 from .lean_compiled import CompiledLayers
 from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, LeanZero, executions, exits_early, family_model
 from .modules import VARYING_ROPE, has_plain_parameters, is_untouched
-from .packed import PackedLinear
+from .packed import HalvesLinear, PackedLinear, is_bfloat16
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -169,7 +171,8 @@ def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
     head_dim, eps = first.head_dim, decoder.norm.variance_epsilon
     hidden = decoder.embed_tokens.embedding_dim
     frequencies = decoder.rotary_emb.inv_freq.detach().float().clone()
-    packed = [_pack_layer(config, index, layer) for index, layer in enumerate(layers)]
+    linear = _linear(layers)
+    packed = [pack_layer(layer, head_dim, _window(config, index), linear) for index, layer in enumerate(layers)]
     if plain is not model:
         packed = [replace(packed[step.layer], zero=zero) for step, zero in executions(model, frequencies)]
     weights = LeanWeights(
@@ -177,7 +180,7 @@ def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
         layers=tuple(packed),
         final_gain=decoder.norm.weight.detach(),
         eps=eps,
-        head=PackedLinear(plain.lm_head.weight, plain.lm_head.bias, _gain(decoder.norm)),
+        head=_linear([plain.lm_head]).of(plain.lm_head, _gain(decoder.norm)),
         floor=torch.tensor(math.sqrt(hidden * eps)),
         head_floor=torch.tensor(math.sqrt(head_dim * eps)),
         frequencies=frequencies,
@@ -188,12 +191,26 @@ def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
         head_dim=head_dim,
         mark=mark,
     )
-    return replace(weights, compiled=CompiledLayers.of(weights))
+    compiled = CompiledLayers.of(
+        weights.layers,
+        heads=weights.heads,
+        kv_heads=weights.kv_heads,
+        head_dim=head_dim,
+        eps=eps,
+        scale=weights.score_scale,
+    )
+    return replace(weights, compiled=compiled)
 
 
-def _pack_layer(config: Any, index: int, layer: Any) -> LeanLayer:
+def _linear(modules: Iterable[nn.Module]) -> type[PackedLinear]:
+    """How the weights of some modules are packed: in 16 bits if nothing is lost."""
+    weights = (m.weight for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+    return HalvesLinear if all(map(is_bfloat16, weights)) else PackedLinear
+
+
+def pack_layer(layer: Any, head_dim: int, window: int | None, linear: type[PackedLinear] = PackedLinear) -> LeanLayer:
+    """A decoder layer with the parts and names of Llama's, and perhaps Qwen3's norms of queries and keys."""
     attention, mlp = layer.self_attn, layer.mlp
-    head_dim = attention.head_dim
     before, after = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
     q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
     weight = torch.cat((_pairs(q.weight, head_dim), _pairs(k.weight, head_dim), v.weight))
@@ -201,18 +218,18 @@ def _pack_layer(config: Any, index: int, layer: Any) -> LeanLayer:
     if q.bias is not None:
         bias = torch.cat((_pairs(q.bias, head_dim), _pairs(k.bias, head_dim), v.bias))
     qk_gain = None
-    if hasattr(attention, "q_norm"):
+    if hasattr(getattr(attention, "q_norm", None), "weight"):
         q_gain = _pairs(attention.q_norm.weight, head_dim).expand(q.out_features // head_dim, -1)
         k_gain = _pairs(attention.k_norm.weight, head_dim).expand(k.out_features // head_dim, -1)
         qk_gain = torch.cat((q_gain, k_gain)) * math.sqrt(head_dim)
     return LeanLayer(
-        qkv=PackedLinear(weight, bias, before),
-        out=PackedLinear.of(attention.o_proj),
-        gate=PackedLinear(mlp.gate_proj.weight, mlp.gate_proj.bias, after),
-        up=PackedLinear(mlp.up_proj.weight, mlp.up_proj.bias, after),
-        down=PackedLinear.of(mlp.down_proj),
+        qkv=linear(weight, bias, before),
+        out=linear.of(attention.o_proj),
+        gate=linear.of(mlp.gate_proj, after),
+        up=linear.of(mlp.up_proj, after),
+        down=linear.of(mlp.down_proj),
         qk_gain=qk_gain,
-        window=_window(config, index),
+        window=window,
     )
 
 

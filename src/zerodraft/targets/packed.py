@@ -6,7 +6,7 @@ its own blocked order: torch reorders it on every call; here it is done once, th
 compiler uses when it freezes a model.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,12 @@ class PackedLinear:
     operators are to be had, or for a device or dtype other than float32 on the CPU, it computes the same with
     `F.linear`. Inputs may have any number of leading dimensions and must be contiguous.
 
-    **Fields:** `bias`; `panels`, the weight as our kernels have it, None without them.
+    **Fields:** `bias`; `panels`, the weight as our kernels have it, None without them; `gain`, if it is not in there.
     """
 
-    __slots__ = ("_kernels", "_packed", "_plain", "bias", "in_features", "out_features", "panels")
+    __slots__ = ("_kernels", "_packed", "_plain", "bias", "gain", "in_features", "out_features", "panels")
+    panel_dtype: ClassVar[torch.dtype] = torch.float32
+    takes_gain_in: ClassVar[bool] = True
 
     @torch.no_grad()
     def __init__(
@@ -44,16 +46,19 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach().clone()
         self._kernels = kernels() if _is_float32_on_cpu(weight) else None
-        self.panels = to_panels(weight, gain) if self._kernels else None
+        self.gain = None
+        if self._kernels is not None and not self.takes_gain_in:
+            self.gain, gain = gain, None
+        self.panels = to_panels(weight, gain).to(self.panel_dtype) if self._kernels else None
         if self._kernels is None and gain is not None:
             weight = weight * gain
         self._packed = _pack(weight) if self._kernels is None else None
         self._plain = weight.clone() if not self.packed else weight.new_empty(0)
 
-    @staticmethod
-    def of(linear: nn.Linear) -> "PackedLinear":
+    @classmethod
+    def of(cls, linear: nn.Linear, gain: Float[Tensor, "in"] | None = None) -> "PackedLinear":
         """Pack a layer's weight and bias."""
-        return PackedLinear(linear.weight, linear.bias)
+        return cls(linear.weight, linear.bias, gain)
 
     @property
     def packed(self) -> bool:
@@ -78,6 +83,7 @@ class PackedLinear:
 
     def _product(self, x: Tensor, after: After, other: Tensor | None = None) -> Tensor:
         if self._kernels is not None and self.panels is not None:
+            x = x if self.gain is None else x * self.gain
             return self._kernels.linear(x, self.panels, self.bias, self.out_features, after, other)
         if self._packed is not None:
             if other is None:
@@ -87,6 +93,30 @@ class PackedLinear:
         if other is None:
             return F.silu(product) if after == "silu" else product
         return product.add_(other) if after == "add" else product.mul_(other)
+
+
+class NarrowLinear(PackedLinear):
+    """The same with weights rounded to bfloat16 where our kernels multiply: half the memory traffic, for networks that
+    may be a little wrong. A target is never run this way: its output would change."""
+
+    __slots__ = ()
+    panel_dtype = torch.bfloat16
+
+
+class HalvesLinear(PackedLinear):
+    """The same for weights that are exactly bfloat16 (`is_bfloat16`), as those of most published models are: nothing is
+    lost, and half the memory is read. A gain stays outside of them."""
+
+    __slots__ = ()
+    panel_dtype = torch.bfloat16
+    takes_gain_in = False
+
+
+def is_bfloat16(weight: Tensor) -> bool:
+    """Whether a float32 tensor holds nothing but bfloat16 numbers."""
+    bits = weight.detach().flatten().view(torch.int32)
+    # most that do not are known by their first numbers
+    return not any(bool((part & 0xFFFF).any()) for part in (bits[:1024], bits))
 
 
 _ONEDNN: dict[After, str] = {"": "none", "silu": "swish", "add": "add", "times": "mul"}

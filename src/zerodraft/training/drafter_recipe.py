@@ -80,8 +80,16 @@ class BlockTrainingRecipe(TrainingRecipe):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DrafterRecipe:
-    """One drafter training run."""
+class AdaptingRecipe(BlockTrainingRecipe):
+    """Optimisation, with defaults for adapting a trained model."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionsRecipe:
+    """What every training run on a target's completions has."""
 
     target: str
     """The model to draft for: a folder, a hub id or a short name such as smollm2."""
@@ -89,16 +97,22 @@ class DrafterRecipe:
     """Folders or files of completions, as `zerodraft distill` writes them; $VARIABLES are expanded."""
     out: str
     """Folder for checkpoints, logs, the drafter (`model/`) and `results.json`."""
+    seed: int = 0
+    """Seeds the order of the data, the places that are learned from and what is held back."""
+    held_back: HeldBackRecipe = field(default_factory=HeldBackRecipe)
+    training: BlockTrainingRecipe = field(default_factory=BlockTrainingRecipe)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrafterRecipe(CompletionsRecipe):
+    """One drafter training run."""
+
     cache: str | None = None
     """Folder for the target's hidden states (some GB); the default is `features` in the output folder."""
     cached_only: bool = False
     """Train only on completions whose hidden states an earlier run left in `cache`, instead of computing more."""
-    seed: int = 0
-    """Seeds the order of the data, the blocks' places and what is held back."""
     drafter: BlockRecipe = field(default_factory=BlockRecipe)
     loss: BlockLossRecipe = field(default_factory=BlockLossRecipe)
-    held_back: HeldBackRecipe = field(default_factory=HeldBackRecipe)
-    training: BlockTrainingRecipe = field(default_factory=BlockTrainingRecipe)
 
 
 def load_drafter_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> DrafterRecipe:

@@ -103,7 +103,8 @@ def split_completions(completions: Completions, held_back: int, seed: int) -> tu
 
 @dataclass(slots=True)
 class DrafterRun:
-    """A run whose target and data are there: `train` and `held_back` are numbers of completions."""
+    """A run whose target and data are there: `train` and `held_back` are numbers of completions. A `tokenizer` is saved
+    beside the drafter."""
 
     recipe: Any
     folder: Path
@@ -113,6 +114,7 @@ class DrafterRun:
     target: Any
     train: list[int]
     held_back: list[int]
+    tokenizer: Any = None
 
     def go(
         self,
@@ -164,6 +166,7 @@ class DrafterRun:
         acceptance = asdict(trainer.measure(self.held_back))
         results = {
             "parameters": drafter.num_parameters(),
+            "trained_parameters": drafter.num_parameters(only_trainable=True),
             "steps": trainer.state.global_step,
             "blocks": trainer.state.global_step * per_step,
             "seconds": seconds,
@@ -178,7 +181,7 @@ class DrafterRun:
             },
             **provenance(recipe),
         }
-        save_model(trainer, folder)
+        save_model(trainer, folder, self.tokenizer)
         if trainer.is_world_process_zero():
             write_json(folder / "results.json", results)
         return results

@@ -10,16 +10,15 @@ Legend: B sequences, T tokens of a pass (masks included), P predicted positions,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked import MaskedDrafter, token_log_q
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
@@ -27,6 +26,7 @@ from zerodraft.targets.resolve import resolve
 from zerodraft.training.completions import Completions
 from zerodraft.training.drafter_run import HeldBackTrainer, prepare
 from zerodraft.training.masked_recipe import MaskedDrafterRecipe, MaskedRecipe
+from zerodraft.training.walk import WalkAcceptance, first_drafted, measure_walks, walk
 
 SMALLEST_SHARE = 0.05
 """Smaller shares of masked tokens would have enormous weights."""
@@ -123,52 +123,15 @@ def masked_loss(
     return (losses * weights.flatten()).sum() / len(labels)
 
 
-@dataclass(frozen=True, slots=True)
-class MaskedAcceptance:
-    """Tokens per target pass (the target's own included), the passes, and the share of them that accepted j + 1
-    tokens."""
-
-    mat: float
-    steps: int
-    by_position: Float[np.ndarray, " k"]
-
-
-@torch.no_grad()
-def measure_masked(
-    drafter: MaskedDrafter, completions: Completions, indices: Sequence[int], k: int
-) -> MaskedAcceptance:
-    """Walks over greedy completions: a draft of first candidates is accepted up to its first difference from what the
-    target wrote. Where the known tokens are causal all drafts of a text are made together, else one after another."""
-    accepted: list[int] = []
-    new_tokens = 0
-    for i in indices:
-        array, prompt_length = completions[i]
-        # the prompt's own pass brings the first new token
-        tokens, known = torch.from_numpy(array), max(prompt_length, 1) + 1
-        new_tokens += len(tokens) - known
-        together = drafter.model.config.causal_prefix and drafter.steps == 1
-        accepted += walk_together(drafter, tokens, known, k) if together else walk(drafter, tokens, known, k)
-    counts = np.array(accepted, np.int64)
-    by_position = np.array([(counts > j).sum() for j in range(k)]) / max(len(counts), 1)
-    return MaskedAcceptance(new_tokens / max(len(counts), 1), len(counts), by_position)
-
-
-def walk(drafter: MaskedDrafter, tokens: Int[Tensor, " n"], known: int, k: int) -> list[int]:
-    """How many tokens of each draft are accepted, with the drafter at work as in decoding."""
-    session, seen = drafter.start(1, drafter.model.device, None), 0
-    accepted = []
-    while known < len(tokens):
-        session.observe([Progress(tokens[seen:known], None)])
-        (lattice,) = session.propose([k])
-        end = min(known + len(lattice), len(tokens))
-        right = lattice.ids[: end - known, 0] == tokens[known:end].numpy()
-        accepted.append(int(right.cumprod().sum()))
-        seen, known = known, known + accepted[-1] + 1
-    return accepted
+def measure_masked(drafter: MaskedDrafter, completions: Completions, indices: Sequence[int], k: int) -> WalkAcceptance:
+    """Acceptance over greedy completions. Where the known tokens are causal all drafts of a text are made together,
+    else one after another."""
+    together = drafter.model.config.causal_prefix and drafter.steps == 1
+    return measure_walks(partial(walk_together if together else walk, drafter, k=k), completions, indices, k)
 
 
 def walk_together(drafter: MaskedDrafter, tokens: Int[Tensor, " n"], known: int, k: int) -> list[int]:
-    """The same by judging the drafts from every place of the text, many in a pass."""
+    """What `walk` does, by judging the drafts from every place of the text, many in a pass."""
     model, n = drafter.model, len(tokens)
     lengths: list[int] = []
     for starts in torch.arange(known, n).split(CHUNK):
@@ -219,8 +182,7 @@ class MaskedTrainer(HeldBackTrainer):
         tokens, dice = torch.from_numpy(array), torch.Generator().manual_seed(seed)
         if recipe.masking == "ratio":
             return ratio_example(tokens, prompt_length, config.mask_token_id, config.shifted, dice)
-        # decoding drafts first when the first new token is known
-        first = max(prompt_length, 1) + 1
+        first = first_drafted(prompt_length)
         count = recipe.blocks if recipe.masking == "blocks" else 1
         starts = first + torch.randperm(len(tokens) - first, generator=dice)[:count]
         how = (recipe.block_size, config.mask_token_id, config.shifted, recipe.decay)
@@ -238,7 +200,7 @@ class MaskedTrainer(HeldBackTrainer):
         loss = masked_loss(own.lm_head(states[rows, inputs["at"]]), inputs["labels"], inputs["weights"])
         return (loss, states) if return_outputs else loss
 
-    def measure(self, indices: Sequence[int]) -> MaskedAcceptance:
+    def measure(self, indices: Sequence[int]) -> WalkAcceptance:
         """Acceptance on the given completions."""
         model: Any = self.accelerator.unwrap_model(self.model)
         drafter = MaskedDrafter(model, vocab_size=self.vocab_size, candidates=1, max_length=self.masked.block_size)

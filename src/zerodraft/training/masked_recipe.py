@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from zerodraft.drafters.masked_model import Take
 from zerodraft.errors import ZerodraftError
-from zerodraft.training.drafter_recipe import BlockTrainingRecipe, HeldBackRecipe
+from zerodraft.training.drafter_recipe import AdaptingRecipe, CompletionsRecipe
 from zerodraft.training.recipe import read_recipe
 from zerodraft.training.strict import check_least
 
@@ -45,35 +45,11 @@ class MaskedRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MaskedTrainingRecipe(BlockTrainingRecipe):
-    """Optimisation, with defaults for adapting a trained model."""
-
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MaskedFlags:
-    """The section that other kinds of drafters do not have."""
-
-    masked: MaskedRecipe = field(default_factory=MaskedRecipe)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MaskedDrafterRecipe:
+class MaskedDrafterRecipe(CompletionsRecipe):
     """One training run of a masked diffusion drafter."""
 
-    target: str
-    """The model to draft for: a folder, a hub id or a short name such as smollm2."""
-    data: tuple[str, ...]
-    """Folders or files of completions, as `zerodraft distill` writes them; $VARIABLES are expanded."""
-    out: str
-    """Folder for checkpoints, logs, the drafter (`model/`) and `results.json`."""
-    seed: int = 0
-    """Seeds the order of the data, the masks and what is held back."""
     masked: MaskedRecipe = field(default_factory=MaskedRecipe)
-    held_back: HeldBackRecipe = field(default_factory=HeldBackRecipe)
-    training: MaskedTrainingRecipe = field(default_factory=MaskedTrainingRecipe)
+    training: AdaptingRecipe = field(default_factory=AdaptingRecipe)
 
 
 def load_masked_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> MaskedDrafterRecipe:

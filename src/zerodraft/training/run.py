@@ -264,10 +264,11 @@ def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, a
         if trainer.args.should_save:
             (partial / "adapter" / "training_args.bin").unlink()
             model.merge_and_unload().save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
     else:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         # a pickle of the Trainer's arguments, which nothing of ours reads
         (partial / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(final, ignore_errors=True)

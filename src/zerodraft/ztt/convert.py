@@ -105,16 +105,9 @@ def to_base(model: ZttForCausalLM, *, unroll: bool = False) -> PreTrainedModel:
                 f"{type(model.base).__name__} has no gates; only gates of exactly 0 and 1 convert back."
             )
     path = find_parts(model.base).path  # pyright: ignore[reportArgumentType]  # a PreTrainedModel in ZttForCausalLM
-    state = model.base.state_dict()
-    kept = {name: weight for name, weight in state.items() if not name.startswith(f"{path}.")}
-    for position, step in enumerate(steps):
-        prefix = f"{path}.{step.layer}."
-        for name, weight in state.items():
-            if name.startswith(prefix):
-                kept[f"{path}.{position}.{name.removeprefix(prefix)}"] = weight.clone()
-    base_config = restack(config.base_config, [step.layer for step in steps])
-    plain = _empty(type(model.base), base_config, model)
-    plain.load_state_dict(kept)
+    order = [step.layer for step in steps]
+    plain = _empty(type(model.base), restack(config.base_config, order), model)
+    plain.load_state_dict(restack_weights(model.base.state_dict(), path, order))
     if model.cycle_lora is not None:
         layers = plain.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)
@@ -135,6 +128,17 @@ def restack(base_config: Any, layers: list[int]) -> PreTrainedConfig:
         if isinstance(values, (list, tuple)) and len(values) == depth:
             setattr(config, name, [values[layer] for layer in layers])
     return config
+
+
+def restack_weights(state: dict[str, Tensor], path: str, layers: list[int]) -> dict[str, Tensor]:
+    """The weights that go with `restack`: those of the layers at `path` numbered anew, all others as they are."""
+    kept = {name: weight for name, weight in state.items() if not name.startswith(f"{path}.")}
+    for position, layer in enumerate(layers):
+        prefix = f"{path}.{layer}."
+        for name, weight in state.items():
+            if name.startswith(prefix):
+                kept[f"{path}.{position}.{name.removeprefix(prefix)}"] = weight
+    return kept
 
 
 # -- deepen -------------------------------------------------------------------------------------------------------

@@ -59,18 +59,11 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
         ZerodraftError: something that cycling needs is missing; the sentence says what.
     """
     family = type(model).__name__
-    depth = model.config.num_hidden_layers
-    found = [
-        path
-        for path, child in model.named_modules()
-        if isinstance(child, nn.ModuleList)
-        and len(child) == depth > 0
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in child)
-    ]
+    found = layer_lists(model)
     if len(found) != 1:
         raise ZerodraftError(
-            f"{family} cannot be cycled: expected one list of {depth} decoder layers (GradientCheckpointingLayer), "
-            f"found {len(found)}."
+            f"{family} cannot be cycled: expected one list of {model.config.num_hidden_layers} decoder layers "
+            f"(GradientCheckpointingLayer), found {len(found)}."
         )
     path = found[0]
     layer = model.get_submodule(f"{path}.0")
@@ -98,6 +91,17 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
         arguments=positional[1:],
         layer_types=tuple(model.config.layer_types) if by_type else None,
     )
+
+
+def layer_lists(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the lists that hold all decoder layers of a model; most have one."""
+    return [
+        path
+        for path, child in model.named_modules()
+        if isinstance(child, nn.ModuleList)
+        and len(child) == model.config.num_hidden_layers > 0
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in child)
+    ]
 
 
 def rotary_module(model: nn.Module, path: str) -> nn.Module | None:

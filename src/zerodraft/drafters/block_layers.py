@@ -1,0 +1,98 @@
+"""The layers of a block drafter while decoding: over new states of the target and a block of slots, with a cache.
+
+New states and the block go through each layer together, as a few more rows cost next to nothing; the states do no more
+there than leave their keys and values. The block's own lie behind the context and are overwritten next time. The block
+sees everything that is there, so attention needs no mask.
+
+Legend: M new context positions, K slots, F tapped states (one a layer), H hidden size, nk key/value heads, D head size,
+S positions of the cache.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
+from zerodraft.drafters.tapped import PackedLayer
+from zerodraft.targets.compiled import kernels
+from zerodraft.targets.int8 import Int8Linear
+from zerodraft.targets.lean_compiled import CompiledLayers
+from zerodraft.targets.lean_weights import pack_layer
+from zerodraft.targets.modules import VARYING_ROPE
+from zerodraft.targets.packed import PackedLinear
+
+
+@runtime_checkable
+class BlockLayers(Protocol):
+    """Runs the layers."""
+
+    def __call__(
+        self, taps: Float[Tensor, "M F H"], x: Float[Tensor, "K H"], cache: Float[Tensor, "F 2 nk S D"], start: int
+    ) -> Float[Tensor, "K H"]:
+        """The slots' states behind the last layer; keys and values are written to the cache from `start` on."""
+        ...
+
+
+def block_layers(model: BlockDrafterModel, linear: type[PackedLinear] | type[Int8Linear]) -> BlockLayers:
+    """All layers in one call of our kernels where they can compute them, else one after another with torch."""
+    compiled = _compiled(model, linear) if issubclass(linear, PackedLinear) else None
+    return EachLayer(model, linear) if compiled is None else compiled
+
+
+class EachLayer:
+    """One layer after another, on any device."""
+
+    def __init__(self, model: BlockDrafterModel, linear: type[PackedLinear] | type[Int8Linear]) -> None:
+        self.layers = [PackedLayer(layer, linear) for layer in model.layers if isinstance(layer, BlockLayer)]
+        self.rotate = model.rotate
+
+    def __call__(
+        self, taps: Float[Tensor, "M F H"], x: Float[Tensor, "K H"], cache: Float[Tensor, "F 2 nk S D"], start: int
+    ) -> Float[Tensor, "K H"]:
+        """See `BlockLayers`."""
+        slots = len(x)
+        rotary = self.rotate(torch.arange(start, start + len(taps) + slots, device=x.device)[None])
+        for i, layer in enumerate(self.layers):
+            x = layer(torch.cat([taps[:, i], x]), slots, rotary, cache[i], start)
+        return x
+
+
+class CompiledBlock:
+    """All layers in one call; positions turn pairs of neighbouring elements, as in the lean decode path."""
+
+    def __init__(self, layers: CompiledLayers, rotary: Any) -> None:
+        self.layers = layers
+        self.frequencies: Tensor = rotary.inv_freq.float()
+        self.scale = float(rotary.attention_scaling)
+
+    def __call__(
+        self, taps: Float[Tensor, "M F H"], x: Float[Tensor, "K H"], cache: Float[Tensor, "F 2 nk S D"], start: int
+    ) -> Float[Tensor, "K H"]:
+        """See `BlockLayers`."""
+        new = len(taps)
+        rows = torch.cat([taps[:, -1], x])
+        angles = torch.arange(start, start + len(rows))[:, None] * self.frequencies
+        turns = torch.complex(angles.cos(), angles.sin()) * self.scale
+        kv = cache.flatten(1, 2)[:, None]
+        self.layers(rows, turns, kv, start, {None: None}, context=taps if new else None)
+        return rows[new:]
+
+
+def _compiled(model: BlockDrafterModel, linear: type[PackedLinear]) -> CompiledBlock | None:
+    layers = [layer for layer in model.layers if isinstance(layer, BlockLayer)]
+    rotary: Any = model.rotary
+    silu = all("SiLU" in type(layer.mlp.activation).__name__ for layer in layers)
+    if kernels() is None or not silu or rotary.rope_type in VARYING_ROPE:
+        return None
+    first = layers[0].self_attn
+    compiled = CompiledLayers.of(
+        [pack_layer(layer, first.head_dim, None, linear) for layer in layers],
+        heads=first.num_heads,
+        kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        eps=model.config.target().rms_norm_eps,
+        scale=first.head_dim**-0.5,
+    )
+    return None if compiled is None else CompiledBlock(compiled, rotary)
