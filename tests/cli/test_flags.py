@@ -100,6 +100,7 @@ def test_values(words: list[str], name: str, value: object) -> None:
         (["--section.rate", "1e-3"], Section(rate=1e-3)),
         (["--section.rate", "-2"], Section(rate=-2.0)),
         (["--section.names", "a", "b"], Section(names=("a", "b"))),
+        (["--section.names", "a", "--section.names", "b", "c"], Section(names=("a", "b", "c"))),
         (["--section.names"], Section()),
         (["--section.weights", "1", "2.5"], Section(weights=(1.0, 2.5))),
         (["--section.weights", "uniform"], Section(weights="uniform")),

@@ -175,7 +175,8 @@ def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
         parser.add_argument(flag.name, dest=flag.key, action="store_const", const="true")
         parser.add_argument(flag.negation, dest=flag.key, action="store_const", const="false")
     elif any(get_origin(option) is tuple for option in options(flag.hint)):
-        parser.add_argument(flag.name, dest=flag.key, nargs="*")
+        # given again, it adds to what was given before
+        parser.add_argument(flag.name, dest=flag.key, nargs="*", action="extend")
     else:
         parser.add_argument(flag.name, dest=flag.key)
 
