@@ -59,7 +59,7 @@ class Pass(ctypes.Structure):
 
     _fields_ = [
         *((name, _Int) for name in ("sequences", "tokens", "past", "capacity", "threads", "causal")),
-        *((name, _Int) for name in ("masked_from", "context", "feed_step")),
+        *((name, _Int) for name in ("masked_from", "context", "feed_step", "last_from")),
         *((name, _Pointer) for name in ("x", "turns", "kv", "scratch")),
     ]
 

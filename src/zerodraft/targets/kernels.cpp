@@ -19,9 +19,9 @@
 
 namespace {
 
-// The most rows and panels of a tile, and rows times panels, as there are so many registers for sums: the fewer the rows,
-// the more panels are read at once. How many vectors ahead to ask for weights: else too few loads are under way to keep
-// the memory busy, and each page begins with a wait.
+// The most rows and panels of a tile, and rows times panels, as there are so many registers for sums: the fewer the
+// rows, the more panels are read at once. How many vectors ahead to ask for weights: else too few loads are under way
+// to keep the memory busy, and each page begins with a wait.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 12, kPanels = 4, kSums = 24, kAhead = 48;
 #elif defined(__AVX2__)
@@ -81,8 +81,8 @@ typedef Vector Sums[kRows][kPanels][kVectors];
 
 // sums[m][p] = sum over k of a[m * a_row + k * a_step] * w[p * w_panel + k * w_step + (0 .. 15)]
 template <int M, int P, typename W>
-__attribute__((noinline)) void tile(const float* a, int64_t a_row, int64_t a_step, const W* w, int64_t w_panel, int64_t w_step,
-                 int64_t k_count, Sums& sums) {
+__attribute__((noinline)) void tile(const float* a, int64_t a_row, int64_t a_step, const W* w, int64_t w_panel,
+                                    int64_t w_step, int64_t k_count, Sums& sums) {
   Vector s[M][P][kVectors] = {};
   for (int64_t k = 0; k < k_count; k++) {
     Vector row[P][kVectors];
@@ -217,6 +217,8 @@ struct Pass {
   // The first tokens of a single sequence may do no more than leave keys and values: a drafter's context. In front of
   // each layer they are read anew, at this distance from each other.
   int64_t context, feed_step;
+  // From this row on the last layer is computed whole: of a prompt only the last state is wanted.
+  int64_t last_from;
   float* x;            // (N, H): in, out
   const float* turns;  // (N, D / 2, 2): cosine and sine
   float* kv;           // (layers, B, keys' then values' heads, capacity, D)
@@ -260,7 +262,6 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
   const Pass& p = *pass;
   const int64_t n = p.sequences * p.tokens, d = s.head_dim, group = s.heads / s.kv_heads, slots = p.past + p.tokens;
   const int64_t qkv_heads = s.heads + 2 * s.kv_heads, qkv_width = qkv_heads * d, width = s.heads * d;
-  const int64_t context = p.context, live = n - context;  // rows that go through whole layers
   float* const qkv = p.scratch;
   float* const attended = qkv + n * qkv_width;
   float* const inner = attended + n * width;
@@ -275,6 +276,8 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
     float* const scaled = scores + kPanel * slots;                       // (N, H)
     Sums sums;
 
+    // the first row that goes through the whole layer
+    int64_t live = p.context;
     // the stream times a gain, if there is one
     const float* stream = p.x;
     // every thread for itself: cheaper than waiting for each other
@@ -289,7 +292,8 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
     };
     // the normed stream from a row on by a weight, with its bias; `done(place in the result, value)`
     const auto from_stream = [&](int64_t from, const W* w, const float* bias, int64_t outputs, auto done) {
-      product(stream + from * s.hidden, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+      const float* const x = stream + from * s.hidden;
+      product(x, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
         const float factor = factors[from + row];
         each(values, count, [&](int64_t i, auto value) {
           value *= factor;
@@ -301,8 +305,9 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
     // x's live rows by a weight, with its bias, added to the stream
     const auto onto_stream = [&](const float* x, int64_t k, const W* w, const float* bias) {
       const int64_t outputs = s.hidden;
-      product(x + context * k, live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-        float* const to = p.x + (context + row) * outputs + first;
+      const float* const rows = x + live * k;
+      product(rows, n - live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+        float* const to = p.x + (live + row) * outputs + first;
         each(values, count, [&](int64_t i, auto value) {
           if (bias) value += at(bias, first + i, value);
           put(to, i, value + at(to, i, value));
@@ -316,8 +321,9 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
         const Range mine = share(n * s.hidden);
         std::copy(p.x + mine.first, p.x + mine.end, taps[index] + mine.first);
       }
-      if (context) {
-        const Range mine = share(context);
+      if (index + 1 == s.layers) live = p.last_from;
+      if (p.context) {
+        const Range mine = share(p.context);
         for (int64_t row = mine.first; row < mine.end; row++)
           std::copy_n(feeds[index] + row * p.feed_step, s.hidden, p.x + row * s.hidden);
 #pragma omp barrier
@@ -351,7 +357,7 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
       }
 #pragma omp barrier
       // Attention: 16 queries that share a head of keys are the lanes, slots are the rows.
-      const int64_t all = (p.tokens - context) * group;
+      const int64_t all = (p.tokens - live) * group;
       const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
       const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
       for (int64_t piece = omp_get_thread_num(); piece < pieces; piece += threads) {
@@ -361,7 +367,7 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
         const float* const keys =
             p.kv + ((index * p.sequences + sequence) * 2 * s.kv_heads + kv_head) * p.capacity * d;
         const float* const values = keys + s.kv_heads * p.capacity * d;
-        const auto token_of = [&](int64_t query) { return context + (first + query) / group; };
+        const auto token_of = [&](int64_t query) { return live + (first + query) / group; };
         const auto head_of = [&](int64_t query) { return kv_head * group + (first + query) % group; };
         const auto row_of = [&](int64_t query) { return sequence * p.tokens + token_of(query); };
         const int64_t seen = p.causal ? p.past + token_of(count - 1) + 1 : slots;
@@ -418,11 +424,11 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
 #pragma omp barrier
       onto_stream(attended, width, layer.out, layer.out_bias);
 #pragma omp barrier
-      norms(context, layer.after);
-      from_stream(context, layer.gate, layer.gate_bias, s.inner,
+      norms(live, layer.after);
+      from_stream(live, layer.gate, layer.gate_bias, s.inner,
                   [&](int64_t i, auto value) { put(inner, i, silu(value)); });
       // the same thread has the same panels again
-      from_stream(context, layer.up, layer.up_bias, s.inner,
+      from_stream(live, layer.up, layer.up_bias, s.inner,
                   [&](int64_t i, auto value) { put(inner, i, value * at(inner, i, value)); });
 #pragma omp barrier
       onto_stream(inner, s.inner, layer.down, layer.down_bias);

@@ -179,7 +179,8 @@ class LeanTarget:
     ) -> TargetOutput:
         weights = self._weights
         batch, count = ids.shape
-        x, tapped = self._layers(ids, depth, visible, taps)
+        one_row = last_only and batch == 1 and len(weights.layers) not in taps
+        x, tapped = self._layers(ids, depth, visible, taps, last_only=one_row)
         # from here on outside of inference mode, so that callers may write into what they get
         wanted = None
         if taps:
@@ -194,9 +195,10 @@ class LeanTarget:
 
     @torch.inference_mode()
     def _layers(
-        self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int]
+        self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int], *, last_only: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The residual stream behind the last layer (N, H), and the tapped states."""
+        """The residual stream behind the last layer (N, H), of which perhaps only the last row is right, and the tapped
+        states."""
         weights = self._weights
         batch, count = ids.shape
         rows, past, end = batch * count, self._slots, self._slots + count
@@ -207,7 +209,7 @@ class LeanTarget:
         x = F.embedding(ids.flatten(), weights.embedding)
         if weights.compiled is not None:
             rotations = self._rotations(depth)
-            return x, weights.compiled(x, rotations, self._kv, past, biases, taps, causal=alone)
+            return x, weights.compiled(x, rotations, self._kv, past, biases, taps, causal=alone, last_only=last_only)
         turns = self._turns(depth)
         seen = self._kv[:, :, :, :end]
         keys = seen[:, :, : weights.kv_heads].unbind(0)

@@ -76,6 +76,7 @@ class CompiledLayers:
         *,
         causal: bool = False,
         context: Float[Tensor, "M L H"] | None = None,
+        last_only: bool = False,
     ) -> dict[int, Tensor]:
         """Changes x into the residual stream behind the last layer and writes to the cache; returns the tapped states.
 
@@ -89,6 +90,7 @@ class CompiledLayers:
             causal: without a bias, each token sees what is before it rather than everything.
             context: what the first M tokens of the only sequence are in front of each layer, where they do no more than
                 leave keys and values; of x the rest is meant then.
+            last_only: of x only the last row is wanted; for a single sequence.
         """
         layers = self._layers
         batch = kv.shape[1]
@@ -104,6 +106,7 @@ class CompiledLayers:
             masked_from=0 if whole else past,
             context=0 if context is None else len(context),
             feed_step=0 if context is None else context.stride(0),
+            last_from=len(x) - 1 if last_only else 0 if context is None else len(context),
             x=x.data_ptr(),
             turns=turns.data_ptr(),
             kv=kv.data_ptr(),
