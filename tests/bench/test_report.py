@@ -303,6 +303,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "a.html").exists()
 
 
+def test_results_are_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("decode", "decode-parts", "a"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    files = sorted(map(str, tmp_path.glob("*.json")))
+    assert files[1].endswith("decode-parts.json")
+    assert list(read_results(files, ours_only=False)) == ["a", "decode", "decode-parts"]
+
+
 def test_the_documentation_is_that_of_the_committed_results(tmp_path: Path) -> None:
     results = read_results(sorted(map(str, (ROOT / "results").glob("*.json"))), ours_only=False)
     drawn = write_plots(results, tmp_path)

@@ -13,7 +13,7 @@ from zerodraft.errors import ZerodraftError
 
 
 def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str, Any]]:
-    """Results by the names of their files.
+    """Results by the names of their files, in the order of the names: shells differ in that.
 
     Args:
         files: Of `zerodraft bench`, `--output`.
@@ -38,7 +38,7 @@ def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str
         if path.stem in results:
             raise ZerodraftError(f"Two results are called '{path.stem}': give them different names.")
         results[path.stem] = result
-    return results
+    return dict(sorted(results.items()))
 
 
 def write_plots(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[str, dict[str, Path]]:
