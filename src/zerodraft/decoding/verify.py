@@ -85,7 +85,7 @@ def choices(logits: Float[Tensor, "*batch V"]) -> Int64[np.ndarray, "*batch"]:
     """The greedy token at every node of every row: one argmax over all and one transfer to the host."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         # numpy's is ten times as fast, and like torch's the first of equals, and a NaN where there is one
-        best = torch.from_numpy(logits.numpy().argmax(-1, keepdims=True))
+        best = torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
     else:
         best = logits.argmax(-1, keepdim=True)
     # argmax points at a NaN where there is one, so looking at its value is enough
