@@ -85,11 +85,14 @@ def choices(logits: Float[Tensor, "*batch V"]) -> Int64[np.ndarray, "*batch"]:
     """The greedy token at every node of every row: one argmax over all and one transfer to the host."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         # numpy's is ten times as fast, and like torch's the first of equals, and a NaN where there is one
-        best = torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
+        scores = logits.detach().numpy()
+        best = scores.argmax(-1)
+        finite = np.isfinite(np.take_along_axis(scores, best[..., None], -1)[..., 0])
+        best = np.where(finite, best, -1)
     else:
         best = logits.argmax(-1, keepdim=True)
-    # argmax points at a NaN where there is one, so looking at its value is enough
-    best = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).cpu().numpy()
+        # argmax points at a NaN where there is one, so looking at its value is enough
+        best = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).cpu().numpy()
     if (best < 0).any():
         raise ZerodraftError("The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype.")
     return best
