@@ -1,7 +1,6 @@
 """Training an autoregressive drafter: layers against the target's, the loss against loops, a whole run with resume."""
 
 import copy
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from tests.saved import save, save_completions, tiny_llama, tiny_tokenizer
+from tests.training.resuming import learns_and_resumes, losses
 from tests.ztt.tiny import FAMILIES, VOCABULARY, gap, logits, randomise, tiny, tiny_plain, tokens
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
@@ -126,11 +126,6 @@ def recipe(target_folder: Path, completions_folder: Path, out: Path, **more: Any
     return load_autoregressive_recipe(None, settings | more)
 
 
-def losses(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().split("\n") if line]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 def test_loss_against_a_loop(target_folder: Path, target: LlamaForCausalLM, tmp_path: Path) -> None:
     dice, size = torch.Generator().manual_seed(3), target.config.vocab_size
     rows = [torch.randint(size, (length,), generator=dice).tolist() for length in (17, 30, 22)]
@@ -161,29 +156,16 @@ def test_accumulated_batches_are_one_batch(target_folder: Path, completions_fold
 def test_a_run_learns_and_resumes_exactly(
     target_folder: Path, target: LlamaForCausalLM, completions_folder: Path, tmp_path: Path
 ) -> None:
-    whole = train_autoregressive(recipe(target_folder, completions_folder, tmp_path / "whole"), callbacks=[])
-    assert whole["steps"] == 20
-    before = losses(tmp_path / "whole")
-    assert np.mean(before[-6:]) < np.mean(before[:6])
+    def in_folder(out: Path) -> AutoregressiveDrafterRecipe:
+        return recipe(target_folder, completions_folder, out)
 
-    again = tmp_path / "again"
-    (tmp_path / "whole").rename(again)
-    for name in ("checkpoint-20", "model"):
-        (again / name).rename(tmp_path / name)
-    (again / "results.json").unlink()
-    resumed = train_autoregressive(recipe(target_folder, completions_folder, again), resume=True, callbacks=[])
-    assert resumed["resumed_from"] == "checkpoint-10"
-    assert losses(again) == before
-    assert resumed["held_back"] == whole["held_back"]
-    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "model", again / "model"))
-    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
+    load = AutoModelForCausalLM.from_pretrained
+    whole, model = learns_and_resumes(train_autoregressive, in_folder, load, tmp_path)
     # embeddings and head stay the target's, and the optimizer has never heard of them
     start = dict(small_from_target(target, 2).named_parameters())
-    moved = {name for name, weight in first.named_parameters() if not torch.equal(weight, start[name])}
+    moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, start[name])}
     assert moved == set(start) - {"model.embed_tokens.weight", "lm_head.weight"}
-    groups = torch.load(again / "checkpoint-20" / "optimizer.pt")["param_groups"]
+    groups = torch.load(tmp_path / "again" / "checkpoint-20" / "optimizer.pt")["param_groups"]
     assert sum(len(group["params"]) for group in groups) == len(moved)
     assert whole["trained_parameters"] == sum(start[name].numel() for name in moved)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.saved import save_completions
+from tests.training.resuming import learns_and_resumes, losses
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Progress
@@ -178,31 +179,13 @@ def recipe(target_folder: Path, completions_folder: Path, out: Path, **more: Any
     return load_masked_recipe(None, settings | more)
 
 
-def losses(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().split("\n") if line]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
-    whole = train_masked(recipe(target_folder, completions_folder, tmp_path / "whole"), callbacks=[])
-    assert whole["steps"] == 20
-    assert whole["blocks"] == 20 * 2 * 4
-    before = losses(tmp_path / "whole")
-    assert np.mean(before[-6:]) < np.mean(before[:6])
+    def in_folder(out: Path) -> MaskedDrafterRecipe:
+        return recipe(target_folder, completions_folder, out)
 
-    again = tmp_path / "again"
-    (tmp_path / "whole").rename(again)
-    for name in ("checkpoint-20", "model"):
-        (again / name).rename(tmp_path / name)
-    (again / "results.json").unlink()
-    resumed = train_masked(recipe(target_folder, completions_folder, again), resume=True, callbacks=[])
-    assert resumed["resumed_from"] == "checkpoint-10"
-    assert losses(again) == before
-    assert resumed["held_back"] == whole["held_back"]
-    first, second = load_masked(tmp_path / "model"), load_masked(again / "model")
-    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert (first.config.block_size, first.config.causal_prefix) == (3, True)
+    whole, model = learns_and_resumes(train_masked, in_folder, load_masked, tmp_path)
+    assert whole["blocks"] == 20 * 2 * 4
+    assert (model.config.block_size, model.config.causal_prefix) == (3, True)
 
 
 @pytest.mark.parametrize("masking", ["ratio", "block"])

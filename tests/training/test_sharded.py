@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from zerodraft.training.callbacks import read_log
+from tests.training.resuming import losses
 from zerodraft.training.run import pretrain
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -27,10 +27,6 @@ def run_sharded(recipe, *overrides):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def losses(folder):
-    return [row["loss"] for row in read_log(folder / "log.jsonl") if "loss" in row]
 
 
 def test_two_processes_equal_one(make_recipe, tmp_path):

@@ -19,7 +19,7 @@ from zerodraft.drafters.tapped import PackedLayer
 from zerodraft.targets.compiled import kernels
 from zerodraft.targets.int8 import Int8Linear
 from zerodraft.targets.lean_compiled import CompiledLayers
-from zerodraft.targets.lean_weights import pack_layer
+from zerodraft.targets.lean_weights import pack_layer, rotations
 from zerodraft.targets.modules import VARYING_ROPE
 from zerodraft.targets.packed import PackedLinear
 
@@ -73,8 +73,7 @@ class CompiledBlock:
         """See `BlockLayers`."""
         new = len(taps)
         rows = torch.cat([taps[:, -1], x])
-        angles = torch.arange(start, start + len(rows))[:, None] * self.frequencies
-        turns = torch.complex(angles.cos(), angles.sin()) * self.scale
+        turns = rotations(torch.arange(start, start + len(rows)), self.frequencies, self.scale)
         kv = cache.flatten(1, 2)[:, None]
         self.layers(rows, turns, kv, start, {None: None}, context=taps if new else None)
         return rows[new:]

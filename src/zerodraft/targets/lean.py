@@ -20,7 +20,7 @@ from transformers import Cache
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.ztt.interface import Once
 
-from .lean_weights import LeanWeights, lean_weights, release_lean
+from .lean_weights import LeanWeights, lean_weights, release_lean, rotations
 
 _FIRST_SLOTS = 256
 
@@ -136,8 +136,7 @@ class LeanTarget:
         if self._slots:
             kv[:, :, :, : self._slots] = self._kv[:, :, :, : self._slots]
         self._kv = kv
-        angles = torch.arange(capacity)[:, None].float() * weights.frequencies
-        self._rope = torch.complex(angles.cos(), angles.sin()) * weights.rope_scale
+        self._rope = rotations(torch.arange(capacity), weights.frequencies, weights.rope_scale)
 
     def _rotations(self, depth: Tensor) -> Tensor:
         """What multiplies each pair of elements of a position's queries and keys: (N, D/2)."""

@@ -4,10 +4,10 @@ A model qualifies only if every module in it is one that is known here: transfor
 family with plain linear layers and embeddings, and those of a Zero Token Transformer around it. Adapters, quantised
 layers, hooks and replaced forwards all show up as something else, and the answer is no.
 
-Three things are folded into the packed weights, all exact up to rounding (the gains only where the weights are not
-exactly bfloat16, which they stay): the gains of the norms before a linear layer,
-the square root of the norm's width (so that a norm is a division by a hypotenuse), and an order of each query and key
-head's elements in which a rotary pair is a complex number.
+Three things are folded into the packed weights, all exact up to rounding: the gains of the norms before a linear layer
+(but where the weights are exactly bfloat16, which they stay), the square root of the norm's width (so that a norm is a
+division by a hypotenuse), and an order of each query and key head's elements in which a rotary pair is a complex
+number.
 """
 
 import math
@@ -18,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Complex64, Float, Int
 from torch import Tensor, nn
 
 from zerodraft.ztt.interface import PREFIX
@@ -96,6 +97,14 @@ def lean_weights(model: nn.Module) -> LeanWeights | None:
             _packed.pop(model, None)
             found = _packed[model] = _pack(model, mark)
     return found
+
+
+def rotations(
+    positions: Int[Tensor, " n"], frequencies: Float[Tensor, " pairs"], scale: float
+) -> Complex64[Tensor, "n pairs"]:
+    """What multiplies each pair of elements of the queries and keys at some positions."""
+    angles = positions[:, None].float() * frequencies
+    return torch.complex(angles.cos(), angles.sin()) * scale
 
 
 def release_lean(model: nn.Module) -> None:
