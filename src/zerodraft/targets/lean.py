@@ -207,8 +207,8 @@ class LeanTarget:
         biases = {w: self._bias(depth, visible, w) for w in {layer.window for layer in weights.layers}}
         x = F.embedding(ids.flatten(), weights.embedding)
         if weights.compiled is not None:
-            rotations = self._rotations(depth)
-            return x, weights.compiled(x, rotations, self._kv, past, biases, taps, causal=alone, last_only=last_only)
+            turns = self._rotations(depth)
+            return x, weights.compiled(x, turns, self._kv, past, biases, taps, causal=alone, last_only=last_only)
         turns = self._turns(depth)
         seen = self._kv[:, :, :, :end]
         keys = seen[:, :, : weights.kv_heads].unbind(0)
