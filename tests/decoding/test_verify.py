@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -337,7 +337,10 @@ def test_greedy_verification_emits_what_plain_greedy_decoding_does(paths: list[l
     def best(path: tuple[int, ...]) -> int:
         return int(np.random.default_rng([seed, *path]).integers(V))
 
-    verdict = verify.greedy(tree, [best(tuple(path_to(tree, node))) for node in range(-1, len(tree))])
+    logits = torch.zeros(2, len(tree) + 1, V)
+    for node in range(-1, len(tree)):
+        logits[1, node + 1, best(tuple(path_to(tree, node)))] = 1
+    verdict = verify.walk(tree, partial(verify.greedy(logits), 1))
     tokens = emitted(tree, verdict)
     assert tokens == [best(tuple(tokens[:i])) for i in range(len(tokens))]
     # and it stops only where the tree has no such child
@@ -357,20 +360,25 @@ def test_only_nodes_of_the_accepted_path_are_asked() -> None:
     assert asked == [ROOT, 0, 3]
 
 
-def test_choices_of_all_nodes_and_rows() -> None:
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
-    np.testing.assert_array_equal(verify.choices(logits), logits.argmax(-1).numpy())
-    masked = logits.clone()
-    masked[..., 3] = -torch.inf  # a forbidden token is nothing unusual
-    np.testing.assert_array_equal(verify.choices(masked), masked.argmax(-1).numpy())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # as on a CPU, and as elsewhere
+def test_greedy_token_of_every_node_and_row(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    logits[..., 3] = -torch.inf  # a forbidden token is nothing unusual
+    logits[1, 2] = 0.5  # the first of equals
+    choose = verify.greedy(logits)
+    assert [[choose(row, node) for node in range(-1, 4)] for row in range(2)] == logits.argmax(-1).tolist()
+    assert choose(1, 1) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
-    logits = torch.zeros(2, 3, 5)
+def test_logits_that_are_no_numbers_are_refused(bad: float, dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 3, 5, dtype=dtype)
     logits[1, 2, 4] = bad
+    choose = verify.greedy(logits)
+    assert choose(0, ROOT) == 0
     with pytest.raises(ZerodraftError, match="NaN or infinity"):
-        verify.choices(logits)
+        choose(1, 1)
 
 
 def test_probabilities_that_are_no_numbers_are_refused() -> None:

@@ -23,6 +23,7 @@ from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked import MaskedDrafter
+from zerodraft.drafters.none import NoDrafter
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.wheel import check_gguf
 from zerodraft.training.strict import did_you_mean
@@ -113,27 +114,6 @@ class Variation:
     fits: Callable[[Any], bool] = lambda drafter: True
 
 
-class NoDrafter:
-    """Drafts nothing: our engine's plain decoding."""
-
-    taps: Sequence[int] = ()
-    max_length = 1
-
-    def check(self, config: Any) -> None:
-        """Fits every target."""
-
-    def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "NoDrafter":
-        """Has no state."""
-        return self
-
-    def observe(self, progress: Any) -> None:
-        """Learns nothing."""
-
-    def propose(self, lengths: Sequence[int]) -> list[Lattice]:
-        """Nothing, for every row."""
-        return [Lattice.empty() for _ in lengths]
-
-
 class Watched:
     """A drafter that remembers in which steps it was asked for anything, row by row."""
 
@@ -188,7 +168,7 @@ FIRST = SearchConfig(m_max=1)
 BEST_15 = SearchConfig(tau=0.95, m_max=8, expand="best_first", budget=15)
 
 OURS = {
-    OWN_PLAIN: Variation(about="our engine, no drafts", options=ALONE, drafter=lambda: NoDrafter(), settings=fixed(0)),
+    OWN_PLAIN: Variation(about="our engine, no drafts", options=ALONE, drafter=NoDrafter, settings=fixed(0)),
     FULL: Variation(about="the command line's decoder, all parts"),
     "no_cps": Variation(about="full, no path search: likeliest candidates", options={"search": False}),
     "no_adl": Variation(about="full, drafts of fixed length", options={"adaptive": False}),

@@ -11,11 +11,13 @@ so rows try the same thing in the same step.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 
 from zerodraft.errors import ZerodraftError
 
@@ -132,37 +134,71 @@ class Costs:
     """What steps of k positions cost: the lower quartile of the last few measurements at each k that was tried, since a
     busy machine and the first step of a shape only ever add to a time."""
 
-    seconds: dict[CostKind, dict[int, deque[float]]] = field(default_factory=dict)
+    _last: dict[tuple[CostKind, int], deque[float]] = field(default_factory=dict)
+    _typical: dict[CostKind, dict[int, float]] = field(default_factory=dict)
+    _lines: dict[CostKind, "Line"] = field(default_factory=dict)
+    _stale: set[CostKind] = field(default_factory=set)
 
     def observe(self, kind: CostKind, k: int, seconds: float) -> None:
-        self.seconds.setdefault(kind, {}).setdefault(k, deque(maxlen=9)).append(seconds)
+        last = self._last.setdefault((kind, k), deque(maxlen=9))
+        last.append(seconds)
+        typical, known = sorted(last)[(len(last) - 1) // 4], self._typical.setdefault(kind, {})
+        if known.get(k) != typical:
+            known[k] = typical
+            self._stale.add(kind)
 
     def measured(self, kind: CostKind, k: int) -> bool:
         """Whether a step of k positions was ever timed."""
-        return k in self.seconds.get(kind, {})
+        return k in self._typical.get(kind, {})
 
     def curve(self, k_max: int, *kinds: CostKind) -> Float64[np.ndarray, " k"]:
         """Seconds for k = 0..k_max, summed over kinds: straight lines between what was measured, never falling."""
-        total = np.zeros(k_max + 1)
-        for tried in (self.seconds[kind] for kind in kinds if kind in self.seconds):
-            typical = [sorted(tried[k])[(len(tried[k]) - 1) // 4] for k in sorted(tried)]
-            total += _interpolate(np.array(sorted(tried)), np.array(typical), k_max)
-        # nothing known yet: a step costs much the same whatever its length
-        return total if total.any() else 1 + SLOPE * np.arange(k_max + 1)
+        return np.sum([line.upto(k_max) for line in self._drawn(kinds)], 0)
+
+    def at(self, k: int, *kinds: CostKind) -> float:
+        """The curve at one k."""
+        return sum(line(k) for line in self._drawn(kinds))
+
+    def _drawn(self, kinds: Sequence[CostKind]) -> "list[Line]":
+        for kind in self._stale.intersection(kinds):
+            self._lines[kind] = Line.through(sorted(self._typical[kind].items()))
+            self._stale.discard(kind)
+        return [self._lines[kind] for kind in kinds if kind in self._lines] or [UNKNOWN]
 
 
 SLOPE = 0.02
 """What one more position is taken to cost, of a whole step, until two lengths were measured."""
 
 
-def _interpolate(
-    k: Int64[np.ndarray, " n"], seconds: Float64[np.ndarray, " n"], k_max: int
-) -> Float64[np.ndarray, " k"]:
-    # fewer positions never cost more
-    seconds = np.minimum.accumulate(seconds[::-1])[::-1]
-    grid = np.arange(k_max + 1)
-    slope = SLOPE * seconds[-1] if len(k) == 1 else (seconds[-1] - seconds[0]) / (k[-1] - k[0])
-    return np.interp(grid, k, seconds) + slope * np.maximum(grid - k[-1], 0)
+class Line(NamedTuple):
+    """Seconds of k = 0, 1, ..., and what one more costs beyond the last. Lists, since a few numbers are looked up
+    between passes of the target, when numpy is in no cache."""
+
+    seconds: list[float]
+    slope: float
+
+    @staticmethod
+    def through(points: Sequence[tuple[int, float]]) -> "Line":
+        """What was measured, shortest first; fewer positions never cost more."""
+        typical = list(accumulate((seconds for _, seconds in reversed(points)), min))[::-1]
+        measured = [(k, low) for (k, _), low in zip(points, typical, strict=True)]
+        (first, lowest), (last, highest) = measured[0], measured[-1]
+        seconds = [lowest] * (first + 1)
+        for (k, low), (end, high) in pairwise(measured):
+            seconds += [low + (high - low) * (i - k) / (end - k) for i in range(k + 1, end + 1)]
+        return Line(seconds, (highest - lowest) / (last - first) if last > first else SLOPE * highest)
+
+    def __call__(self, k: int) -> float:
+        beyond = k + 1 - len(self.seconds)
+        return self.seconds[k] if beyond <= 0 else self.seconds[-1] + beyond * self.slope
+
+    def upto(self, k: int) -> list[float]:
+        """For 0..k."""
+        return self.seconds[: k + 1] + [self(at) for at in range(len(self.seconds), k + 1)]
+
+
+UNKNOWN = Line([1.0], SLOPE)
+"""Before anything was measured: a step costs much the same whatever its length."""
 
 
 @dataclass(slots=True)
@@ -343,7 +379,7 @@ class CostAwareTree:
         """Whether drafts have been worth their time lately."""
         if self._promises.drafts < 8 or not self._costs.measured("score", 0):
             return True
-        return self._promises.speed() * float(self._costs.curve(0, "score")[0]) > 1
+        return bool(self._promises.speed() * self._costs.at(0, "score") > 1)
 
     def worth(self, chances: Float64[np.ndarray, " n"]) -> int:
         # the whole tree among them, or one slow step of that size would keep it from being tried again
@@ -355,7 +391,8 @@ class CostAwareTree:
         elif sizes and rest == self.explore // 2:
             n = sizes[turn % len(sizes)]
         else:
-            promise = self._tokens(chances) / self._seconds(len(chances))
+            seconds = self._costs.curve(len(chances), "score") + self._costs.at(self.k, "draft")
+            promise = self._tokens(chances) / seconds
             n = int(np.flatnonzero(promise >= (1 - self.slack) * promise.max())[-1])
         self._hoped, self._nodes = float(chances[:n].sum()), n
         return n
@@ -363,11 +400,9 @@ class CostAwareTree:
     def _tokens(self, chances: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " sizes"]:
         return 1 + self._promises.scale() * np.concatenate([[0.0], chances.cumsum()])
 
-    def _seconds(self, nodes: int) -> Float64[np.ndarray, " sizes"]:
-        return self._costs.curve(nodes, "score") + self._costs.curve(self.k, "draft")[-1]
-
     def update(self, drafted: int, generated: int, accepted: int) -> None:
-        self._promises.update(self._hoped, accepted, float(self._seconds(self._nodes)[-1]))
+        seconds = self._costs.at(self._nodes, "score") + self._costs.at(self.k, "draft")
+        self._promises.update(self._hoped, accepted, seconds)
 
     def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
         if kind != "verify":

@@ -77,6 +77,10 @@ class Scorer(Protocol):
         """Of all candidates of position i after each context (one row may stand for all)."""
         ...
 
+    def costs_after(self, i: int, context: Any) -> list[float]:
+        """The same after one context."""
+        ...
+
     def extend(self, i: int, contexts: list[Any], parents: list[int], columns: list[int]) -> list[Any]:
         """The contexts after a candidate (a column) of position i each."""
         ...
@@ -113,6 +117,9 @@ class _Independent:
     def costs(self, i: int, contexts: list[None]) -> Float[np.ndarray, "1 m"]:
         return self.q_cost[i]
 
+    def costs_after(self, i: int, context: None) -> list[float]:
+        return self.q_cost[i, 0].tolist()
+
     def extend(self, i: int, contexts: list[None], parents: list[int], columns: list[int]) -> list[None]:
         return contexts
 
@@ -130,6 +137,9 @@ class _Paired:
 
     def costs(self, i: int, contexts: list[int]) -> Float[np.ndarray, "b m"]:
         return self.q_cost[i].take(contexts, 0)
+
+    def costs_after(self, i: int, context: int) -> list[float]:
+        return self.q_cost[i, context].tolist()
 
     def extend(self, i: int, contexts: list[int], parents: list[int], columns: list[int]) -> list[int]:
         return columns
@@ -151,6 +161,9 @@ class _Tabled:
 
     def costs(self, i: int, contexts: list[int]) -> Float[np.ndarray, "b m"]:
         return self.table[i].take(contexts, 0)
+
+    def costs_after(self, i: int, context: int) -> list[float]:
+        return self.table[i, context].tolist()
 
     def extend(self, i: int, contexts: list[int], parents: list[int], columns: list[int]) -> list[int]:
         m = self.m
@@ -176,6 +189,9 @@ class _Stepped:
         if len(q_cost) > 1:
             q_cost = q_cost.take([column for _, column in contexts], 0)
         return q_cost[:, : len(ids)] + self.weight * self.proxy.score([state for state, _ in contexts], ids)
+
+    def costs_after(self, i: int, context: tuple[Any, int]) -> list[float]:
+        return self.costs(i, [context])[0].tolist()
 
     def extend(
         self, i: int, contexts: list[tuple[Any, int]], parents: list[int], columns: list[int]

@@ -166,6 +166,7 @@ def best_first(
         return RankedTree(DraftTree.path([]), np.empty(0))
     scores = scorer(pruned, config.lam, proxy)
     ids = pruned.ids.tolist()
+    live = [[at for at, token in enumerate(row) if token != NO_TOKEN and token not in eos_ids] for row in ids]
     tokens: list[int] = []
     parents: list[int] = []
     costs: list[float] = []
@@ -181,9 +182,8 @@ def best_first(
             pushed += 1
 
     def children(depth: int, cost: float, contexts: Any) -> list[tuple[float, int]]:
-        row = scores.costs(depth, contexts)[0].tolist()
-        real = [(cost + c, at) for at, c in enumerate(row) if c < np.inf and ids[depth][at] not in eos_ids]
-        return sorted(real, reverse=True)
+        row = scores.costs_after(depth, contexts[0])
+        return sorted([(cost + row[at], at) for at in live[depth] if row[at] < np.inf], reverse=True)
 
     push(0, ROOT, children(0, 0.0, scores.root()), scores.root())
     while heap and len(tokens) < budget:

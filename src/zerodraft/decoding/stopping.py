@@ -5,11 +5,22 @@ ids at once. Time is looked at once a step, so a call may take one step longer t
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A row's text. Its ids are asked for by the criteria that read them alone."""
+
+    length: int
+
+    def ids(self) -> Int[Tensor, "1 T"]:
+        """All of them."""
+        ...
 
 
 class Stopping:
@@ -43,16 +54,16 @@ class Stopping:
             else:
                 self._others.append(criterion)
 
-    def __call__(self, row: int, token: int, ids: Int[Tensor, "1 T"], scores: Callable[[], Any]) -> bool:
+    def __call__(self, row: int, token: int, text: Growing, scores: Callable[[], Any]) -> bool:
         """Whether the row's text, which now ends with `token`, is finished."""
-        stop = token in self.eos_ids or (self.max_length is not None and ids.shape[1] >= self.max_length)
+        stop = token in self.eos_ids or (self.max_length is not None and text.length >= self.max_length)
         if self._others:
-            batch, so_far = ids.expand(self._rows, -1), scores()
+            batch, so_far = text.ids().expand(self._rows, -1), scores()
             for criterion in self._others:
                 said: Any = criterion(batch, so_far)
                 stop |= bool(said[row] if isinstance(said, Tensor) and said.ndim else said)
         return stop
 
-    def time_is_up(self, ids: Int[Tensor, "1 T"]) -> bool:
+    def time_is_up(self, text: Growing) -> bool:
         """Whether the call has taken its time."""
-        return any(bool(criterion(ids, None)[0]) for criterion in self._times)
+        return any(bool(criterion(text.ids(), None)[0]) for criterion in self._times)

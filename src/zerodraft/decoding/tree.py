@@ -26,8 +26,8 @@ class DraftTree:
     parents: Int64[np.ndarray, " n"]
 
     def __post_init__(self) -> None:
-        n = len(self.parents)
-        if len(self.tokens) != n or (n and not ((self.parents < np.arange(n)) & (self.parents >= ROOT)).all()):
+        fits = all(ROOT <= parent < node for node, parent in enumerate(self.parents.tolist()))
+        if len(self.tokens) != len(self.parents) or not fits:
             raise ZerodraftError(
                 f"A draft tree of {len(self.tokens)} tokens has the parents {self.parents.tolist()}; give one for each "
                 f"token: {ROOT} for the root, or the number of an earlier node."

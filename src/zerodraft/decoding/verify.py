@@ -12,7 +12,8 @@ look at the tokens so far see each node's own prefix and cost nothing elsewhere.
 Legend: p target, q draft; nodes as in `tree`: ROOT is the last known token, node i is at index i + 1 of arrays.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,41 +82,49 @@ class Dice:
         return (edges > u * edges[:, -1:]).argmax(1)
 
 
-def choices(logits: Float[Tensor, "*batch V"]) -> Int64[np.ndarray, "*batch"]:
-    """The greedy token at every node of every row: one argmax over all and one transfer to the host."""
+def greedy(logits: Float[Tensor, "B n V"]) -> Callable[[int, int], int]:
+    """`choose(row, node)`: the greedy token after a node of a row.
+
+    On a CPU it is looked for where it is asked for, along the accepted path. Elsewhere one argmax over all nodes of all
+    rows and one transfer to the host come first.
+    """
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        # numpy's is ten times as fast, and like torch's the first of equals, and a NaN where there is one
-        scores = logits.detach().numpy()
-        best = scores.argmax(-1)
-        finite = np.isfinite(np.take_along_axis(scores, best[..., None], -1)[..., 0])
-        best = np.where(finite, best, -1)
+        # numpy's argmax is ten times as fast as torch's, and like it takes the first of equals
+        scores, found = logits.detach().numpy(), []
     else:
-        best = logits.argmax(-1, keepdim=True)
-        # argmax points at a NaN where there is one, so looking at its value is enough
-        best = torch.where(logits.gather(-1, best).isfinite(), best, -1).squeeze(-1).cpu().numpy()
-    if (best < 0).any():
-        raise ZerodraftError("The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype.")
-    return best
+        # doubles hold every token id
+        scores, found = None, torch.stack([part.double() for part in logits.max(-1)], -1).tolist()
+
+    def choose(row: int, node: int) -> int:
+        if scores is not None:
+            of_node = scores[row, node + 1]
+            token = of_node.argmax()
+            score = of_node[token]
+        else:
+            score, token = found[row][node + 1]
+        # the highest of scores with a NaN among them is a NaN
+        if not math.isfinite(score):
+            raise ZerodraftError(
+                "The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype."
+            )
+        return int(token)
+
+    return choose
 
 
 def walk(tree: DraftTree, choose: Callable[[int], int]) -> Verdict:
     """Follow the target's own tokens through the tree: `choose(node)` is the one after a node, asked once for each node
     of the accepted path. Exact for every deterministic draft if `choose` draws from the target's distribution."""
-    children = tree.children()
+    nodes = list(enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)))
     kept: list[int] = []
     node = ROOT
     while True:
-        token = choose(node)
-        child = children[node + 1].get(token)
+        wanted = (node, choose(node))
+        child = next((child for child, found in nodes[node + 1 :] if found == wanted), None)
         if child is None:
-            return Verdict(kept, token)
+            return Verdict(kept, wanted[1])
         kept.append(child)
         node = child
-
-
-def greedy(tree: DraftTree, best: Sequence[int] | Int64[np.ndarray, " nodes"]) -> Verdict:
-    """Greedy decoding; `best` holds the target's token after the root and after each node (see `choices`)."""
-    return walk(tree, lambda node: int(best[node + 1]))
 
 
 def point_mass(tree: DraftTree, probs: Probabilities, dice: Randomness) -> Verdict:

@@ -30,6 +30,8 @@ constexpr int kLanes = 8, kRows = 6, kPanels = 1, kSums = 6, kAhead = 32;
 constexpr int kLanes = 4, kRows = 4, kPanels = 1, kSums = 4, kAhead = 32;
 #endif
 constexpr int kPanel = 16, kVectors = kPanel / kLanes;
+// Products that are added up in one go.
+constexpr int64_t kRun = 128;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -83,21 +85,24 @@ typedef Vector Sums[kRows][kPanels][kVectors];
 template <int M, int P, typename W>
 __attribute__((noinline)) void tile(const float* a, int64_t a_row, int64_t a_step, const W* w, int64_t w_panel,
                                     int64_t w_step, int64_t k_count, Sums& sums) {
-  Vector s[M][P][kVectors] = {};
-  for (int64_t k = 0; k < k_count; k++) {
-    Vector row[P][kVectors];
-    for (int p = 0; p < P; p++) __builtin_prefetch(w + p * w_panel + (k + kAhead) * w_step, 0, 2);
-    for (int p = 0; p < P; p++)
-      for (int v = 0; v < kVectors; v++) row[p][v] = load(w + p * w_panel + k * w_step + v * kLanes);
-    for (int m = 0; m < M; m++) {
-      const float factor = a[m * a_row + k * a_step];
+  // Sums of sums: the rounding error of one long sum grows with its length.
+  for (int64_t begin = 0; begin < k_count; begin += kRun) {
+    Vector s[M][P][kVectors] = {};
+    for (int64_t k = begin; k < std::min(begin + kRun, k_count); k++) {
+      Vector row[P][kVectors];
+      for (int p = 0; p < P; p++) __builtin_prefetch(w + p * w_panel + (k + kAhead) * w_step, 0, 2);
       for (int p = 0; p < P; p++)
-        for (int v = 0; v < kVectors; v++) s[m][p][v] += factor * row[p][v];
+        for (int v = 0; v < kVectors; v++) row[p][v] = load(w + p * w_panel + k * w_step + v * kLanes);
+      for (int m = 0; m < M; m++) {
+        const float factor = a[m * a_row + k * a_step];
+        for (int p = 0; p < P; p++)
+          for (int v = 0; v < kVectors; v++) s[m][p][v] += factor * row[p][v];
+      }
     }
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < P; p++)
+        for (int v = 0; v < kVectors; v++) sums[m][p][v] = begin ? sums[m][p][v] + s[m][p][v] : s[m][p][v];
   }
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++)
-      for (int v = 0; v < kVectors; v++) sums[m][p][v] = s[m][p][v];
 }
 
 // A tile of `rows` rows, at most M, and `panels` panels, at most P.

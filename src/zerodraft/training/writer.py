@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from zerodraft.decoding.verify import choices
+from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.decoding.lengths import FixedLength
+from zerodraft.drafters.none import NoDrafter
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.best import best_target
 from zerodraft.training.distill import DistillSettings
 
 
@@ -15,16 +19,21 @@ class RefuseNan(LogitsProcessor):
     """Raises `ZerodraftError` where `generate` would choose tokens among logits that are no numbers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        choices(scores)
+        if not scores.amax(-1).isfinite().all():
+            raise ZerodraftError(
+                "The target's logits hold NaN or infinity; check its weights, or give a wider --dtype."
+            )
         return scores
 
 
 class HfWriter:
-    """A Hugging Face causal language model as the writer: its own `generate`, left-padded."""
+    """A Hugging Face causal language model as the writer: its own `generate`, left-padded. Greedy completions go
+    through our engine where it has a faster exact path for the model."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         text = model.config.get_text_config()
         self.model = model
+        self._greedy = DiffuSpec(NoDrafter(), length=FixedLength(0)) if best_target(model) else None
         self.vocab_size: int = text.vocab_size
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         eos = model.generation_config.eos_token_id
@@ -40,7 +49,11 @@ class HfWriter:
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
-        sampling = {"temperature": temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        options: dict[str, Any] = {"logits_processor": LogitsProcessorList([RefuseNan()])}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        elif self._greedy is not None:
+            options = {"custom_generate": self._greedy}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             out = model.generate(
@@ -50,8 +63,7 @@ class HfWriter:
                 do_sample=temperature > 0,
                 eos_token_id=sorted(self.eos_ids),
                 pad_token_id=pad,
-                logits_processor=LogitsProcessorList([RefuseNan()]),
-                **(sampling if temperature > 0 else {}),
+                **options,
             )
         return [self._until_end(row) for row in out[:, width:].tolist()]
 
