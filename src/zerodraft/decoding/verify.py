@@ -76,7 +76,7 @@ class Dice:
         return bool(torch.rand((), generator=self.generator, device=p.device) * q < p)
 
     def pick(self, q: Float64[np.ndarray, "k m"]) -> Int64[np.ndarray, " k"]:
-        u = torch.rand(len(q), 1, generator=self.generator, device=self.device, dtype=torch.float64).cpu().numpy()
+        u = torch.rand(len(q), 1, generator=self.generator, device=self.device).cpu().double().numpy()
         edges = q.cumsum(1)
         # scaled by the last edge, so that rounding never lands on padding
         return (edges > u * edges[:, -1:]).argmax(1)
@@ -92,8 +92,8 @@ def greedy(logits: Float[Tensor, "B n V"]) -> Callable[[int, int], int]:
         # numpy's argmax is ten times as fast as torch's, and like it takes the first of equals
         scores, found = logits.detach().numpy(), []
     else:
-        # doubles hold every token id
-        scores, found = None, torch.stack([part.double() for part in logits.max(-1)], -1).tolist()
+        # float32 holds every token id below 16 million, and not every device knows doubles
+        scores, found = None, torch.stack([part.float() for part in logits.max(-1)], -1).tolist()
 
     def choose(row: int, node: int) -> int:
         if scores is not None:
@@ -154,7 +154,7 @@ def residual(p: Float[Tensor, " V"], ids: Int64[np.ndarray, " m"], q: Float64[np
     """(p - q)+, normalised: what p has left where q proposed too much."""
     real = q > 0
     at = torch.as_tensor(ids[real], device=p.device)
-    rest = p.index_add(0, at, torch.as_tensor(-q[real], device=p.device).to(p.dtype)).clamp_min(0)
+    rest = p.index_add(0, at, torch.as_tensor(-q[real], dtype=p.dtype).to(p.device)).clamp_min(0)
     total = rest.sum()
     # p = q leaves nothing; a rejection is then a matter of rounding, and p itself is the right answer
     return torch.where(total > 0, rest / total, p)

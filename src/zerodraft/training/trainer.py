@@ -98,7 +98,7 @@ def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
         batch = {k: torch.stack([r[k] for r in rows or [blocks[0]]]).to(accelerator.device) for k in blocks[0]}
         output = model(**batch, **({"cycle_weights": (1.0,) * cycles} if cycles > 1 else {}))
         losses = output.cycle_losses if cycles > 1 else output.loss[None]
-        sums += len(rows) * torch.cat([losses.double().cpu(), torch.ones(1, dtype=torch.float64)])
+        sums += len(rows) * torch.cat([losses.cpu().double(), torch.ones(1, dtype=torch.float64)])
     model.train(was_training)
     if accelerator.num_processes > 1:
         reduced: Any = accelerator.reduce(sums.float().to(accelerator.device), "sum")

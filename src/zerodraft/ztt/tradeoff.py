@@ -163,7 +163,7 @@ class Ruler:
         counts = torch.bincount(depths.flatten(), minlength=cycles + 1)[1:]
         return Point(
             rule=None if rule is None else exit_rule_to_dict(rule),
-            mean_cycles=depths.double().mean().item(),
+            mean_cycles=depths.cpu().double().mean().item(),
             depths=tuple((counts / depths.numel()).tolist()),
             flops_per_token=flops / self.blocks.numel(),
             flops=1.0,
