@@ -41,7 +41,7 @@ def test_peaks_see_what_is_gone() -> None:
     before, now = peak(), resident()
     assert now is not None
     assert before == pytest.approx(now, rel=0.2)
-    torch.ones(512 * 2**18)  # 512 MiB; much, since the system may take pages of mapped files back meanwhile
-    assert peak() - before > 256
+    torch.ones(64 * 2**18)  # 64 MiB
+    assert peak() - before > 55
     assert forget_peak()
-    assert peak() - before < 128
+    assert peak() - before < 30

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from zerodraft.decoding.choice import TokenChoice
@@ -131,7 +131,8 @@ class Engine:
             began = perf_counter()
             with self.stats.timed("verify"):
                 trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
-                ids, depth, visible = self._inputs(trees)
+                depths = [tree.depths() for tree in trees]
+                ids, depth, visible = self._inputs(trees, depths)
                 going = [self._goes_on(text) for text in self.texts]
                 out = self.target.score(ids, depth, visible, self.drafter.taps)
                 step = self._settle(out, drafts)
@@ -148,7 +149,7 @@ class Engine:
                 if row is not None and asked[at]:
                     filled = _generated(lattices[at], self.stopping.eos_ids)
                     self._lengths[at].update(asked[at], filled, len(row.accepted))
-            self._finish(step, [max(tree.depths().tolist()) for tree in trees], start, draft=True)
+            self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], start, draft=True)
             yield step
             known = self._news(step, kept, out.taps)
 
@@ -212,7 +213,9 @@ class Engine:
             return NOTHING
         return build_tree(lattice, self.search, proxy, eos, tree=self.tree, worth=self._lengths[at].worth)
 
-    def _inputs(self, trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor, Tensor]:
+    def _inputs(
+        self, trees: Sequence[DraftTree], depths: Sequence[Int64[np.ndarray, " _"]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The last known tokens and the drafts behind them, padded to the widest: ids, depths and who sees whom."""
         width = max(len(tree) for tree in trees) + 1
         ids = np.zeros((len(trees), width), np.int64)
@@ -224,7 +227,7 @@ class Engine:
             ids[at, 0] = text.last
             if n > 1:
                 ids[at, 1:n] = tree.tokens
-                depth[at, :n] = tree.depths()
+                depth[at, :n] = depths[at]
                 visible[at, :n, :n] = tree.visible()
         device = self.target.device
         return tuple(torch.from_numpy(x).to(device) for x in (ids, depth, visible))  # pyright: ignore[reportReturnType]  # three of them

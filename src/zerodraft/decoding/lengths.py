@@ -137,7 +137,6 @@ class Costs:
     _last: dict[tuple[CostKind, int], deque[float]] = field(default_factory=dict)
     _typical: dict[CostKind, dict[int, float]] = field(default_factory=dict)
     _lines: dict[CostKind, "Line"] = field(default_factory=dict)
-    _stale: set[CostKind] = field(default_factory=set)
 
     def observe(self, kind: CostKind, k: int, seconds: float) -> None:
         last = self._last.setdefault((kind, k), deque(maxlen=9))
@@ -145,7 +144,7 @@ class Costs:
         typical, known = sorted(last)[(len(last) - 1) // 4], self._typical.setdefault(kind, {})
         if known.get(k) != typical:
             known[k] = typical
-            self._stale.add(kind)
+            self._lines.pop(kind, None)
 
     def measured(self, kind: CostKind, k: int) -> bool:
         """Whether a step of k positions was ever timed."""
@@ -160,10 +159,11 @@ class Costs:
         return sum(line(k) for line in self._drawn(kinds))
 
     def _drawn(self, kinds: Sequence[CostKind]) -> "list[Line]":
-        for kind in self._stale.intersection(kinds):
-            self._lines[kind] = Line.through(sorted(self._typical[kind].items()))
-            self._stale.discard(kind)
-        return [self._lines[kind] for kind in kinds if kind in self._lines] or [UNKNOWN]
+        measured: list[CostKind] = [kind for kind in kinds if kind in self._typical]
+        for kind in measured:
+            if kind not in self._lines:
+                self._lines[kind] = Line.through(sorted(self._typical[kind].items()))
+        return [self._lines[kind] for kind in measured] or [UNKNOWN]
 
 
 SLOPE = 0.02

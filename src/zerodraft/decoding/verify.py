@@ -25,6 +25,8 @@ from torch import Tensor
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.errors import ZerodraftError
 
+NO_NUMBERS = "The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype."
+
 Probabilities = Callable[[int], Any]
 """The target's processed distribution over the token after a node: a tensor of shape (V,) that sums to one."""
 
@@ -104,9 +106,7 @@ def greedy(logits: Float[Tensor, "B n V"]) -> Callable[[int, int], int]:
             score, token = found[row][node + 1]
         # the highest of scores with a NaN among them is a NaN
         if not math.isfinite(score):
-            raise ZerodraftError(
-                "The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype."
-            )
+            raise ZerodraftError(NO_NUMBERS)
         return int(token)
 
     return choose

@@ -9,6 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
+from zerodraft.decoding.verify import NO_NUMBERS
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.best import best_target
@@ -20,9 +21,7 @@ class RefuseNan(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not scores.amax(-1).isfinite().all():
-            raise ZerodraftError(
-                "The target's logits hold NaN or infinity; check its weights, or give a wider --dtype."
-            )
+            raise ZerodraftError(NO_NUMBERS)
         return scores
 
 
