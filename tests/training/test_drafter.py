@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.acceptance import measure_acceptance
-from zerodraft.training.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor
+from zerodraft.training.blocks import agreements, block_loss, collate, coupled_loss, draw_anchors, first_anchor
 from zerodraft.training.completions import check_vocabulary, read_completions
 from zerodraft.training.drafter import frequent_tokens, train_drafter
 from zerodraft.training.drafter_recipe import load_drafter_recipe
@@ -179,6 +180,31 @@ def test_blocks_against_a_loop(features: FeatureCache) -> None:
         assert blocks.kept[row].sum() == len(tokens)
 
 
+def test_no_block_starts_in_a_copy(features: FeatureCache) -> None:
+    """With `copied`: where as many tokens have stood together before, looked for one place after another."""
+    for index in range(len(features.completions)):
+        tokens, prompt_length = features.completions[index]
+        expected = set()
+        for start in range(first_anchor(prompt_length), len(tokens) - 2):
+            known = tokens[: start + 2].tolist()
+            if not any(known[i : i + 2] == known[-2:] for i in range(len(known) - 2)):
+                expected.add(start)
+        drawn = draw_anchors(features, index, max(len(expected), 1), seed=0, copied=2).tolist()
+        assert set(drawn) == expected or not expected
+
+
+def test_agreements_against_a_loop() -> None:
+    dice = np.random.default_rng(0)
+    for size in (0, 1, 2, 40):
+        tokens = dice.integers(0, 3, size)
+        for i, found in enumerate(agreements(tokens).tolist()):
+            known = tokens[: i + 1].tolist()
+            together = [
+                n for n in range(1, i + 1) if any(known[at - n : at] == known[i + 1 - n :] for at in range(n, i + 1))
+            ]
+            assert found == max(together, default=0)
+
+
 @torch.no_grad()
 def test_target_states_give_the_completions_tokens(features: FeatureCache, target: LlamaForCausalLM) -> None:
     """The labels and the distributions fit: greedy completions are what the target's states choose."""
@@ -325,6 +351,44 @@ def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folde
 
     with pytest.raises(ZerodraftError, match="already holds a run"):
         train_drafter(recipe(target_folder, completions_folder, again), callbacks=[])
+
+
+def test_a_drafter_can_go_on_with_fewer_slots(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
+    """The first ones, as they were; asked for more it keeps those that it has."""
+    train_drafter(recipe(target_folder, completions_folder, tmp_path / "before", steps=1), callbacks=[])
+    settings = recipe(target_folder, completions_folder, tmp_path / "after", steps=1, learning_rate=1e-9)
+    start = dataclasses.replace(settings.drafter, start=str(tmp_path / "before" / "model"))
+    for slots, kept in ((3, 3), (7, 4)):
+        shape = dataclasses.replace(start, block_size=slots)
+        out = str(tmp_path / f"after-{slots}")
+        train_drafter(dataclasses.replace(settings, drafter=shape, out=out), callbacks=[])
+        old, new = (BlockDrafterModel.from_pretrained(path) for path in (start.start, f"{out}/model"))
+        assert new.config.block_size == kept
+        weights, size = old.state_dict(), kept * old.norm.weight.numel()
+        for name, weight in new.state_dict().items():
+            expected = weights[name][:size] if name.startswith("slots.") else weights[name]
+            assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_bfloat16_reaches_the_loss(
+    target_folder: Path, completions_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast the products with the LM head are rounded too, and the loss stays nearly the same; no flag says
+    that this machine has nothing but a CPU."""
+    losses, types = {}, {}
+
+    def watched(logits: torch.Tensor, *goal: Any) -> torch.Tensor:
+        types[bf16] = logits.dtype
+        return block_loss(logits, *goal)
+
+    monkeypatch.setattr("zerodraft.training.drafter.block_loss", watched)
+    for bf16 in (False, True):
+        out = tmp_path / str(bf16)
+        train_drafter(recipe(target_folder, completions_folder, out, steps=1, bf16=bf16), callbacks=[])
+        losses[bf16] = json.loads((out / "log.jsonl").read_text().split("\n")[0])["loss"]
+    assert types == {False: torch.float32, True: torch.bfloat16}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
 def test_a_drafter_without_coupling_gets_one(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def training_arguments(recipe: TrainingRecipe, output: str, seed: int, **kwargs:
         bf16=recipe.bf16,
         activation_checkpointing=recipe.gradient_checkpointing,
         torch_compile=recipe.compile,
-        use_cpu=recipe.use_cpu,
+        # on a machine that has nothing else transformers would refuse bfloat16 unless it is told so
+        use_cpu=recipe.use_cpu or not torch.accelerator.is_available(),
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if recipe.eval_every else "no",

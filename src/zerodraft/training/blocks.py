@@ -8,9 +8,10 @@ whole distribution there.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from zerodraft.training.features import FeatureCache
@@ -83,15 +84,37 @@ def collate(features: FeatureCache, indices: list[int], anchors: list[Int[Tensor
     )
 
 
-def draw_anchors(features: FeatureCache, index: int, count: int, seed: int) -> Int[Tensor, "A"]:
-    """`count` random block starts in a completion, different ones as long as there are enough."""
+def draw_anchors(features: FeatureCache, index: int, count: int, seed: int, copied: int = 0) -> Int[Tensor, "A"]:
+    """`count` random block starts in a completion, different ones as long as there are enough.
+
+    Args:
+        features: whose completions.
+        index: which of them.
+        count: how many.
+        seed: of the draw.
+        copied: where as many tokens have stood together before, a copy of what followed is rarely wrong: no block
+            starts there, if there are other places; 0: anywhere.
+    """
     dice = torch.Generator().manual_seed(seed)
     tokens, prompt_length = features.completions[index]
-    first = first_anchor(prompt_length)
-    choices = len(tokens) - 2 - first
-    if count > choices:
-        return first + torch.randint(choices, (count,), generator=dice)
-    return first + torch.randperm(choices, generator=dice)[:count]
+    starts = torch.arange(first_anchor(prompt_length), len(tokens) - 2)
+    if copied:
+        new = torch.from_numpy(agreements(tokens) < copied)[starts + 1]
+        starts = starts[new] if new.any() else starts
+    if count > len(starts):
+        return starts[torch.randint(len(starts), (count,), generator=dice)]
+    return starts[torch.randperm(len(starts), generator=dice)[:count]]
+
+
+def agreements(tokens: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+    """For each position: how many tokens up to and including it have stood together before."""
+    longest = np.zeros(len(tokens), np.int64)
+    # run[j]: the common end of the tokens up to i and those up to j
+    run = np.zeros(len(tokens) + 1, np.int64)
+    for i, token in enumerate(tokens):
+        run[1 : i + 1] = np.where(tokens[:i] == token, run[:i] + 1, 0)
+        longest[i] = run[1 : i + 1].max(initial=0)
+    return longest
 
 
 def coupled_loss(

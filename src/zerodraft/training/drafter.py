@@ -54,7 +54,8 @@ class DrafterTrainer(HeldBackTrainer):
         """A batch with random blocks in the given sequences."""
         indices = [example["index"] for example in examples]
         drafter: Any = self.model
-        anchors = [draw_anchors(self.features, e["index"], self.block_loss.anchors, e["seed"]) for e in examples]
+        loss = self.block_loss
+        anchors = [draw_anchors(self.features, e["index"], loss.anchors, e["seed"], loss.copied) for e in examples]
         blocks = collate(self.features, indices, anchors, drafter.config.block_size)
         return {
             "taps": blocks.taps, "kept": blocks.kept, "tokens": blocks.tokens,
@@ -65,7 +66,12 @@ class DrafterTrainer(HeldBackTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The loss of one batch of blocks."""
-        blocks = Blocks(**inputs)
+        # accelerate's own reaches no further than the network, and the LM head is a third of the work
+        with self.accelerator.autocast():
+            loss, hidden = self._loss(model, Blocks(**inputs))
+        return (loss, hidden) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, blocks: Blocks) -> tuple[Tensor, Tensor]:
         hidden = model(blocks.taps[:, :, :-1], blocks.kept, blocks.anchors, self._embed(blocks.newest))
         logits = hidden @ self.head.T
         soft = self.block_loss.label != "tokens"
@@ -81,7 +87,7 @@ class DrafterTrainer(HeldBackTrainer):
         if drafter.coupling is not None:
             coupled = drafter.coupled(hidden, self._embed(blocks.previous))
             loss = loss + coupled_loss(coupled, logits, self.head, *goal)
-        return (loss, hidden) if return_outputs else loss
+        return loss, hidden
 
     def _embed(self, ids: Int[Tensor, "*s"]) -> Float[Tensor, "*s H"]:
         return self.embedding[ids.to(self.embedding.device)].to(ids.device)
@@ -165,14 +171,16 @@ def _drafter(recipe: DrafterRecipe, target: Any, completions: Completions, train
 
 
 def _continued(recipe: DrafterRecipe) -> BlockDrafterModel:
-    """The drafter that the recipe starts from, with a new coupling if it had none."""
+    """The drafter that the recipe starts from: with a new coupling if it had none, and no more slots than are wanted."""
     assert recipe.drafter.start is not None
     old = load_pretrained(BlockDrafterModel, recipe.drafter.start, dtype=torch.float32)
     assert isinstance(old, BlockDrafterModel)
-    if old.coupling is not None or not recipe.drafter.coupling:
-        return old
     config: Any = copy.deepcopy(old.config)
-    config.coupling = recipe.drafter.coupling
+    config.coupling = config.coupling or recipe.drafter.coupling
+    config.block_size = min(config.block_size, recipe.drafter.block_size)
     drafter = BlockDrafterModel(config)
-    drafter.load_state_dict(old.state_dict(), strict=False)
+    weights = old.state_dict()
+    for name in ("slots.weight", "slots.bias"):
+        weights[name] = weights[name][: drafter.slots.out_features]
+    drafter.load_state_dict(weights, strict=False)
     return drafter

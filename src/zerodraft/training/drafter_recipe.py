@@ -21,7 +21,8 @@ class BlockRecipe:
     layers: int = 4
     """Drafter layers; they start as copies of the target's last ones."""
     block_size: int = 8
-    """Slots of a block, the known token included: as many tokens are drafted at once."""
+    """Slots of a block, the known token included: as many tokens are drafted at once. Of a drafter that is continued
+    with fewer slots the first remain."""
     draft_vocab: int = 8192
     """Draft only the tokens that are most frequent in the completions; 0: the whole vocabulary."""
     coupling: int = 256
@@ -43,9 +44,11 @@ class BlockLossRecipe:
     """Slot j weighs decay to the power j."""
     anchors: int = 32
     """Blocks per sequence and step."""
+    copied: int = 0
+    """Learn from no place where so many tokens have stood together before, since decoding copies there; 0: from all."""
 
     def __post_init__(self) -> None:
-        check_least("loss", self, anchors=1)
+        check_least("loss", self, anchors=1, copied=0)
         if not 0 < self.decay <= 1:
             raise ZerodraftError(f"loss.decay is {self.decay}; it must be above 0 and at most 1")
 
