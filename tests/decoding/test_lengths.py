@@ -184,11 +184,11 @@ def test_bad_settings_are_named(make: object, named: str) -> None:
 
 
 def grow(
-    length: CostAwareTree, chances: np.ndarray, seconds: np.ndarray, steps: int, honest: float = 1.0
+    length: CostAwareTree, chances: np.ndarray, seconds: np.ndarray, steps: int, honest: float = 1.0, seed: int = 0
 ) -> tuple[list[int], float]:
     """The sizes chosen, and the tokens per second, where nodes are accepted with these chances times `honest`, scoring
     n of them takes `seconds[n]`, and a draft a tenth of a plain step."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     sizes, tokens, spent = [], 0, 0.0
     for _ in range(steps):
         k = length.next_length()
@@ -213,12 +213,14 @@ def grow(
 def test_trees_have_nearly_the_best_size(first: float, slope: float) -> None:
     chances = first ** np.arange(1, 17)
     seconds = 0.05 * (1 + slope * np.arange(17))
-    tree = CostAwareTree()
-    grow(tree, chances, seconds, 300)
     tokens = 1 + np.concatenate([[0], chances.cumsum()])
     best = max((tokens / (seconds + seconds[0] / 10)).max(), 1 / seconds[0])
-    _, speed = grow(tree.fresh(), chances, seconds, 600)
-    assert speed >= 0.88 * best
+    speeds = []
+    for seed in range(8):
+        tree = CostAwareTree()
+        grow(tree, chances, seconds, 300, seed=seed)
+        speeds.append(grow(tree.fresh(), chances, seconds, 600, seed=seed)[1])
+    assert np.mean(speeds) >= 0.93 * best
 
 
 def test_trees_of_a_drafter_that_boasts_are_small_and_in_the_end_left_out() -> None:
@@ -255,7 +257,8 @@ def test_rows_of_a_batch_try_the_same_in_the_same_step(rows: int) -> None:
             if k:
                 tree.update(k, k, 2)
         plain += [k == 0 for k in asked]
-    assert plain.tolist() == [160 // 8] * rows
+    # eight turns in a row, then every eighth
+    assert plain.tolist() == [8 + 1] * rows
     assert all(parent._costs.measured("score", n) for n in (0, 1, 3, 7, 12))
 
 

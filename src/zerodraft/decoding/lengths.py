@@ -325,6 +325,10 @@ class Promises:
         return (self.accepted + self.drafts) / self.seconds if self.seconds else 0.0
 
 
+OFTEN = 8
+"""So many turns hold a trial each, of the later ones one in so many."""
+
+
 @dataclass(kw_only=True, slots=True)
 class CostAwareTree:
     """Always k positions; of the tree that grows from them, the n likeliest nodes with the most expected tokens per
@@ -336,7 +340,8 @@ class CostAwareTree:
 
     Attributes:
         k: Positions asked for.
-        explore: One step in so many scores another number of nodes, or is plain (with `rest`: not what it would be).
+        explore: One step in so many scores another number of nodes, and one is plain (with `rest`: not what it would
+            be). After the first few trials only one in eight is made, but for drafts while they rest.
         slack: How close to the best a promise must come, as a share of it.
         rest: Plain steps while those with a draft bring fewer tokens per second. Not for a `HybridDrafter`, whose
             copies cost nothing and which leaves its other drafter out by itself.
@@ -372,8 +377,9 @@ class CostAwareTree:
 
     def next_length(self) -> int:
         self._hoped, self._nodes = 0.0, 0
-        explore = self._clock[0] % self.explore == 0
-        return self.k if (not self.rest or self.pays()) != explore else 0
+        if self.rest and not self.pays():
+            return self.k if self._clock[0] % self.explore == 0 else 0
+        return 0 if self._trial(0) else self.k
 
     def pays(self) -> bool:
         """Whether drafts have been worth their time lately."""
@@ -385,17 +391,24 @@ class CostAwareTree:
         # the whole tree among them, or one slow step of that size would keep it from being tried again
         sizes = [n for n in (1, 3, 7, 15, 31, 63, len(chances)) if 0 < n <= len(chances)]
         unknown = [n for n in sizes if not self._costs.measured("score", n)]
-        turn, rest = divmod(self._clock[0], self.explore)
+        trial = self._trial(self.explore // 2)
         if unknown and self._clock[0] % 2:
             n = unknown[-1]
-        elif sizes and rest == self.explore // 2:
-            n = sizes[turn % len(sizes)]
+        elif sizes and trial:
+            n = sizes[trial % len(sizes)]
         else:
             seconds = self._costs.curve(len(chances), "score") + self._costs.at(self.k, "draft")
             promise = self._tokens(chances) / seconds
             n = int(np.flatnonzero(promise >= (1 - self.slack) * promise.max())[-1])
         self._hoped, self._nodes = float(chances[:n].sum()), n
         return n
+
+    def _trial(self, ahead: int) -> int:
+        """The number of the trial that this step is, from 1, or 0 if it is none; a turn's comes `ahead` of its end."""
+        turn, rest = divmod(self._clock[0] + ahead, self.explore)
+        if rest or (turn > OFTEN and turn % OFTEN):
+            return 0
+        return turn if turn <= OFTEN else OFTEN - 1 + turn // OFTEN
 
     def _tokens(self, chances: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " sizes"]:
         return 1 + self._promises.scale() * np.concatenate([[0.0], chances.cumsum()])
