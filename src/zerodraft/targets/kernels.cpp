@@ -384,6 +384,8 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
         }
         for (int64_t slot = 0; slot < seen; slot += kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(kRows, seen - slot));
+          // a tile asks for its weights, which are the queries here; keys come from memory
+          for (int64_t i = 0; i < rows * d; i += 16) __builtin_prefetch(keys + (slot + 2 * kRows) * d + i, 0, 2);
           tile_of<1>(rows, 1, keys + slot * d, d, 1, queries, 0, kPanel, d, sums);
           for (int m = 0; m < rows; m++)
             for (int v = 0; v < kVectors; v++) store(scores + (slot + m) * kPanel + v * kLanes, sums[m][0][v]);
