@@ -171,7 +171,7 @@ def _drafter(recipe: DrafterRecipe, target: Any, completions: Completions, train
 
 
 def _continued(recipe: DrafterRecipe) -> BlockDrafterModel:
-    """The drafter that the recipe starts from: with a new coupling if it had none, and no more slots than are wanted."""
+    """The drafter that the recipe starts from, with a new coupling if it had none, and only as many slots as wanted."""
     assert recipe.drafter.start is not None
     old = load_pretrained(BlockDrafterModel, recipe.drafter.start, dtype=torch.float32)
     assert isinstance(old, BlockDrafterModel)
