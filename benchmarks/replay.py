@@ -1,10 +1,10 @@
 """Other settings of drafts over the same texts, without decoding again: what a controller, a tree or a drafter changes.
 
 Greedy decoding writes the same tokens whatever is drafted. So the tokens and the target's states are computed once, and
-a drafter's lattices for every position of them; then the decoder's own parts (copies, path search, controllers) are run
-over these, and a clock is moved on by what passes cost in a `bench kernels` result and drafts cost here. What comes out
-is tokens per pass, which is exact, and the speed that these costs would give, which is modelled: use it to choose what
-to measure.
+a drafter's lattices for every position of them; then the commands' decoder runs over these, with a target and a drafter
+that know what comes, and a clock that is moved on by what passes cost in a `bench kernels` result and drafts cost here.
+What comes out is tokens per pass, which is exact, and the speed that these costs would give, which is modelled: use it
+to choose what to measure.
 
 python benchmarks/replay.py --drafters models/smollm2-drafter --limit 60
 """
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,18 +23,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from harness import emit
 from zerodraft.bench.prompts import default_files, read_questions
 from zerodraft.cli.decoding import encode, load_drafter, load_target, make_decoder
+from zerodraft.decoding import engine
 from zerodraft.decoding.lattice import Lattice
-from zerodraft.decoding.lengths import CostAwareTree
-from zerodraft.decoding.protocols import Progress
-from zerodraft.decoding.search import SearchConfig, build_tree
+from zerodraft.decoding.protocols import Progress, TargetOutput
 from zerodraft.drafters import hybrid
-from zerodraft.drafters.hybrid import HybridDrafter
 
-SEARCH = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=24)
 OVERHEAD = 0.001
 """Seconds of a step that are neither target nor drafter."""
 
@@ -43,27 +42,57 @@ OVERHEAD = 0.001
 class Written:
     """A prompt and what the target wrote after it, with its states at all positions."""
 
-    prompt: torch.Tensor
+    prompt: Tensor
     tokens: list[int]
-    taps: dict[int, torch.Tensor]
+    taps: dict[int, Tensor]
     lattices: list[Lattice] = field(default_factory=list)
 
 
 class Replay:
-    """A drafter whose lattices are known: it moves the clock on and hands them out."""
+    """A target and its drafter at once, for one text at a time: they say what is known and move the clock on."""
 
-    def __init__(self, max_length: int, seconds: float) -> None:
-        self.taps, self.max_length, self.seconds = (), max_length, seconds
+    def __init__(self, max_length: int, draft_seconds: float, cost: Callable[[int], float], vocabulary: int) -> None:
+        self.max_length, self.draft_seconds, self.cost, self.vocabulary = max_length, draft_seconds, cost, vocabulary
+        self.device, self.taps = torch.device("cpu"), ()
         self.clock = 0.0
-        self.asked = 0
-        self.lattices: Sequence[Lattice] = ()
-        self.at = 0
+        self.passes = self.nodes = self.asked = 0
+
+    def read(self, text: Written) -> "Replay":
+        """The next text."""
+        self.text, self.at = text, 0
+        return self
+
+    # the target
+
+    def prefill(self, ids: Int[Tensor, "1 T"], mask: Bool[Tensor, "1 T"], taps: Sequence[int]) -> TargetOutput:
+        """The first token."""
+        return self._next([0])
+
+    def score(
+        self, ids: Int[Tensor, "1 T"], depth: Int[Tensor, "1 T"], visible: Bool[Tensor, "1 T T"], taps: Sequence[int]
+    ) -> TargetOutput:
+        """The token at each node's depth: right on the path that is accepted, and nobody asks elsewhere."""
+        self.clock += self.cost(ids.shape[1]) + OVERHEAD
+        self.passes, self.nodes = self.passes + 1, self.nodes + ids.shape[1] - 1
+        return self._next((self.at + 1 + depth[0]).tolist())
+
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """So many tokens further."""
+        self.at += len(kept[0])
+
+    def _next(self, places: list[int]) -> TargetOutput:
+        logits = torch.zeros(1, len(places), self.vocabulary)
+        for row, place in enumerate(places):
+            logits[0, row, self.text.tokens[min(place, len(self.text.tokens) - 1)]] = 1
+        return TargetOutput(logits, None)
+
+    # the drafter
 
     def check(self, config: Any) -> None:
         """Fits."""
 
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "Replay":
-        """One text at a time."""
+        """One row."""
         return self
 
     def observe(self, progress: Sequence[Progress]) -> None:
@@ -71,9 +100,9 @@ class Replay:
 
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """The lattice of this position."""
-        self.clock += self.seconds
+        self.clock += self.draft_seconds
         self.asked += 1
-        found, k = self.lattices[self.at], lengths[0]
+        found, k = self.text.lattices[self.at], lengths[0]
         pairs = None if found.pairs is None else found.pairs[:k]
         return [Lattice(found.ids[:k], found.log_q[:k], found.chain, pairs=pairs)]
 
@@ -108,39 +137,26 @@ def draft(drafter: Any, text: Written, seconds: list[float]) -> list[Lattice]:
     return lattices
 
 
-def replay(
-    texts: Sequence[Written], drafter: HybridDrafter, length: CostAwareTree, cost: Callable[[int], float]
-) -> dict[str, float]:
+def replay(model: Any, texts: Sequence[Written], source: Replay, **settings: float) -> dict[str, float]:
     """Decodes all texts in turn with one controller, as `bench decode` does."""
-    source: Any = drafter.other
-    passes = nodes = 0
-    with patch.object(hybrid, "perf_counter", lambda: source.clock):
+    decoder: Any = make_decoder(model, source)
+    decoder.length = replace(decoder.length, **settings)
+    decoder.make_target = lambda model: source
+    with (
+        patch.object(engine, "perf_counter", lambda: source.clock),
+        patch.object(hybrid, "perf_counter", lambda: source.clock),
+    ):
         for text in texts:
-            source.lattices = text.lattices
-            controller, session = length.fresh(), drafter.start(1, torch.device("cpu"), None)
-            known, at = torch.cat([text.prompt, torch.tensor(text.tokens[:1])]), 0
-            while at < len(text.tokens) - 1:
-                source.at = at
-                session.observe([Progress(known, None)])
-                k = min(controller.next_length(), drafter.max_length, len(text.tokens) - 2 - at)
-                began = source.clock
-                (lattice,) = session.propose([k]) if k else [Lattice.empty()]
-                controller.observe_cost("draft", k, source.clock - began)
-                tree = build_tree(lattice, SEARCH, None, (), worth=controller.worth)
-                children, node, accepted = tree.children(), -1, 0
-                while (child := children[node + 1].get(text.tokens[at + 1 + accepted])) is not None:
-                    node, accepted = child, accepted + 1
-                source.clock += cost(len(tree) + 1) + OVERHEAD
-                controller.observe_cost("score", len(tree), cost(len(tree) + 1))
-                if k:
-                    controller.update(k, k, accepted)
-                known = torch.tensor(text.tokens[at + 1 : at + 2 + accepted])
-                at += accepted + 1
-                passes, nodes = passes + 1, nodes + len(tree)
+            source.read(text)
+            out = model.generate(
+                text.prompt[None], max_new_tokens=len(text.tokens), do_sample=False, custom_generate=decoder
+            )
+            assert out[0, len(text.prompt) :].tolist() == text.tokens
+    # the first token comes with the prompt
     tokens = sum(len(text.tokens) - 1 for text in texts)
     return {
-        "mat": tokens / passes, "nodes": nodes / passes, "asked": source.asked / passes,
-        "modelled_speedup": tokens * (cost(1) + OVERHEAD) / source.clock,
+        "mat": tokens / source.passes, "nodes": source.nodes / source.passes, "asked": source.asked / source.passes,
+        "modelled_speedup": tokens * (source.cost(1) + OVERHEAD) / source.clock,
     }  # fmt: skip
 
 
@@ -161,7 +177,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60, help="prompts, spread over the tasks")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--slots", type=int, nargs="+", default=[0], help="most tokens of a draft; 0: the drafter's")
-    parser.add_argument("--slack", type=float, nargs="+", default=[0.03], help="of the tree's size")
+    parser.add_argument("--slack", type=float, nargs="+", default=[0.03], help="of `CostAwareTree`")
     parser.add_argument("--explore", type=int, nargs="+", default=[48], help="steps between trials of other sizes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
@@ -175,11 +191,10 @@ def main() -> None:
         for text in texts:
             text.lattices = draft(drafter, text, seconds)
         for slots, slack, explore in product(options.slots, options.slack, options.explore):
-            source = Replay(slots or drafter.max_length, median(seconds))
-            decoder = HybridDrafter(other=source)
-            length = CostAwareTree(k=decoder.max_length, rest=False, slack=slack, explore=explore)
+            source = Replay(slots or drafter.max_length, median(seconds), cost, model.config.vocab_size)
             row = {"drafter": name, "slots": source.max_length, "slack": slack, "explore": explore}
-            rows.append(row | {"draft_ms": 1000 * source.seconds} | replay(texts, decoder, length, cost))
+            row["draft_ms"] = 1000 * source.draft_seconds
+            rows.append(row | replay(model, texts, source, slack=slack, explore=explore))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     emit({"benchmark": "replay", "prompts": len(texts), "rows": rows}, options)
 

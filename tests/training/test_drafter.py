@@ -17,7 +17,7 @@ from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.acceptance import measure_acceptance
-from zerodraft.training.blocks import agreements, block_loss, collate, coupled_loss, draw_anchors, first_anchor
+from zerodraft.training.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor, repeated
 from zerodraft.training.completions import check_vocabulary, read_completions
 from zerodraft.training.drafter import frequent_tokens, train_drafter
 from zerodraft.training.drafter_recipe import load_drafter_recipe
@@ -193,16 +193,15 @@ def test_no_block_starts_in_a_copy(features: FeatureCache) -> None:
         assert set(drawn) == expected or not expected
 
 
-def test_agreements_against_a_loop() -> None:
+def test_repeated_tokens_against_a_loop() -> None:
     dice = np.random.default_rng(0)
     for size in (0, 1, 2, 40):
         tokens = dice.integers(0, 3, size)
-        for i, found in enumerate(agreements(tokens).tolist()):
-            known = tokens[: i + 1].tolist()
-            together = [
-                n for n in range(1, i + 1) if any(known[at - n : at] == known[i + 1 - n :] for at in range(n, i + 1))
-            ]
-            assert found == max(together, default=0)
+        for count in (1, 2, 3, 6):
+            for i, found in enumerate(repeated(tokens, count).tolist()):
+                known = tokens[: i + 1].tolist()
+                last = known[i + 1 - count :] if i + 1 >= count else None
+                assert found == any(known[at - count : at] == last for at in range(count, i + 1))
 
 
 @torch.no_grad()

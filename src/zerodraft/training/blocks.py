@@ -99,22 +99,21 @@ def draw_anchors(features: FeatureCache, index: int, count: int, seed: int, copi
     tokens, prompt_length = features.completions[index]
     starts = torch.arange(first_anchor(prompt_length), len(tokens) - 2)
     if copied:
-        new = torch.from_numpy(agreements(tokens) < copied)[starts + 1]
+        new = torch.from_numpy(~repeated(tokens, copied))[starts + 1]
         starts = starts[new] if new.any() else starts
     if count > len(starts):
         return starts[torch.randint(len(starts), (count,), generator=dice)]
     return starts[torch.randperm(len(starts), generator=dice)[:count]]
 
 
-def agreements(tokens: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-    """For each position: how many tokens up to and including it have stood together before."""
-    longest = np.zeros(len(tokens), np.int64)
-    # run[j]: the common end of the tokens up to i and those up to j
-    run = np.zeros(len(tokens) + 1, np.int64)
-    for i, token in enumerate(tokens):
-        run[1 : i + 1] = np.where(tokens[:i] == token, run[:i] + 1, 0)
-        longest[i] = run[1 : i + 1].max(initial=0)
-    return longest
+def repeated(tokens: Int64[np.ndarray, "n"], count: int) -> Bool[np.ndarray, "n"]:
+    """For each position: whether the `count` tokens up to and including it have stood together before."""
+    text, seen, found = tokens.tolist(), set(), np.zeros(len(tokens), bool)
+    for end in range(count, len(text) + 1):
+        words = tuple(text[end - count : end])
+        found[end - 1] = words in seen
+        seen.add(words)
+    return found
 
 
 def coupled_loss(

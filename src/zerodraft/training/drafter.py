@@ -54,8 +54,8 @@ class DrafterTrainer(HeldBackTrainer):
         """A batch with random blocks in the given sequences."""
         indices = [example["index"] for example in examples]
         drafter: Any = self.model
-        loss = self.block_loss
-        anchors = [draw_anchors(self.features, e["index"], loss.anchors, e["seed"], loss.copied) for e in examples]
+        count, copied = self.block_loss.anchors, self.block_loss.copied
+        anchors = [draw_anchors(self.features, e["index"], count, e["seed"], copied) for e in examples]
         blocks = collate(self.features, indices, anchors, drafter.config.block_size)
         return {
             "taps": blocks.taps, "kept": blocks.kept, "tokens": blocks.tokens,
