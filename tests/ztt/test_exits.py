@@ -134,6 +134,54 @@ def in_chunks(model: ZttForCausalLM, ids: Tensor, sizes: list[int], **settings: 
     return torch.cat([out.logits for out in outs], 1), torch.cat([out.exit_depth for out in outs], 1)
 
 
+class StopsIn:
+    """Stops some tokens, by the sign of one entry of their state, but only in some of the cycles."""
+
+    reads_zero_mass = False
+
+    def __init__(self, *cycles: int) -> None:
+        self.cycles = cycles
+
+    def __call__(self, out: CycleOutput) -> Tensor:
+        return (out.hidden[:, 0] > 0) & (out.cycle in self.cycles)
+
+
+EVERYTHING = {"cycle_lora_rank": 2, "ffn_gate": True, "cycle_gates": True}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("options", [{}, {"cycle_lora_rank": 2}, EVERYTHING], ids=["plain", "lora", "everything"])
+@pytest.mark.parametrize("stops", [(1,), (1, 3), (2, 4), (1, 2, 3, 4)], ids=str)
+@torch.no_grad()
+def test_cycles_in_which_nobody_stops(stops: tuple[int, ...], options: dict[str, Any], policy: str) -> None:
+    """Whether anybody stops in a cycle depends on who else is in the pass; what a token gets must not."""
+    model, ids = tiny("llama", cycles=5, **options).double(), tokens(3, 5)
+    settings: dict[str, Any] = {"exit_rule": StopsIn(*stops), "exit_policy": policy}
+    out = model(ids, **settings)
+    assert len(out.exit_depth.unique()) > 1
+    assert gap(out.logits, model(ids, exit_depth=out.exit_depth, exit_policy=policy).logits) <= 1e-9
+    for index, row in enumerate(ids):
+        logits, depth = in_chunks(model, row[None], [1] * ids.shape[1], **settings)
+        assert torch.equal(depth[0], out.exit_depth[index])
+        assert gap(logits[0], out.logits[index]) <= 1e-9
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", SCORED)
+@torch.no_grad()
+def test_every_rule_with_everything(name: str, policy: str) -> None:
+    """Whole batch = one token at a time = a batch of one = running everything and selecting."""
+    model, ids = tiny("llama", cycles=4, **EVERYTHING).double(), tokens(3, 5)
+    settings: dict[str, Any] = {"exit_rule": splitting(model, name), "exit_policy": policy}
+    out = model(ids, **settings)
+    assert len(out.exit_depth.unique()) > 1
+    assert gap(out.logits, model(ids, exit_depth=out.exit_depth, exit_policy=policy).logits) <= 1e-9
+    for index, row in enumerate(ids):
+        logits, depth = in_chunks(model, row[None], [1] * ids.shape[1], **settings)
+        assert torch.equal(depth[0], out.exit_depth[index])
+        assert gap(logits[0], out.logits[index]) <= 1e-9
+
+
 MODELS: dict[str, ZttForCausalLM] = {}
 
 

@@ -147,7 +147,7 @@ def test_selected_depths_with_the_latest_policy_are_differentiable() -> None:
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in gradients(model).values())
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"schedule": "layer"}, {"schedule": "layer"} | EVERYTHING])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_weighted_losses_are_those_of_each_depth(family: str, options: dict[str, Any]) -> None:
     model, ids, weights = tiny(family, **options).train(), tokens(2, 8), [1.0, 2.0, 5.0]
@@ -164,6 +164,21 @@ def test_weighted_losses_are_those_of_each_depth(family: str, options: dict[str,
     expected.backward()
     for name, grad in gradients(model).items():
         assert gap(ours[name], grad) <= 1e-5 * (1 + grad.abs().max()), name
+
+
+def test_weighted_losses_without_shared_layers() -> None:
+    model, ids = tiny("llama", head_layers=3, tail_layers=1, cycles=1).train(), tokens(2, 8)
+    out = model(ids, labels=ids, cycle_weights=[3.0])
+    assert torch.equal(out.loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("schedule", ["block", "layer"])
+def test_weighted_losses_return_the_mass_and_the_logits_of_all_cycles(schedule: str) -> None:
+    model, ids = tiny("llama", schedule=schedule), tokens(2, 8)
+    expected = model(ids, output_zero_mass=True)
+    out = model(ids, labels=ids, cycle_weights=[1, 1, 1], output_zero_mass=True)
+    assert gap(out.zero_mass, expected.zero_mass) <= 1e-6
+    assert gap(out.logits, expected.logits) <= 1e-6
 
 
 def test_num_items_in_batch_is_the_divisor() -> None:

@@ -86,7 +86,7 @@ class CycleOptions:
 
     Args:
         cycles: Cycles to run for every token; None for all that the model has.
-        every_cycle: Run the tail after each cycle; the result has `cycles` times the batch, one after another.
+        every_cycle: Run the tail after each cycle too, for the losses over cycles.
         keep_mass: Collect the zero-token mass of the shared layers.
         depth: `(b, t)`, cycles of each token (from 1): run everything and select. The oracle, and for training.
         rule: Early exit, decided after each cycle.
@@ -145,6 +145,7 @@ class CycleRun(Recorder):
     inputs: list[dict[str, Any]] = field(default_factory=list)
     attention_masks: Once = field(default_factory=Once)
     masses: list[Tensor | None] = field(default_factory=list)
+    shallower: list[Tensor] = field(default_factory=list)
     exit_depth: Tensor | None = None
 
     def record(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,32 +161,39 @@ class CycleRun(Recorder):
         shared = [step for step in self.plan.shared if step.cycle < self.cycles]
         for step in self.plan.head:
             hidden = self.run_layer(step, hidden)
-        if self.options.rule is not None:
-            hidden = self.run_exits(shared, hidden)
-        else:
-            hidden = self.run_all(shared, hidden)
-            if self.options.every_cycle:
-                return hidden
+        if self.options.every_cycle:
+            return self.run_every_cycle(shared, hidden)
+        hidden = (self.run_all if self.options.rule is None else self.run_exits)(shared, hidden)
         for step in self.plan.tail:
             hidden = self.run_layer(step, hidden)
         return hidden
 
     def run_all(self, shared: list[Step], hidden: Tensor) -> Tensor:
-        """Every token through every cycle, or selected by `depth`; the states after the tail if `every_cycle`."""
+        """Every token through every cycle, or selected by `depth`."""
         memory = KvMemory() if self.options.depth is not None and self.options.policy == "latest" else None
-        results = []
-        for index, step in enumerate(shared):
+        for step in shared:
             running = None if self.options.depth is None or step.cycle == 0 else step.cycle < self.options.depth
             view = SlotView(self.cache, step.slot, memory, running=running)
             out = self.run_layer(step, hidden, view if memory or self.cache is not None else None)
             hidden = out if running is None else torch.where(running[..., None], out, hidden)
-            last_of_cycle = index + 1 == len(shared) or shared[index + 1].cycle != step.cycle
-            if self.options.every_cycle and last_of_cycle:
-                result = hidden
-                for tail_step in self.plan.tail:
-                    result = self.run_layer(tail_step, result)
-                results.append(result)
-        return torch.cat(results) if self.options.every_cycle else hidden
+        return hidden
+
+    def run_every_cycle(self, shared: list[Step], hidden: Tensor) -> Tensor:
+        """The states after the tail for the full number of cycles; those for fewer are kept in `shallower`."""
+        state, result = hidden, hidden
+        for cycle in range(self.cycles):
+            if self.plan.schedule == "block":
+                state = self.run_all([step for step in shared if step.cycle == cycle], state)
+            else:
+                # A layer's later cycles come before the next layer: every number of cycles is a pass of its own.
+                self.masses.clear()
+                state = self.run_all([step for step in shared if step.cycle <= cycle], hidden)
+            result = state
+            for step in self.plan.tail:
+                result = self.run_layer(step, result)
+            if cycle + 1 < self.cycles:
+                self.shallower.append(result)
+        return result
 
     def run_exits(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
@@ -207,6 +215,7 @@ class CycleRun(Recorder):
             stopping = int(stops.sum())
             if stopping == 0 and asked is grid:
                 depth[... if grid is None else grid.index] = cycle + 1
+                self.freeze_gone(memory, cycles[cycle], hidden, depth)
                 continue
             hidden = states if grid is None else grid.unpack(states, into=hidden)
             if stopping == len(stops):
@@ -216,10 +225,9 @@ class CycleRun(Recorder):
             index = torch.arange(b * t, device=hidden.device) if asked is None else asked.index
             grid = TokenGrid(index[~stops], b, t)
             depth[grid.index] = cycle + 1
-            if self.options.policy == "propagate":
-                # With per-cycle LoRA the states differ by cycle, else those of the newly exited hold for all of them.
-                gone = ((depth > 0) & (depth <= cycle)).nonzero()[:, 0] if self.plan.cycle_lora else index[stops]
-                self.freeze(memory, cycles[cycle], hidden, TokenGrid(gone, b, t))
+            if self.options.policy == "propagate" and not self.plan.cycle_lora:
+                self.freeze(memory, cycles[cycle], hidden, TokenGrid(index[stops], b, t))
+            self.freeze_gone(memory, cycles[cycle], hidden, depth)
             states = grid.pack(hidden)
         self.exit_depth = depth.view(b, t)
         return states if grid is None else grid.unpack(states, into=hidden)
@@ -240,14 +248,21 @@ class CycleRun(Recorder):
         self, memory: KvMemory, cycles: list[list[Step]], hidden: Tensor, gone: TokenGrid | None, depth: Tensor
     ) -> None:
         """Nobody runs any more, but later tokens will attend to the slots of the remaining cycles."""
+        if self.options.policy == "propagate" and not self.plan.cycle_lora:
+            self.freeze(memory, cycles[0], hidden, gone)
         for steps in cycles:
-            if self.options.policy == "propagate" and (steps is cycles[0] or self.plan.cycle_lora):
-                if self.plan.cycle_lora:
-                    gone = TokenGrid(depth.nonzero()[:, 0], hidden.shape[0], hidden.shape[1])
-                self.freeze(memory, steps, hidden, gone)
+            self.freeze_gone(memory, steps, hidden, depth)
             if self.cache is not None:
                 for step in steps:
                     self.cache.update(*memory[step.layer], step.slot)
+
+    def freeze_gone(self, memory: KvMemory, steps: list[Step], hidden: Tensor, depth: Tensor) -> None:
+        """With per-cycle LoRA a frozen state has other keys and values in every cycle: make those of a cycle's `steps`
+        for all tokens that left before it. Without, those of the cycle after its exit hold for all later ones."""
+        if self.options.policy == "propagate" and self.plan.cycle_lora:
+            b, t, _ = hidden.shape
+            left = (depth > 0) & (depth <= steps[0].cycle)
+            self.freeze(memory, steps, hidden, TokenGrid(left.nonzero()[:, 0], b, t))
 
     def freeze(self, memory: KvMemory, steps: list[Step], hidden: Tensor, grid: TokenGrid | None) -> None:
         """Put the keys and values that the frozen states of exited tokens give in each shared layer in place."""

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
-from zerodraft.ztt.cycling import CycleOptions
+from zerodraft.ztt.cycling import CycleOptions, CycleRun
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import build_family
 from zerodraft.ztt.pretrained import ExitRecord, ZttPreTrainedModel, current_generation
@@ -177,7 +177,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         logits, loss, cycle_losses = out.logits, None, None
         if labels is not None:
             vocabulary = self.config.vocab_size
-            readouts = logits.chunk(len(cycle_weights)) if cycle_weights is not None else [logits]
+            readouts = [*self._shallower_logits(run, logits_to_keep), logits]
             losses = [self.loss_function(x, labels, vocabulary, **loss_kwargs) for x in readouts]
             logits, loss = readouts[-1], losses[-1]
             if cycle_weights is not None:
@@ -195,6 +195,12 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             exit_depth=run.exit_depth,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _shallower_logits(self, run: CycleRun, logits_to_keep: int | Tensor) -> list[Tensor]:
+        """Logits after each number of cycles but the last, with `cycle_weights`."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        states = [hidden[:, kept] for hidden in run.shallower]
+        return [self.readout(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]) for hidden in states]
 
     @contextmanager
     def _exits(self, rule: ExitRule | None, policy: ExitPolicy):
