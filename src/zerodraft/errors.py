@@ -1,5 +1,55 @@
 """The one exception type for mistakes that a user can mend: one clear sentence, which the CLI shows as it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ZerodraftError(ValueError):
     """Bad input: the message names the value, says what was expected and what to do about it."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Around another library's reading of a user's file: whatever it raises becomes one sentence.
+
+    Libraries raise all kinds over a damaged file (`TypeError`, `IndexError`, `ZeroDivisionError`, a panic of Rust code,
+    which is no `Exception`), so all are caught; mistakes of ours would be hidden too, so none of our code belongs here.
+
+    Args:
+        what: The subject of the sentence, such as "The tokenizer in 'x'".
+    """
+    try:
+        yield
+    except (ZerodraftError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ZerodraftError(f"{what} could not be loaded: {why(error)}.") from error
+
+
+def why(error: BaseException) -> str:
+    """The first line of an error's message without its last stop, or what else the error tells."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run here"
+    # "Validation error for field 'x':" is followed by what is wrong with it
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}...").rstrip(".: ")
+
+
+LONGEST = 400
+"""Characters of another library's message that are shown."""
+
+
+def printable(text: str) -> str:
+    """The text with everything that a terminal might obey, or cannot show, as an escape: `\\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

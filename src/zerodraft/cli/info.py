@@ -34,8 +34,11 @@ class Info(Command):
         """Reads the configuration and prints what follows from it."""
         from zerodraft import ZttConfig
         from zerodraft.ztt.info import model_info
+        from zerodraft.ztt.loading import load_config
 
-        info = model_info(ZttConfig.from_pretrained(find_ztt(self.model)), context=self.context)
+        config = load_config(find_ztt(self.model))
+        assert isinstance(config, ZttConfig)
+        info = model_info(config, context=self.context)
         total, stored = info.parameters["total"], info.head_layers + info.shared_layers + info.tail_layers
         console.print(
             f"{info.family}, {info.depth} layers deep: {info.head_layers} head + {info.cycles} x {info.shared_layers} "

@@ -232,11 +232,11 @@ def holds_tokens(path: Path) -> bool:
 
 def vocabulary_of(path: Path) -> int:
     """Tokens that a model gives logits for."""
-    from transformers import AutoConfig
+    from zerodraft.ztt.loading import load_config
 
-    try:
-        return int(AutoConfig.from_pretrained(path).get_text_config().vocab_size)
-    except (OSError, ValueError, AttributeError) as error:
+    size = getattr(load_config(path).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
         raise ZerodraftError(
             f"'{path}' has no model configuration with a vocab_size: name the target that the tokens are for."
-        ) from error
+        )
+    return size

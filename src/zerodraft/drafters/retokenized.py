@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, Qwen2T
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.loading import load_tokenizer_files
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +200,8 @@ def _tokenizer(path: str | PathLike[str]) -> Any:
     is_dream = _field(folder / "tokenizer_config.json", "tokenizer_class") == "DreamTokenizer"
     loader: Any = Qwen2Tokenizer if is_dream else AutoTokenizer
     try:
-        return loader.from_pretrained(folder, config=config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
+        return load_tokenizer_files(folder, loader, config=config)
+    except ZerodraftError:
         return None
 
 

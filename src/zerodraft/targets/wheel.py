@@ -121,10 +121,14 @@ def dequantise(gguf_path: Path, destination: Path, *, max_length: int) -> dict[s
     import torch
     import transformers
 
-    directory, name = str(gguf_path.parent), gguf_path.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    from zerodraft.ztt.loading import load_pretrained, load_tokenizer_files
+
+    directory, name = gguf_path.parent, gguf_path.name
+    tokenizer = load_tokenizer_files(directory, gguf_file=name)
     tokenizer.model_max_length = max_length
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
+    loaded: Any = load_pretrained(
+        transformers.AutoModelForCausalLM, directory, gguf_file=name, dtype=torch.float32, use_safetensors=None
+    )
     # The loaded model still calls itself quantised and refuses to be saved: copy its weights into a fresh one.
     values = loaded.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path"):

@@ -58,7 +58,7 @@ def small_from_target(target: PreTrainedModel, num_layers: int = 4, take: Take =
             "language model with one list of layers; train a block drafter instead (--kind block)."
         )
     chosen = layers_to_take(config.num_hidden_layers, num_layers, take)
-    model = AutoModelForCausalLM.from_config(restack(config, chosen), dtype=target.dtype)
+    model = AutoModelForCausalLM.from_config(restack(config, chosen), dtype=target.dtype, trust_remote_code=False)
     model.load_state_dict(restack_weights(target.state_dict(), paths[0], chosen))
     model.generation_config = copy.deepcopy(target.generation_config)
     return model

@@ -15,7 +15,7 @@ from zerodraft.targets.resolve import resolve
 from zerodraft.training.recipe import ModelRecipe
 from zerodraft.training.strict import did_you_mean
 from zerodraft.ztt.config import ZttConfig
-from zerodraft.ztt.loading import load_pretrained
+from zerodraft.ztt.loading import load_config, load_pretrained
 from zerodraft.ztt.model import ZttForCausalLM
 
 SIZES = (
@@ -43,7 +43,7 @@ def build_from_scratch(recipe: ModelRecipe, tokenizer: Any) -> PreTrainedModel:
     sizes = {name: getattr(recipe, name) for name in SIZES}
     base = AutoConfig.for_model(recipe.family, **sizes, **special, vocab_size=len(tokenizer), **recipe.base)
     if recipe.kind == "plain":
-        model = AutoModelForCausalLM.from_config(base)
+        model = AutoModelForCausalLM.from_config(base, trust_remote_code=False)
     else:
         model = ZttForCausalLM(ZttConfig(base_config=base, **_cycling(recipe)))
     # transformers does not look into a nested configuration for these
@@ -54,7 +54,7 @@ def build_from_scratch(recipe: ModelRecipe, tokenizer: Any) -> PreTrainedModel:
 def build_from_start(recipe: ModelRecipe) -> PreTrainedModel:
     """The checkpoint `recipe.start`; a plain one is converted unless the recipe wants a plain model."""
     path = resolve(recipe.start or "")
-    is_ztt = AutoConfig.from_pretrained(path).model_type == ZttConfig.model_type
+    is_ztt = load_config(path).model_type == ZttConfig.model_type
     if recipe.kind == "plain" and is_ztt:
         raise ZerodraftError(f"model.start '{recipe.start}' is a Zero Token Transformer, so model.kind must be 'ztt'")
     # weights are trained in float32, whatever they were saved in; bf16 is a matter of autocast

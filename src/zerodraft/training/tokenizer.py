@@ -1,8 +1,7 @@
 """Byte-level BPE tokenizers for from-scratch runs, trained with `tokenizers` and kept in transformers' own format.
 
-Byte-level: every text can be encoded, so there is no unknown token. Training is deterministic, so recipes that name
-    the same
-data and size get the same tokenizer.
+Byte-level: every text can be encoded, so there is no unknown token. Training is deterministic, so recipes that name the
+same data and size get the same tokenizer.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.ztt.loading import load_tokenizer_files
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD)
@@ -57,10 +57,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         ZerodraftError: nothing there that transformers can read, or it has no end-of-text token.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ZerodraftError(f"no tokenizer could be loaded from '{path}': {str(error).splitlines()[0]}") from error
+    tokenizer = load_tokenizer_files(path)
     if tokenizer.eos_token_id is None:
         raise ZerodraftError(f"the tokenizer in '{path}' has no end-of-text token, which separates documents")
     return tokenizer

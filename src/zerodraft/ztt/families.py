@@ -46,7 +46,7 @@ def build_family(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
         ZerodraftError: transformers has no such model, or its attention does not go through the AttentionInterface.
     """
     try:
-        return auto_class.from_config(config)
+        return auto_class.from_config(config, trust_remote_code=False)
     except ValueError as error:
         reason = re.split(r"\.?\s*\n|\. ", str(error), maxsplit=1)[0].rstrip(".")
         raise ZerodraftError(f"{type(config).__name__} cannot be cycled: {reason}.") from error

@@ -1,20 +1,50 @@
-"""`from_pretrained` that refuses what transformers would only warn about: weights missing, misshapen, or not finite."""
+"""The one place where models, configurations and tokenizers come from: transformers' `from_pretrained` without running
+code that lies beside the files, and with one sentence for whatever is wrong with them.
+
+transformers only warns where weights are missing, misshapen or not finite, and asks on standard input whether it may
+run code; both are refused here. Sizes in `config.json` are compared with what the weight files hold before anything is
+allocated by them.
+"""
 
 from collections.abc import Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, reading
+from zerodraft.files import check_regular, read_json
+
+Name = str | PathLike[str]
 
 
-def load_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
-    """Load a model by a class with `from_pretrained` (an `AutoModelForCausalLM`, a `ZttForCausalLM`), from safetensors
-    alone and without running code that lies beside them.
+def load_config(name: Name) -> PreTrainedConfig:
+    """The configuration of a model.
+
+    Raises:
+        ZerodraftError: there is none, or it is none of a kind that transformers knows.
+    """
+    check_files(name)
+    with reading(f"The configuration of {str(name)!r}"):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def load_tokenizer_files(name: Name, loader: Any = AutoTokenizer, **options: Any) -> Any:
+    """A tokenizer as it was saved; `loader` is a class of transformers.
+
+    Raises:
+        ZerodraftError: nothing there that transformers can read.
+    """
+    check_files(name)
+    with reading(f"The tokenizer in {str(name)!r}"):
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def load_pretrained(auto_class: Any, name: Name, **kwargs: Any) -> PreTrainedModel:
+    """Load a model by a class with `from_pretrained` (an `AutoModelForCausalLM`, a `ZttForCausalLM`).
 
     Args:
         auto_class: Whose `from_pretrained` to call.
@@ -24,13 +54,10 @@ def load_pretrained(auto_class: Any, name: str | PathLike[str], **kwargs: Any) -
     Raises:
         ZerodraftError: nothing to load there, a corrupted file, weights missing or of another shape, NaN or infinite.
     """
-    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False} | kwargs
-    try:
-        loaded = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    except ZerodraftError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ZerodraftError(f"The model {str(name)!r} could not be loaded: {_first_sentence(error)}") from error
+    check_files(name)
+    options = {"dtype": "auto", "use_safetensors": True} | kwargs
+    with reading(f"The model {str(name)!r}"):
+        loaded = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     model, info = loaded
     for problem, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
         if wrong := sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[problem]):
@@ -50,6 +77,17 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], owner: str) -> None:
             raise ZerodraftError(f"The weight {name!r} of {owner!r} holds NaN or infinity: the checkpoint is damaged.")
 
 
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:") + "."
+READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+"""What transformers reads of a model's directory."""
+
+
+def check_files(name: Name) -> None:
+    """Raise for a directory of which transformers would open something that is no file."""
+    folder = Path(name)
+    if folder.is_dir():
+        for pattern in READ:
+            for path in folder.glob(pattern):
+                check_regular(path)
+        for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            if (folder / file).exists():
+                read_json(folder / file)
