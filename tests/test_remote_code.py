@@ -88,7 +88,7 @@ COMMANDS = {
     "to-base": "convert {}/ztt --output {}/base --mode to-base",
     "calibrate": "calibrate {}/ztt --text {}/text.txt --budget 0.9 --blocks 1 --block-length 8 --dry-run --output {}",
     "distill": "distill --target {}/plain --prompts {}/text.txt --out {}/out --max-new-tokens 2 --no-chat",
-    "train-drafter": "train-drafter --target {}/plain --data {}/completions --out {}/run --held-back.sequences 1",
+    "train-drafter": "train-drafter --target {}/plain --data {}/completions --out {}/run --training.steps 1",
     "eval-drafter": "eval-drafter {}/plain --target {}/plain --data {}/completions",
     "export-drafter": "export-drafter {}/plain {}/exported",
     "ngram": "ngram build {}/text.txt --target {}/plain --out {}/table",
@@ -108,7 +108,7 @@ def test_no_command_runs_it(hostile: Path) -> None:
     program += "    sys.stdin = io.TextIOWrapper(io.BytesIO(b'y\\nyes\\n' * 20))\n"
     program += "    print(words, file=sys.stderr)\n    print(main(words))\n"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=hostile, timeout=280, input="y\n" * 99
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=hostile, timeout=120, input="y\n" * 99
     )
     assert not (hostile / "was run").exists(), done.stderr
     assert done.returncode == 0, done.stderr
