@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashModel, default_taps
+from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.loading import check_finite
 
@@ -87,7 +88,7 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
         )
     try:
         config = DFlashConfig.from_dict(fields) if layout == "ours" else config_of(fields, layout)
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except (KeyError, TypeError, ValueError, StrictDataclassError, ZerodraftError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
         raise ZerodraftError(
             f"The config.json in '{folder}' is not that of a DFlash drafter that can be loaded: {reason}."
@@ -112,7 +113,7 @@ def config_of(fields: Mapping[str, Any], layout: str) -> DFlashConfig:
 
     Raises:
         KeyError: a field is missing.
-        ValueError: one has a value that asks for something else than this network.
+        ValueError, ZerodraftError: one has a value that asks for something else than this network.
     """
     theirs = layout == "transformers"
     outer = {name: value for name, value in fields.items() if value is not None}
@@ -125,11 +126,6 @@ def config_of(fields: Mapping[str, Any], layout: str) -> DFlashConfig:
         if both.get(name, only) != only:
             raise ValueError(f"{name} is {both[name]}, and only {only} is supported")
     heads, cap = outer["num_attention_heads"], both.get("final_logit_softcapping")
-    rope = outer.get("rope_parameters") or {
-        "rope_type": "default",
-        **outer.get("rope_scaling", {}),
-        "rope_theta": outer.get("rope_theta", 500000.0 if theirs else 1000000.0),
-    }
     count = both.get("num_target_layers", 0)
     scale = both.get("input_embedding_scale", None if theirs else 1.0)
     return DFlashConfig(
@@ -139,7 +135,7 @@ def config_of(fields: Mapping[str, Any], layout: str) -> DFlashConfig:
             **{name: outer[name] for name in SAME if name in outer},
             **_attention(outer, inner, theirs),
             "attention_bias": bool(outer.get("attention_bias", False)),
-            "rope_parameters": rope,
+            "rope_parameters": rope_parameters(outer, theta=500000.0 if theirs else 1000000.0),
             "block_size": int(both.get("block_size", 16)) - 1,
             "mask_token_id": int(both["mask_token_id"]),
             "target_layer_ids": both.get("target_layer_ids") or default_taps(count, outer["num_hidden_layers"]),

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel, rotary_of
+from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.loading import check_finite, load_pretrained
 
@@ -36,9 +37,6 @@ class Format:
 def dream_config(fields: Fields) -> MaskedConfig:
     """Dream and DiffuCoder: the fields of Qwen2 and `mask_token_id`."""
     _refuse(fields, use_sliding_window=False, use_mrope=False)
-    rope: dict[str, Any] = {"rope_type": "default", **(fields.get("rope_scaling") or {})}
-    if "type" in rope:
-        rope["rope_type"] = rope.pop("type")
     return MaskedConfig(
         vocab_size=_need(fields, "vocab_size"),
         hidden_size=_need(fields, "hidden_size"),
@@ -48,7 +46,7 @@ def dream_config(fields: Fields) -> MaskedConfig:
         num_key_value_heads=fields.get("num_key_value_heads"),
         hidden_act=fields.get("hidden_act", "silu"),
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
-        rope_parameters={"rope_theta": float(fields.get("rope_theta", 10000.0)), **rope},
+        rope_parameters=rope_parameters({"max_position_embeddings": 32768} | dict(fields), theta=10000.0),
         max_position_embeddings=fields.get("max_position_embeddings", 32768),
         attention_bias=True,
         tie_word_embeddings=fields.get("tie_word_embeddings", False),
@@ -69,7 +67,7 @@ def llada_config(fields: Fields) -> MaskedConfig:
         attention_layer_norm=False, include_bias=False, bias_for_layer_norm=False, input_emb_norm=False,
         scale_logits=False, block_group_size=1,
     )  # fmt: skip
-    heads, width = _need(fields, "n_heads"), _need(fields, "d_model")
+    heads, width, longest = _need(fields, "n_heads"), _need(fields, "d_model"), fields.get("max_sequence_length", 4096)
     return MaskedConfig(
         vocab_size=fields.get("embedding_size") or _need(fields, "vocab_size"),
         hidden_size=width,
@@ -79,8 +77,11 @@ def llada_config(fields: Fields) -> MaskedConfig:
         num_key_value_heads=fields.get("n_kv_heads") or (1 if fields.get("multi_query_attention") else heads),
         hidden_act="silu",
         rms_norm_eps=fields.get("rms_norm_eps", 1e-5),
-        rope_parameters={"rope_type": "default", "rope_theta": float(fields.get("rope_theta", 10000.0))},
-        max_position_embeddings=fields.get("max_sequence_length", 4096),
+        rope_parameters=rope_parameters(
+            dict(fields) | {"max_position_embeddings": longest, "hidden_size": width, "num_attention_heads": heads},
+            theta=10000.0,
+        ),
+        max_position_embeddings=longest,
         attention_bias=fields.get("include_qkv_bias", False),
         tie_word_embeddings=fields.get("weight_tying", False),
         mask_token_id=fields.get("mask_token_id", 126336),

@@ -1,0 +1,66 @@
+"""Rotary positions of a published drafter: what its `config.json` says, in the spelling of transformers 5.
+
+Files of different years say the same in different words: `rope_scaling: {"type": "yarn", ...}` beside `rope_theta`,
+`rope_scaling: {"rope_type": ...}`, or all of it in `rope_parameters`. transformers' own configuration reads them.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from zerodraft.errors import ZerodraftError
+
+# The fields that take part. The original length stands beside the others in Phi's files.
+_FIELDS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "hidden_size",
+    "num_attention_heads",
+    "head_dim",
+)
+
+
+def rope_parameters(fields: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """`rope_parameters` of a published configuration.
+
+    Args:
+        fields: Its `config.json`.
+        theta: The base where it names none.
+
+    Raises:
+        ZerodraftError: it asks for something else than one rotation of whole heads that transformers knows.
+    """
+    given: dict[str, Any] = {"rope_theta": theta} | {
+        name: fields[name] for name in _FIELDS if fields.get(name) is not None
+    }
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(given.get(name, {}), Mapping):
+            raise ZerodraftError(f"'{name}' is {given[name]!r}, expected an object.")
+    try:
+        config = LlamaConfig(**copy.deepcopy(given))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split()).rstrip(".")
+        raise ZerodraftError(f"its rotary positions cannot be read: {reason}.") from error
+    rope: dict[str, Any] = {name: value for name, value in (config.rope_parameters or {}).items() if name != "type"}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ZerodraftError(
+            "'rope_parameters' has one entry for each kind of layer, and only one for all is supported."
+        )
+    kinds = ("default", *ROPE_INIT_FUNCTIONS)
+    if rope["rope_type"] not in kinds:
+        raise ZerodraftError(
+            f"the rotary scaling {rope['rope_type']!r} is unknown, expected one of {', '.join(kinds)}."
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ZerodraftError(
+            f"'partial_rotary_factor' is {rope['partial_rotary_factor']!r}, and only heads that are rotated whole are "
+            "supported."
+        )
+    return rope
