@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from zerodraft.errors import ZerodraftError
-from zerodraft.training.base import last_checkpoint
 from zerodraft.training.callbacks import read_log
+from zerodraft.training.folder import last_checkpoint
 from zerodraft.training.run import finetune, pretrain
 from zerodraft.training.tokenizer import load_tokenizer
 

@@ -26,7 +26,7 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.autoregressive_recipe import AutoregressiveDrafterRecipe, AutoregressiveRecipe
 from zerodraft.training.completions import Completions, check_vocabulary
-from zerodraft.training.drafter_run import HeldBackTrainer, prepare
+from zerodraft.training.drafter_run import HeldBackTrainer, prepared
 from zerodraft.training.tokenizer import load_tokenizer
 from zerodraft.training.walk import WalkAcceptance, first_drafted, measure_walks, walk
 from zerodraft.ztt.config import ZttConfig
@@ -149,18 +149,18 @@ def train_autoregressive(
         ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
             finite.
     """
-    run = prepare(recipe, resume)
-    run.tokenizer = load_tokenizer(resolve(recipe.target))
-    model = _model(recipe.autoregressive, run.target)
-    vocab_size = run.target.config.get_text_config().vocab_size
-    # whether it can draft, and for this target
-    AutoregressiveDrafter(model, vocab_size=vocab_size)
-    check_vocabulary(run.completions, model.get_input_embeddings().weight.shape[0])
-    for kept in (model.get_input_embeddings(), model.get_output_embeddings()):
-        kept.requires_grad_(False)
-    run.target = None  # its memory is needed no more
-    options = {"autoregressive": recipe.autoregressive, "completions": run.completions, "vocab_size": vocab_size}
-    return run.go(AutoregressiveTrainer, model, 1, callbacks, **options)
+    with prepared(recipe, resume) as run:
+        run.tokenizer = load_tokenizer(resolve(recipe.target))
+        model = _model(recipe.autoregressive, run.target)
+        vocab_size = run.target.config.get_text_config().vocab_size
+        # whether it can draft, and for this target
+        AutoregressiveDrafter(model, vocab_size=vocab_size)
+        check_vocabulary(run.completions, model.get_input_embeddings().weight.shape[0])
+        for kept in (model.get_input_embeddings(), model.get_output_embeddings()):
+            kept.requires_grad_(False)
+        run.target = None  # its memory is needed no more
+        options = {"autoregressive": recipe.autoregressive, "completions": run.completions, "vocab_size": vocab_size}
+        return run.go(AutoregressiveTrainer, model, 1, callbacks, **options)
 
 
 def _model(recipe: AutoregressiveRecipe, target: Any) -> Any:

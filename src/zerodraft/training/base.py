@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.callbacks import JsonLog
@@ -42,7 +42,7 @@ class RecipeTrainer(Trainer):
 
     def __init__(self, *, recipe: TrainingRecipe, log: JsonLog | None, **kwargs: Any) -> None:
         self.recipe, self.json_log = recipe, log
-        self._micro_step = 0
+        self._micro_step, self._step = 0, 0
         self._saving = False
         self._unwritten: list[tuple[dict[str, Any], torch.Tensor]] = []
         super().__init__(**kwargs)
@@ -87,23 +87,31 @@ class RecipeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One forward and backward pass, logged."""
+        # the last update of an epoch may have fewer passes, so they are not counted by `accumulation`
+        step = self.state.global_step + 1
+        self._micro_step = self._micro_step + 1 if step == self._step else 0
+        self._step = step
         arguments = self.step_arguments(inputs)
         loss = super().training_step(model, {**inputs, **arguments}, num_items_in_batch)
         if not math.isfinite(loss.item()):
             raise ZerodraftError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate "
+                f"the loss became {loss.item()} at step {step}: lower training.learning_rate "
                 "(or check the weights that the run started from); checkpoints up to here are kept"
             )
         if self._micro_step == 0:
             rate = self.optimizer.param_groups[-1]["lr"]  # type: ignore[union-attr]  # there is one in training
-            row = {"step": self.state.global_step + 1, "learning_rate": rate}
+            row = {"step": step, "learning_rate": rate}
             self._unwritten.append(({**row, **{name: arguments.get(name) for name in self.logged_arguments}}, loss))
         else:
             row, earlier = self._unwritten[-1]
             # several forward passes, each with its own arguments
             self._unwritten[-1] = ({**row, **dict.fromkeys(self.logged_arguments)}, earlier + loss)
-        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # of a run that was killed after its last step: the Trainer would make one more and only then look
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Also writes what has been trained since the last log to `log.jsonl`."""
@@ -121,6 +129,11 @@ class RecipeTrainer(Trainer):
             for (row, _), loss in zip(self._unwritten, losses.tolist(), strict=True):
                 self.json_log.write(**{key: value for key, value in row.items() if value is not None}, loss=loss)
         self._unwritten = []
+
+    def passes_before(self, step: int) -> int:
+        """Forward passes that each process makes in the first `step` updates."""
+        rows = len(self.train_dataset) // self.args.per_device_train_batch_size  # type: ignore[arg-type]  # it has a length
+        return forward_passes(step, rows // self.args.world_size, self.recipe.accumulation)
 
     # --- checkpoints ---
 
@@ -149,9 +162,10 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Path of the newest complete checkpoint in a run's folder."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+def forward_passes(steps: int, batches: int, accumulation: int) -> int:
+    """Forward passes in `steps` updates, when `batches` make an epoch and its last update takes what is left of it."""
+    updates = -(-batches // accumulation)
+    return steps // updates * batches + steps % updates * accumulation
 
 
 def training_arguments(recipe: TrainingRecipe, output: str, seed: int, **kwargs: Any) -> TrainingArguments:

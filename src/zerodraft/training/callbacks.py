@@ -28,9 +28,12 @@ class JsonLog:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self.path)
+        self._kept = {(row["step"], *row) for row in kept}
 
     def write(self, **row: Any) -> None:
-        """Appends `row`, which must have a `step`."""
+        """Appends `row`, which must have a `step`; not if a resumed run only measures again what is there."""
+        if (row["step"], *row) in self._kept:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.completions import Completion, read_shard, write_shard, write_whole
+from zerodraft.training.lock import LOCK, locked
 from zerodraft.training.prompts import Prompt, PromptEncoder, fingerprint
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST = "manifest.json"
 
 SMALLEST_TEMPERATURE = 1e-4
 """Logits over smaller ones are infinite; 0 is greedy."""
@@ -230,22 +230,16 @@ def _complete(
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """The directory, made if need be, held against other processes; what killed ones left half-written is removed."""
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / MANIFEST).is_file() and not (folder / LOCK).is_file():
-            raise ZerodraftError(f"'{folder}' holds other files: name a new directory for the completions.")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ZerodraftError(f"Another process is writing completions into '{folder}'.") from error
-    except OSError as error:
-        raise ZerodraftError(f"The directory '{folder}' cannot be written: {error.strerror or error}.") from error
-    try:
+    if not (folder / MANIFEST).is_file() and not (folder / LOCK).is_file() and _holds_anything(folder):
+        raise ZerodraftError(f"'{folder}' holds other files: name a new directory for the completions.")
+    with locked(folder, f"Another process is writing completions into '{folder}'."):
         for leftover in folder.glob(".*.partial"):
             leftover.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _check_same(folder: Path, made_with: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from zerodraft.training.acceptance import Acceptance, measure_acceptance
 from zerodraft.training.blocks import Blocks, block_loss, collate, coupled_loss, draw_anchors
 from zerodraft.training.completions import Completions
 from zerodraft.training.drafter_recipe import BlockLossRecipe, DrafterRecipe
-from zerodraft.training.drafter_run import HeldBackTrainer, prepare
+from zerodraft.training.drafter_run import HeldBackTrainer, prepared
 from zerodraft.training.features import FeatureCache
 from zerodraft.ztt.loading import load_pretrained
 
@@ -123,27 +123,27 @@ def train_drafter(
         ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
             finite.
     """
-    run = prepare(recipe, resume)
-    drafter = (build or _drafter)(recipe, run.target, run.completions, run.train)
-    taps = [*drafter.config.layers, run.target.config.get_text_config().num_hidden_layers]
-    features = FeatureCache(run.target, run.completions, taps, Path(recipe.cache or run.folder / "features"))
-    if recipe.cached_only:
-        run.train = [i for i in run.train if i in features]
-        if len(run.train) < recipe.training.batch_size:
-            raise ZerodraftError(
-                f"cached_only is set, but the hidden states of only {len(run.train)} completions are in "
-                f"'{features.folder}': give the cache of an earlier run, or leave cached_only out."
-            )
-    return run.go(
-        DrafterTrainer,
-        drafter,
-        recipe.loss.anchors,
-        callbacks,
-        block_loss=recipe.loss,
-        features=features,
-        embedding=run.target.get_input_embeddings().weight.detach(),
-        head=run.target.get_output_embeddings().weight.detach()[drafter.draft_ids].contiguous(),
-    )
+    with prepared(recipe, resume) as run:
+        drafter = (build or _drafter)(recipe, run.target, run.completions, run.train)
+        taps = [*drafter.config.layers, run.target.config.get_text_config().num_hidden_layers]
+        features = FeatureCache(run.target, run.completions, taps, Path(recipe.cache or run.folder / "features"))
+        if recipe.cached_only:
+            run.train = [i for i in run.train if i in features]
+            if len(run.train) < recipe.training.batch_size:
+                raise ZerodraftError(
+                    f"cached_only is set, but the hidden states of only {len(run.train)} completions are in "
+                    f"'{features.folder}': give the cache of an earlier run, or leave cached_only out."
+                )
+        return run.go(
+            DrafterTrainer,
+            drafter,
+            recipe.loss.anchors,
+            callbacks,
+            block_loss=recipe.loss,
+            features=features,
+            embedding=run.target.get_input_embeddings().weight.detach(),
+            head=run.target.get_output_embeddings().weight.detach()[drafter.draft_ids].contiguous(),
+        )
 
 
 def frequent_tokens(completions: Completions, indices: Sequence[int], size: int, vocabulary: int) -> Int[Tensor, "v"]:

@@ -8,7 +8,8 @@ run is that of `pretrain`: `recipe.json`, `log.jsonl` (every step), `checkpoint-
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from zerodraft.targets.resolve import resolve
 from zerodraft.training.base import RecipeTrainer, training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.completions import Completions, check_vocabulary, read_completions
-from zerodraft.training.run import check_folder, provenance, save_model, start_folder, write_json
+from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder, write_json
+from zerodraft.training.run import provenance, save_model
 from zerodraft.ztt.loading import load_pretrained
 
 SHORTEST = 12
@@ -143,9 +145,7 @@ class DrafterRun:
                 f"A batch takes {needed} sequences (training.batch_size of each process), but there are only "
                 f"{len(self.train)} to train on: distil more, or lower training.batch_size."
             )
-        resumed_step = int(self.checkpoint.rsplit("-", 1)[1]) if self.checkpoint else 0
-        log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
-        per_step = recipe.training.batch_size * recipe.training.accumulation * arguments.world_size * blocks
+        log = start_folder(folder, recipe, checkpoint_step(self.checkpoint)) if arguments.process_index == 0 else None
         trainer = trainer_class(
             recipe=recipe.training,
             log=log,
@@ -155,7 +155,9 @@ class DrafterRun:
             args=arguments,
             train_dataset=Sequences(self.train, recipe.seed),
             eval_dataset=Sequences(self.held_back, recipe.seed),
-            callbacks=[ProgressBar(per_step, "blocks")] if callbacks is None else list(callbacks),
+            callbacks=[ProgressBar(needed * blocks * recipe.training.accumulation, "blocks")]
+            if callbacks is None
+            else list(callbacks),
             **options,
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -168,7 +170,7 @@ class DrafterRun:
             "parameters": drafter.num_parameters(),
             "trained_parameters": drafter.num_parameters(only_trainable=True),
             "steps": trainer.state.global_step,
-            "blocks": trainer.state.global_step * per_step,
+            "blocks": trainer.passes_before(trainer.state.global_step) * needed * blocks,
             "seconds": seconds,
             "resumed_from": self.checkpoint and Path(self.checkpoint).name,
             "completions": {
@@ -183,18 +185,22 @@ class DrafterRun:
         }
         save_model(trainer, folder, self.tokenizer)
         if trainer.is_world_process_zero():
-            write_json(folder / "results.json", results)
+            write_json(folder / RESULTS, results)
         return results
 
 
-def prepare(recipe: Any, resume: bool) -> DrafterRun:
-    """Looks at the folder, reads completions and target, splits the data, and seeds.
+@contextmanager
+def prepared(recipe: Any, resume: bool) -> Iterator[DrafterRun]:
+    """Holds the folder, reads completions and target, splits the data, and seeds.
 
     Raises:
         ZerodraftError: recipe, target and completions do not fit, or the folder holds another run.
     """
-    folder = Path(recipe.out)
-    checkpoint = check_folder(folder, recipe, resume)
+    with claimed(recipe.out, recipe, resume) as checkpoint:
+        yield _prepare(recipe, Path(recipe.out), checkpoint)
+
+
+def _prepare(recipe: Any, folder: Path, checkpoint: str | None) -> DrafterRun:
     completions = read_completions([os.path.expandvars(path) for path in recipe.data])
     arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
     target: Any = load_pretrained(AutoModelForCausalLM, resolve(recipe.target), dtype=torch.float32)

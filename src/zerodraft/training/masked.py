@@ -24,7 +24,7 @@ from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.completions import Completions
-from zerodraft.training.drafter_run import HeldBackTrainer, prepare
+from zerodraft.training.drafter_run import HeldBackTrainer, prepared
 from zerodraft.training.masked_recipe import MaskedDrafterRecipe, MaskedRecipe
 from zerodraft.training.walk import WalkAcceptance, first_drafted, measure_walks, walk
 
@@ -226,13 +226,13 @@ def train_masked(
         ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
             finite.
     """
-    run = prepare(recipe, resume)
-    model = _model(recipe.masked, run.target)
-    vocab_size = run.target.config.get_text_config().vocab_size
-    run.target = None  # its memory is needed no more
-    blocks = recipe.masked.blocks if recipe.masked.masking == "blocks" else 1
-    options = {"masked": recipe.masked, "completions": run.completions, "vocab_size": vocab_size}
-    return run.go(MaskedTrainer, model, blocks, callbacks, **options)
+    with prepared(recipe, resume) as run:
+        model = _model(recipe.masked, run.target)
+        vocab_size = run.target.config.get_text_config().vocab_size
+        run.target = None  # its memory is needed no more
+        blocks = recipe.masked.blocks if recipe.masked.masking == "blocks" else 1
+        options = {"masked": recipe.masked, "completions": run.completions, "vocab_size": vocab_size}
+        return run.go(MaskedTrainer, model, blocks, callbacks, **options)
 
 
 def _model(recipe: MaskedRecipe, target: Any) -> MaskedModel:

@@ -1,14 +1,9 @@
-"""`pretrain` and `finetune`: a recipe in, a trained model with its log and results out.
-
-A run's folder holds `recipe.json`, `log.jsonl` (every step), `checkpoint-N/`, and at the end `model/` and
-`results.json`.
-"""
+"""`pretrain` and `finetune`: a recipe in, a trained model with its log and results out (see `folder`)."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -26,30 +21,16 @@ import zerodraft
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.adapters import add_adapters
-from zerodraft.training.base import RecipeTrainer, last_checkpoint, training_arguments
-from zerodraft.training.callbacks import JsonLog, ProgressBar
+from zerodraft.training.base import RecipeTrainer, training_arguments
+from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.data import TextData, build_data, read_documents, split_documents
+from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder, write_json
 from zerodraft.training.losses import CycleLoss
 from zerodraft.training.models import build_from_scratch, build_from_start, number_of_cycles
 from zerodraft.training.recipe import Recipe
-from zerodraft.training.strict import from_mapping, to_mapping
+from zerodraft.training.strict import to_mapping
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
 from zerodraft.training.trainer import ZttTrainer
-
-MAY_CHANGE = (
-    "steps",
-    "max_minutes",
-    "decay_fraction",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "tensorboard",
-)
-"""Fields of `training` that a resumed run may have other values of."""
-
-PLACES = ("output", "out", "cache")
-"""Where a run lives may change too."""
 
 
 def pretrain(
@@ -83,8 +64,13 @@ def finetune(
 
 
 def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | None) -> dict[str, Any]:
-    folder = Path(recipe.output)
-    checkpoint = check_folder(folder, recipe, resume)
+    with claimed(recipe.output, recipe, resume) as checkpoint:
+        return _train(recipe, Path(recipe.output), checkpoint, callbacks)
+
+
+def _train(
+    recipe: Recipe, folder: Path, checkpoint: str | None, callbacks: Sequence[TrainerCallback] | None
+) -> dict[str, Any]:
     set_seed(recipe.seed)
     documents = read_documents(recipe.data.train, recipe.data)
     tokenizer = _tokenizer(recipe, documents)
@@ -99,12 +85,16 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
     if recipe.peft.rank:
         model = add_adapters(model, recipe.peft)
 
-    resumed_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    resumed_step = checkpoint_step(checkpoint)
     arguments = training_arguments(recipe.training, str(folder), recipe.seed, **_environment(recipe, model))
+    batch = recipe.training.batch_size * arguments.world_size
+    if len(data.train) < batch:
+        raise ZerodraftError(
+            f"data.train makes {len(data.train)} blocks of {recipe.data.context_length} tokens, a batch takes {batch}: "
+            "give more text, or lower data.context_length or training.batch_size"
+        )
     log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
-    tokens = (
-        recipe.training.batch_size * recipe.training.accumulation * arguments.world_size * recipe.data.context_length
-    )
+    tokens = batch * recipe.data.context_length
     trainer = ZttTrainer(
         recipe=recipe.training,
         cycle_loss=cycle_loss,
@@ -118,7 +108,7 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
         # blocks have no padding, and a mask of ones would only cost the fused causal attention
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[ProgressBar(tokens)] if callbacks is None else list(callbacks),
+        callbacks=[ProgressBar(tokens * recipe.training.accumulation)] if callbacks is None else list(callbacks),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     started = time.perf_counter()
@@ -127,20 +117,21 @@ def _run(recipe: Recipe, resume: bool, callbacks: Sequence[TrainerCallback] | No
     trainer.write_losses()
     trained: Any = trainer.model
     steps = trainer.state.global_step
+    seen, new = trainer.passes_before(steps), trainer.passes_before(steps) - trainer.passes_before(resumed_step)
     results = {
         "parameters": parameters,
         "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "steps": steps,
-        "tokens": steps * tokens,
+        "tokens": seen * tokens,
         "seconds": seconds,
-        "tokens_per_second": (steps - resumed_step) * tokens / seconds,
+        "tokens_per_second": new * tokens / seconds,
         "resumed_from": checkpoint and Path(checkpoint).name,
         "evaluation": trainer.evaluate(),
         **provenance(recipe),
     }
     save_model(trainer, folder, tokenizer, adapters=bool(recipe.peft.rank))
     if trainer.is_world_process_zero():
-        write_json(folder / "results.json", results)
+        write_json(folder / RESULTS, results)
     return results
 
 
@@ -163,41 +154,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def check_folder(folder: Path, recipe: Any, resume: bool) -> str | None:
-    """The checkpoint to resume from; raises if the folder's state, `recipe` and `resume` do not fit together."""
-    checkpoint = last_checkpoint(folder)
-    if not resume:
-        if checkpoint or (folder / "results.json").exists():
-            raise ZerodraftError(f"'{folder}' already holds a run: choose another output, or continue it with --resume")
-        return None
-    if checkpoint is None:
-        raise ZerodraftError(f"nothing to resume: '{folder}' has no checkpoint (set training.save_every to write some)")
-    old = from_mapping(type(recipe), json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
-    changed = _differences(to_mapping(old), to_mapping(recipe))
-    changed = [key for key in changed if key not in {*PLACES, *(f"training.{name}" for name in MAY_CHANGE)}]
-    if changed:
-        raise ZerodraftError(f"'{folder}' holds a run with another {', '.join(changed)}: a resumed run must keep it")
-    return checkpoint
-
-
-def start_folder(folder: Path, recipe: Any, resumed_step: int) -> JsonLog:
-    """Notes the recipe in a run's folder and opens its log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "recipe.json", to_mapping(recipe))
-    return JsonLog(folder, resumed_step)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
-    keys = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys += _differences(a, b, f"{where}{key}.")
-        elif a != b:
-            keys.append(f"{where}{key}")
-    return keys
 
 
 def _tokenizer(recipe: Recipe, documents: Sequence[str]) -> Any:
@@ -273,13 +229,6 @@ def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, a
         (partial / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside the place, then renames."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _command() -> str:
