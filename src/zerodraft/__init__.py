@@ -1,6 +1,9 @@
 """More out of a language model's weights: deeper models from the same layers, and lossless faster decoding."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, CostAwareTree, DraftLength, FixedLength
@@ -34,6 +37,12 @@ __version__ = "0.1.0"
 AutoConfig.register("ztt", ZttConfig, exist_ok=True)
 AutoModel.register(ZttConfig, ZttModel, exist_ok=True)
 AutoModelForCausalLM.register(ZttConfig, ZttForCausalLM, exist_ok=True)
+# Trainer shifts smoothed labels for the classes that are named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ztt"] = "ZttForCausalLM"
+# Files name the gates alone.
+register_checkpoint_conversion_mapping(
+    "ztt", [WeightRenaming(r"^cycle_gates(?!\.)", "cycle_gates.weight")], overwrite=True
+)
 
 __all__ = [
     "AdaptiveLength",

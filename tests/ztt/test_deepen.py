@@ -55,8 +55,8 @@ def test_deepened_model_learns_through_its_gates() -> None:
     inputs = tokens()
     deep(inputs, labels=inputs).loss.backward()
     assert deep.cycle_gates is not None
-    assert deep.cycle_gates.grad is not None
-    assert bool((deep.cycle_gates.grad != 0).all())
+    assert deep.cycle_gates.weight.grad is not None
+    assert bool((deep.cycle_gates.weight.grad != 0).all())
     open_gates(deep, 0.5)
     assert not torch.allclose(logits(deep), logits(tiny_plain()), atol=1e-3)
 
@@ -93,5 +93,5 @@ def test_deepened_smollm2_is_smollm2() -> None:
     before = deep(**prompt, labels=prompt["input_ids"]).loss
     before.backward()
     with torch.no_grad():
-        deep.cycle_gates -= 1e-3 * deep.cycle_gates.grad.sign()
+        deep.cycle_gates.weight -= 1e-3 * deep.cycle_gates.weight.grad.sign()
         assert deep(**prompt, labels=prompt["input_ids"]).loss < before

@@ -25,9 +25,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def test_closed_gates_make_the_extra_cycles_the_exact_identity(family: str) -> None:
     model, ids = tiny(family, cycle_gates=True), tokens()
-    model.cycle_gates.zero_()
+    model.cycle_gates.weight.zero_()
     assert torch.equal(model(ids).logits, model(ids, cycles=1).logits)
-    model.cycle_gates.fill_(1.0)
+    model.cycle_gates.weight.fill_(1.0)
     open_gates = model(ids).logits
     model.cycle_gates = None
     assert gap(open_gates, model(ids).logits) <= 1e-5

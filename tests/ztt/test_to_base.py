@@ -45,7 +45,7 @@ def test_closed_gates_are_left_out_and_open_ones_baked() -> None:
     bare = from_base(base, cycles=2, zero_tokens=False)
     assert bare.cycle_gates is not None
     with torch.no_grad():
-        bare.cycle_gates[0, 1] = 1
+        bare.cycle_gates.weight[0, 1] = 1
     plain = to_base(bare, unroll=True)
     assert plain.config.num_hidden_layers == LAYERS + 1
     torch.testing.assert_close(logits(plain), logits(bare), atol=1e-5, rtol=1e-5)
@@ -66,7 +66,7 @@ def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "convert"})
     tuned: Any = load_pretrained(AutoModelForCausalLM, tmp_path / "my-ztt-tuned")
-    assert bool((tuned.cycle_gates != 0).all())
+    assert bool((tuned.cycle_gates.weight != 0).all())
 
 
 def test_what_a_plain_model_cannot_compute() -> None:

@@ -147,4 +147,4 @@ def logits(model: Any) -> Tensor:
 def open_gates(model: ZttForCausalLM, value: float) -> None:
     """Set all cycle gates."""
     assert model.cycle_gates is not None
-    model.cycle_gates.fill_(value)
+    model.cycle_gates.weight.fill_(value)

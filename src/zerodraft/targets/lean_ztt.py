@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from zerodraft.ztt.attention import AdditiveMask, zero_attention_lse
 from zerodraft.ztt.config import Step
 from zerodraft.ztt.cycling import CycledLayers
+from zerodraft.ztt.gates import CycleGates
 from zerodraft.ztt.interface import Once
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.pool import ZeroTokenPool
 from zerodraft.ztt.pretrained import current_generation
 
-CYCLED_PARTS = (ZttForCausalLM, CycledLayers, ZeroTokenPool)
+CYCLED_PARTS = (ZttForCausalLM, CycledLayers, ZeroTokenPool, CycleGates)
 """The modules that a Zero Token Transformer has beside its family's and that are computed here: no per-cycle LoRA."""
 
 CYCLED_HOOKS = ("zerodraft.ztt.interface", "zerodraft.ztt.pretrained")
@@ -84,7 +85,7 @@ def exits_early(model: nn.Module) -> bool:
 
 def executions(model: ZttForCausalLM, frequencies: Float[Tensor, "half"]) -> list[tuple[Step, LeanZero | None]]:
     """The executions of a model's layers in order, each with what it has beyond its layer."""
-    plan, gates = model._plan, model.cycle_gates
+    plan, gates = model._plan, None if model.cycle_gates is None else model.cycle_gates()
     keys = {} if model.zero_tokens is None else model.zero_tokens()
     made = []
     for step in (*plan.head, *plan.shared, *plan.tail):

@@ -71,12 +71,11 @@ def zero_scores(
     return scores.reshape(b, h, t) * scale
 
 
-def zero_attention_reference(
-    q: Query, k: Keys, v: Keys, s0: Mass, *, mask: Tensor | None, is_causal: bool, scale: float, dropout: float = 0.0
-) -> tuple[Query, Mass]:
-    """Softmax over `[s0, scores]`, written out. Returns the output and the mass on the zero token."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+def zero_attention_weights(
+    q: Query, k: Keys, s0: Mass, *, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Float[Tensor, "b h t s"], Mass]:
+    """Softmax over `[s0, scores]`, written out: the weights of the keys, and the mass on the zero token."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q @ k.transpose(-1, -2)) * scale
     if is_causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -84,8 +83,20 @@ def zero_attention_reference(
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     exact = torch.promote_types(q.dtype, torch.float32)
     weights = torch.cat([s0[..., None], scores], dim=-1).softmax(-1, dtype=exact).to(q.dtype)
-    a0, attended = weights[..., 0], F.dropout(weights[..., 1:], dropout)
-    return attended @ v, a0
+    return weights[..., 1:], weights[..., 0]
+
+
+def zero_attention_reference(
+    q: Query, k: Keys, v: Keys, s0: Mass, *, mask: Tensor | None, is_causal: bool, scale: float, dropout: float = 0.0
+) -> tuple[Query, Mass]:
+    """Attention with these weights. Returns the output and the mass on the zero token."""
+    weights, a0 = zero_attention_weights(q, k, s0, mask=mask, is_causal=is_causal, scale=scale)
+    return weighted_values(weights, v, dropout), a0
+
+
+def weighted_values(weights: Float[Tensor, "b h t s"], v: Keys, dropout: float = 0.0) -> Query:
+    """What attention with these weights takes from the values."""
+    return F.dropout(weights, dropout) @ v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
 
 
 def zero_attention_sdpa(

@@ -108,6 +108,22 @@ class ZttConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_cycling(self)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration from a `config.json`.
+
+        Raises:
+            ZerodraftError: it is another kind of model's, which transformers would only warn about.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ZerodraftError(
+                f"This is the configuration of a plain {kind} model, not of a Zero Token Transformer: convert the "
+                "model with ZttForCausalLM.from_base(MODEL) or 'zerodraft convert MODEL --output DIR', or load it with "
+                "AutoModelForCausalLM."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     # -- the base configuration answers for everything that is not declared here ----------------------------------
 
     def __getattr__(self, name: str) -> Any:

@@ -311,7 +311,10 @@ def _empty(model_class: Any, config: PreTrainedConfig, like: PreTrainedModel) ->
     if model_class is ZttForCausalLM:
         for own in (model.zero_tokens, model.cycle_lora):
             if own is not None:
-                model._init_weights(own)
+                own.apply(model._init_weights)
+    for module in model.modules():
+        # As from_pretrained leaves it: what is filled must not be drawn again by a later post_init().
+        module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]  # transformers' own mark
     model = model.to(like.device)
     model.generation_config = copy.deepcopy(like.generation_config)
     return model.train(like.training)
@@ -338,7 +341,7 @@ def _gate(model: ZttForCausalLM, step: Step) -> float:
     """The gate of an execution of a layer; 1 where there is none."""
     if model.cycle_gates is None or step.cycle == 0 or not model.config.is_shared(step.layer):
         return 1.0
-    return float(model.cycle_gates.detach()[step.cycle - 1, step.layer - model.config.head_layers])
+    return float(model.cycle_gates().detach()[step.cycle - 1, step.layer - model.config.head_layers])
 
 
 @torch.no_grad()

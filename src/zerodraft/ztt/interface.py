@@ -120,14 +120,17 @@ def _attend(
     layer_call: LayerCall | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that layers call: `(b, h, t, d)` in, `(b, t, h, d)` out."""
+    """The attention function that layers call: `(b, h, t, d)` in, `(b, t, h, d)` and eager's weights out.
+
+    The weights are those of the real tokens; a row lacks to 1 what lies on the zero token.
+    """
     call = layer_call or LayerCall()
     call.attended = True
     if call.grid is not None:
         query = call.grid.unpack(query.transpose(1, 2)).transpose(1, 2)
     if call.key is None:
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _family_eager(module))
-        out, _ = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        out, weights = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     else:
         if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
             raise ZerodraftError(
@@ -139,12 +142,12 @@ def _attend(
         if causal and key.shape[2] > query.shape[2]:
             # An empty static cache: only the first keys are written, and the square mask is the whole mask.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        out, mass = _zero_attention(backend, call, query, key, value, attention_mask, causal, scale, dropout)
+        out, mass, weights = _zero_attention(backend, call, query, key, value, attention_mask, causal, scale, dropout)
         out, call.mass = out.transpose(1, 2), None if mass is None else mass.transpose(1, 2)
     if call.grid is not None:
         out = call.grid.pack(out)
         call.mass = None if call.mass is None else call.grid.pack(call.mass)
-    return out.contiguous(), None
+    return out.contiguous(), weights
 
 
 def _zero_attention(
@@ -157,12 +160,32 @@ def _zero_attention(
     causal: bool,
     scale: float,
     dropout: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Choose the fastest form that the backend, the device and the inputs allow; all of them are equal."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output, mass, and weights if eager, in the fastest form that backend, device and inputs allow; all are equal."""
     assert call.key is not None
     if torch.is_autocast_enabled(q.device.type):
         # Autocast brings torch's attention to one dtype (rotated q and k are float32, v is not), not its kernels.
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if backend == "eager":
+        s0 = zero.zero_scores(q, call.key, scale)
+        weights, mass = zero.zero_attention_weights(q, k, s0, mask=mask, is_causal=causal, scale=scale)
+        return zero.weighted_values(weights, v, dropout), mass, weights
+    return *_fused(backend, call, q, k, v, mask, causal, scale, dropout), None
+
+
+def _fused(
+    backend: str,
+    call: LayerCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and mass without the weights of all keys, where there is a way around them."""
+    assert call.key is not None
     if backend == "flex_attention":
         return zero.zero_attention_flex(q, k, v, zero.zero_scores(q, call.key, scale), block_mask=mask, scale=scale)
     if q.device.type == "cpu" and backend == "sdpa" and dropout == 0:
@@ -172,9 +195,6 @@ def _zero_attention(
             q, k, v, call.key, mask=mask, is_causal=causal, scale=scale, need_mass=call.need_mass
         )
     forms = {"mask": mask, "is_causal": causal, "scale": scale}
-    if backend == "eager":
-        s0 = zero.zero_scores(q, call.key, scale)
-        return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, call.key))
     if zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
         return zero.zero_attention_lse(q, k, v, call.key, need_mass=call.need_mass, **forms)

@@ -1,27 +1,42 @@
 """`ZttForCausalLM` and `ZttModel`: any decoder family of transformers, its middle layers run several times.
 
 The model contains the family's own model (`.base`), built from its own configuration, with its list of layers turned
-into a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and nothing else. State-dict keys are the
-family's behind `base.`, plus `zero_tokens.*` and `cycle_gates`. A shared layer exists once: there is nothing to tie.
+into a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and nothing else. Keys of saved
+weights are the family's behind `base.`, plus `zero_tokens.*` and `cycle_gates`. A shared layer exists once: there is
+nothing to tie.
+
+`ZttForCausalLM.model` is the same decoder without its head, as `LlamaForCausalLM.model` is: a `ZttModel` over the very
+modules. It is no submodule, so that parameters and state dict have everything once.
 """
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from zerodraft.errors import ZerodraftError
-from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.cycling import CycleOptions, CycleRun
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import build_family
-from zerodraft.ztt.pretrained import ExitRecord, ZttPreTrainedModel, current_generation
+from zerodraft.ztt.pretrained import OWN_PARTS, ExitRecord, ZttPreTrainedModel, current_generation
+
+# Arguments of the loss alone; the family would hand them down to the attention of every layer.
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 @dataclass
@@ -44,17 +59,36 @@ class ZttModel(ZttPreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^base\.(lm_head|embed_out)\."]
 
-    def __init__(self, config: ZttConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         family = build_family(AutoModel, self._base_config())
         # The name under which the family's model with a head holds this one, so that the state-dict keys agree.
         self._base_name = family.base_model_prefix
         self._attach(nn.ModuleDict({self._base_name: family}), family)
 
+    @classmethod
+    def _of(cls, model: "ZttForCausalLM") -> "ZttModel":
+        """A decoder for `_follow`: made of a model's modules, none of its own."""
+        decoder = cls.__new__(cls)
+        ZttPreTrainedModel.__init__(decoder, model.config)
+        decoder._base_name = model._base_name
+        decoder._parts = replace(model._parts, path=model._parts.path.removeprefix(f"{decoder._base_name}."))
+        decoder._plan, decoder._cycled_path = model._plan, model._cycled_path
+        decoder.all_tied_weights_keys = {}
+        return decoder
+
+    def _follow(self, model: "ZttForCausalLM") -> None:
+        """Take over the modules that the model has now (adapters may have replaced some), and its mode."""
+        self.base = nn.ModuleDict({self._base_name: model.base.get_submodule(self._base_name)})
+        for name in OWN_PARTS:
+            setattr(self, name, getattr(model, name))
+        self.training = model.training
+
     @property
-    def _family(self) -> PreTrainedModel:
+    def family(self) -> PreTrainedModel:
         return self.base.get_submodule(self._base_name)  # pyright: ignore[reportReturnType]  # put there by __init__
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "b t"] | None = None,
@@ -80,27 +114,42 @@ class ZttModel(ZttPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        out.past_key_values = run.cache
-        return out
+        return BaseModelOutputWithPast(
+            last_hidden_state=out.last_hidden_state,
+            past_key_values=run.cache,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
 
 
 class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
     """A causal language model with head, cycled middle layers and tail."""
 
-    def __init__(self, config: ZttConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         family = build_family(AutoModelForCausalLM, self._base_config())
+        self._base_name = family.base_model_prefix
         self._attach(family, family)
+        self.generation_config = GenerationConfig.from_model_config(self.config.family)
 
     @property
-    def _family(self) -> PreTrainedModel:
+    def family(self) -> PreTrainedModel:
         return self.base  # pyright: ignore[reportReturnType]  # put there by __init__
 
+    @property
+    def model(self) -> ZttModel:
+        """The cycled decoder without the LM head; it shares all its modules with this model."""
+        if "_decoder" not in self.__dict__:
+            self.__dict__["_decoder"] = ZttModel._of(self)  # past nn.Module, which would make a submodule of it
+        decoder = self.__dict__["_decoder"]
+        decoder._follow(self)
+        return decoder
+
     def get_output_embeddings(self) -> nn.Module | None:
-        return self._family.get_output_embeddings()
+        return self.family.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self._family.set_output_embeddings(new_embeddings)
+        self.family.set_output_embeddings(new_embeddings)
 
     @classmethod
     def from_base(cls, model_or_name: Any, **options: Any) -> "ZttForCausalLM":
@@ -109,6 +158,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
 
         return from_base(model_or_name, **options)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "b t"] | None = None,
@@ -125,9 +175,8 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         exit_rule: ExitRule | None = None,
         exit_policy: ExitPolicy = "propagate",
         output_zero_mass: bool = False,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> ZttCausalLMOutput | tuple:
+    ) -> ZttCausalLMOutput:
         """Logits of the next token.
 
         Args:
@@ -147,14 +196,15 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             exit_policy: Keys and values of exited tokens in deeper cycles: from the frozen state (`propagate`), or
                 their latest cycle's (`latest`).
             output_zero_mass: Return the attention mass on the zero tokens.
-            return_dict: False for a tuple.
+            **kwargs: Arguments of the family's forward pass and of the loss (`shift_labels`, `ignore_index`,
+                `num_items_in_batch`).
 
         Raises:
             ZerodraftError: options that exclude each other, an empty prompt, a cache that does not fit.
         """
         if cycle_weights is not None and (labels is None or len(cycle_weights) != (cycles or self.config.cycles)):
             raise ZerodraftError(f"cycle_weights={list(cycle_weights)} needs labels and one weight for each cycle run.")
-        loss_kwargs = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        loss_kwargs = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         options = CycleOptions(
             cycles=cycles,
             every_cycle=cycle_weights is not None,
@@ -178,13 +228,13 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocabulary = self.config.vocab_size
             readouts = [*self._shallower_logits(run, logits_to_keep), logits]
-            losses = [self.loss_function(x, labels, vocabulary, **loss_kwargs) for x in readouts]
+            losses = [self.loss_function(x, labels, vocabulary, **loss_kwargs, **kwargs) for x in readouts]
             logits, loss = readouts[-1], losses[-1]
             if cycle_weights is not None:
                 stacked = torch.stack(losses)
                 weights = stacked.new_tensor(cycle_weights)
                 loss, cycle_losses = stacked @ weights / weights.sum(), stacked.detach()
-        result = ZttCausalLMOutput(
+        return ZttCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=run.cache,
@@ -194,7 +244,6 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             zero_mass=self._stack_mass(run),
             exit_depth=run.exit_depth,
         )
-        return result.to_tuple() if return_dict is False else result
 
     def _shallower_logits(self, run: CycleRun, logits_to_keep: int | Tensor) -> list[Tensor]:
         """Logits after each number of cycles but the last, with `cycle_weights`."""
@@ -230,6 +279,9 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         earlier call), in the rows that the model saw (with beam search: the beams). The last token of a text has not
         been computed and has none. `zerodraft.ztt.streamer` pairs tokens with depths as they come.
         """
+        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if isinstance(given, Tensor) and given.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
+            raise ZerodraftError("The prompt is empty; give at least one token.")
         with self._exits(exit_rule, exit_policy):
             # pyright takes the protocol that `generate` annotates its self with for a class that we are not.
             out = super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,7 +5,7 @@ besides that there are the zero tokens, the cycle gates, the per-cycle LoRA and 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.cycling import CycledLayers, CycleOptions, CycleRun, Readout
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict
 from zerodraft.ztt.families import attention_of, ffn_output_of, find_parts, kv_shape, rotary_module
+from zerodraft.ztt.gates import CycleGates
 from zerodraft.ztt.interface import announce_call, attention_name, current_call
 from zerodraft.ztt.lora import CycleLora
 from zerodraft.ztt.pool import ZeroTokenPool
+
+OWN_PARTS = ("zero_tokens", "cycle_gates", "cycle_lora")
+"""The modules that a Zero Token Transformer has beside its family's model."""
 
 
 @dataclass
@@ -61,7 +65,7 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     config_class = ZttConfig
     config: ZttConfig
-    base_model_prefix = "base"
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -70,6 +74,14 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     base: nn.Module
     last_exit: Int[Tensor, "b t"] | None = None
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if not isinstance(config, ZttConfig):
+            raise ZerodraftError(
+                f"{type(self).__name__} needs a ZttConfig, not {type(config).__name__}; turn a plain model into a Zero "
+                "Token Transformer with ZttForCausalLM.from_base(MODEL)."
+            )
+        super().__init__(config)
 
     def _attach(self, base: nn.Module, family: PreTrainedModel) -> None:
         """Take over a family's model: cycle its layers, add zero tokens, gates and LoRA."""
@@ -82,8 +94,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
         kv_heads, head_dim = kv_shape(config.family, self.layers[0])
         self.zero_tokens = ZeroTokenPool(config, kv_heads, head_dim) if config.zero_tokens else None
-        gates = torch.zeros(config.cycles - 1, config.shared_layers)
-        self.cycle_gates = nn.Parameter(gates) if config.cycle_gates and config.cycles > 1 else None
+        self.cycle_gates = CycleGates(config) if config.cycle_gates and config.cycles > 1 else None
         shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
         self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
         if config.ffn_gate or config.cycle_lora_rank:
@@ -93,6 +104,29 @@ class ZttPreTrainedModel(PreTrainedModel):
             for layer in self.layers if config.edge_zero_tokens else shared:
                 ffn_output_of(layer).register_forward_hook(_gate_ffn)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`.
+
+        Raises:
+            ZerodraftError: the weights are those of another kind of model, of which nothing fits this one.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        layers = {name for name in model.state_dict() if name.startswith(f"{model._cycled_path}.")}
+        if layers and layers <= set(info["missing_keys"]):
+            raise ZerodraftError(
+                f"There is nothing in {args[0] if args else 'the checkpoint'!r} that fits a Zero Token Transformer; "
+                "turn a plain model into one with ZttForCausalLM.from_base(MODEL)."
+            )
+        return (model, info) if output_loading_info else model
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Files name the gates alone, as they did when the gates were a parameter and no module.
+        if f"{prefix}cycle_gates" in state_dict:
+            state_dict[f"{prefix}cycle_gates.weight"] = state_dict.pop(f"{prefix}cycle_gates")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -123,19 +157,18 @@ class ZttPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroTokenPool):
             for keys in module.parameters(recurse=False):
                 nn.init.normal_(keys, std=std)
-        elif isinstance(module, ZttPreTrainedModel) and module.cycle_gates is not None:
-            nn.init.zeros_(module.cycle_gates)
-        elif isinstance(module, CycleLora):
+        elif isinstance(module, (CycleGates, CycleLora)):
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self._family.get_input_embeddings()
+        return self.family.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self._family.set_input_embeddings(value)
+        self.family.set_input_embeddings(value)
 
     @property
-    def _family(self) -> PreTrainedModel:
+    def family(self) -> PreTrainedModel:
+        """The family's model inside; called by itself it runs its layers once, without the cycles."""
         raise NotImplementedError
 
     def calibrated_exit_rule(self) -> ExitRule:
@@ -154,7 +187,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         assert isinstance(embedding, Tensor)
         blank = embedding.new_zeros(len(hidden), 1, embedding.shape[1])
         with Readout(hidden[:, None].to(embedding.dtype)).drives():
-            out = self._family(inputs_embeds=blank, use_cache=False)
+            out = self.family(inputs_embeds=blank, use_cache=False, return_dict=True)
         return (out.logits if "logits" in out else out.last_hidden_state)[:, 0]
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -189,18 +222,38 @@ class ZttPreTrainedModel(PreTrainedModel):
             layers=self.layers,
             parts=self._parts,
             zero_keys={} if self.zero_tokens is None else self.zero_tokens(),
-            gates=self.cycle_gates,
-            rotary=rotary_module(self._family, self._parts.path),
+            gates=None if self.cycle_gates is None else self.cycle_gates(),
+            rotary=rotary_module(self.family, self._parts.path),
             cache=past_key_values,
             cycles=cycles,
             real=_real_tokens(inputs.get("attention_mask"), start, length),
             readout=self.readout,
         )
+        states = inputs.pop("output_hidden_states", self.config.output_hidden_states)
+        if attentions := inputs.pop("output_attentions", self.config.output_attentions):
+            self._check_attentions()
         with run.drives():
-            out = self._family(past_key_values=past_key_values, use_cache=past_key_values is not None, **inputs)
+            out = self.family(
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                output_hidden_states=bool(states),
+                output_attentions=bool(attentions),
+                return_dict=True,
+                **inputs,
+            )
+        if states and not isinstance(states, bool):
+            # Selected here: the family would count its stored layers.
+            out.hidden_states = _select(out.hidden_states, [states] if isinstance(states, int) else states)
         if generation is not None and run.exit_depth is not None:
             generation.note(start, run.exit_depth)
         return out, run
+
+    def _check_attentions(self) -> None:
+        if self.config._attn_implementation != "eager":
+            raise ZerodraftError(
+                f"output_attentions=True needs attn_implementation='eager', not {self.config._attn_implementation!r}; "
+                "load the model with it or call model.set_attn_implementation('eager')."
+            )
 
     def _check_cache(self, cache: Cache, options: CycleOptions, cycles: int) -> None:
         if options.every_cycle:
@@ -222,6 +275,12 @@ class ZttPreTrainedModel(PreTrainedModel):
             by_layer = stacked.unflatten(2, (self.config.shared_layers, -1))
             return by_layer.transpose(2, 3)
         return stacked.unflatten(2, (-1, self.config.shared_layers))
+
+
+def _select(states: tuple[Tensor, ...], chosen: Sequence[int]) -> tuple[Tensor | None, ...]:
+    """The states of the layers that were run, None in place of those that are not chosen; negative: from the end."""
+    kept = {index % len(states) for index in chosen if -len(states) <= index < len(states)}
+    return tuple(state if index in kept else None for index, state in enumerate(states))
 
 
 def _length_of(inputs: Mapping[str, Any]) -> int:
