@@ -107,11 +107,12 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`.
+        """transformers' `from_pretrained`; code beside the weights is not run, nor asked about, unless the caller says so.
 
         Raises:
             ZerodraftError: the weights are those of another kind of model, of which nothing fits this one.
         """
+        kwargs.setdefault("trust_remote_code", False)
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         layers = {name for name in model.state_dict() if name.startswith(f"{model._cycled_path}.")}
