@@ -18,8 +18,8 @@ from tests.saved import save, save_completions, save_ztt, tiny_llama, tiny_token
 PACKAGE = Path(zerodraft.__file__).parent
 HELPER = PACKAGE / "ztt" / "loading.py"
 OURS = {"BlockDrafter", "DFlashDrafter", "MaskedDrafter", "PeftModel", "super()"}
-"""Classes whose `from_pretrained` runs no code: ours, which use the helper or say no unless their caller does (`super()`),
-and PEFT's, which knows no such code."""
+"""Classes whose `from_pretrained` runs no code: ours, which use the helper or say no unless their caller says yes
+(`super()`), and PEFT's, which knows no such code."""
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:

@@ -107,7 +107,7 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`; code beside the weights is not run, nor asked about, unless the caller says so.
+        """transformers' `from_pretrained`; no code beside the weights is run or asked about unless the caller says so.
 
         Raises:
             ZerodraftError: the weights are those of another kind of model, of which nothing fits this one.
