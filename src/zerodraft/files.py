@@ -86,7 +86,7 @@ def json_object(text: str, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ZerodraftError(f"{what} is not JSON: {why(error)}.") from error
     if not isinstance(value, dict):
-        raise ZerodraftError(f"{what} is not a JSON object, but {type(value).__name__}.")
+        raise ZerodraftError(f"{what} must be an object with fields, got {type(value).__name__}.")
     return whole_characters(value) if "\\ud" in text.lower() else value
 
 

@@ -108,16 +108,31 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert err.count("\n") == 1
 
 
-def test_a_tokenizer_with_too_many_tokens_is_refused(
-    ztt_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_of_a_tokenizer_with_too_many_tokens_only_these_are_refused(
+    ztt_dir: Path, plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = shutil.copytree(ztt_dir, tmp_path / "model")
-    larger = load_tokenizer(model)
-    larger.add_tokens([f"<new{i}>" for i in range(300)])
-    larger.save_pretrained(model)
-    code, _, err = generate(capsys, "hi", "--model", str(model))
-    assert code == 2
-    assert "they do not belong together" in err
+    for flag, source in (("--model", ztt_dir), ("--target", plain_dir)):
+        model = shutil.copytree(source, tmp_path / flag)
+        larger = load_tokenizer(model)
+        larger.add_tokens([f"<new{i}>" for i in range(3)])
+        larger.save_pretrained(model)
+        assert generate(capsys, "hi", flag, str(model), "--max-new-tokens", "2")[0] == 0
+        code, _, err = generate(capsys, "hi <new1>", flag, str(model))
+        assert code == 2
+        assert f"the prompt holds token {len(larger) - 2}, but the model's vocabulary has" in err
+
+
+def test_inputs_of_a_tokenizer_that_a_decoder_does_not_know(
+    ztt_dir: Path, plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, source in (("--model", ztt_dir), ("--target", plain_dir)):
+        model = shutil.copytree(source, tmp_path / flag)
+        tokenizer = load_tokenizer(model)
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        tokenizer.save_pretrained(model)
+        for more in ([], ["--chat"]):
+            assert generate(capsys, "hi", flag, str(model), "--max-new-tokens", "2", *more)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +140,7 @@ def test_a_tokenizer_with_too_many_tokens_is_refused(
     [
         (lambda path: (path / "model.safetensors").write_bytes(b"nothing"), "could not be loaded"),
         (lambda path: (path / "config.json").write_text("{}"), "is not a model configuration"),
-        (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer could be loaded"),
+        (lambda path: (path / "tokenizer.json").unlink(), "could not be loaded: Couldn't instantiate"),
     ],
 )
 def test_a_damaged_model_is_one_sentence(

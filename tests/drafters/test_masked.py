@@ -367,7 +367,7 @@ def test_what_does_not_fit_is_refused(family, tmp_path: Path) -> None:
     refused("holds a tensor 'vision.weight'", weights=tensors | {"vision.weight": torch.ones(3)})
     refused("holds NaN", weights=tensors | {norm: torch.full((WIDTH,), torch.nan)})
     (tmp_path / "odd" / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(ZerodraftError, match="is damaged"):
+    with pytest.raises(ZerodraftError, match="could not be loaded"):
         load_masked(tmp_path / "odd")
     (tmp_path / "odd" / "model.safetensors").unlink()
     with pytest.raises(ZerodraftError, match=r"model\.safetensors' is missing"):

@@ -1,6 +1,5 @@
 """Results from files, and figures into files."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from zerodraft.bench.measure import write_bytes
 from zerodraft.bench.report import plots_of
 from zerodraft.bench.tables import KINDS
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json, user_path
 
 
 def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str, Any]]:
@@ -24,14 +24,9 @@ def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str
     """
     results: dict[str, dict[str, Any]] = {}
     for file in files:
-        path = Path(file).expanduser()
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ZerodraftError(f"The result '{file}' cannot be read: {error.strerror}.") from error
-        except ValueError as error:
-            raise ZerodraftError(f"'{file}' is not JSON: {error}") from error
-        if not isinstance(result, dict) or (ours_only and result.get("benchmark") not in KINDS):
+        path = user_path(file)
+        result = read_json(path, "result")
+        if ours_only and result.get("benchmark") not in KINDS:
             raise ZerodraftError(
                 f"'{file}' is no result of 'zerodraft bench decode', 'memory' or 'kernels': name what they wrote."
             )

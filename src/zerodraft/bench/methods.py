@@ -25,6 +25,7 @@ from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 from zerodraft.targets.wheel import check_gguf
 from zerodraft.training.strict import did_you_mean
 
@@ -245,7 +246,7 @@ class LlamaCpp:
     PRECISIONS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 15: "q4_k_m", 32: "bf16"}
 
     def __init__(self, path: str, *, context: int, threads: int, eos_ids: frozenset[int]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         if not self.path.is_file():
             raise ZerodraftError(f"--gguf: no file at '{path}'")
         kind = gguf_file_type(self.path)

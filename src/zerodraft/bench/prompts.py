@@ -4,7 +4,6 @@ Spec-Bench's rows (`question_id`, `category`, `turns`) are asked their first tur
 task. Rows of other files are read as `zerodraft distill` reads them, one file being one task.
 """
 
-import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_text, user_path
+from zerodraft.training.jsonl import json_row
 from zerodraft.training.prompts import read_prompts
 
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -74,7 +75,7 @@ def read_questions(files: Sequence[str], *, limit: int = 0, seed: int = 0) -> li
 
 
 def _read(name: str) -> Iterator[Question]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     rows = list(_spec_bench(path)) if path.suffix == ".jsonl" else []
     if rows:
         yield from rows
@@ -87,14 +88,14 @@ def _spec_bench(path: Path) -> Iterator[Question]:
     """The rows of such a file; nothing if it is another kind."""
     try:
         # split on "\n" only: strings may hold characters that str.splitlines takes for line ends
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(path, "prompt file").split("\n")
+    except ZerodraftError:
         return  # the reader of other files says what is wrong
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_row(line, path, number)
             identity, category, text = str(row["question_id"]), str(row["category"]), str(row["turns"][0])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             if number == 1:

@@ -12,6 +12,7 @@ from rich.table import Table
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import Dtype
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 if TYPE_CHECKING:
     from zerodraft.bench.decode import Settings, Task
@@ -168,7 +169,7 @@ class Bench(Command):
             methods.pop(BASE, None)
         names = list(methods)
         with_what = {"methods": names, "threads": torch.get_num_threads(), "sha256": sha256, "kernels": kernels()}
-        output = Path(self.output).expanduser() if self.output else None
+        output = user_path(self.output) if self.output else None
         rows_file = output and output.with_suffix(".rows.jsonl")
         kept = RowFile(rows_file, {**settings, **with_what, "versions": versions()})
 
@@ -176,7 +177,7 @@ class Bench(Command):
             console.print(f"{len(rows)}/{len(tasks)} {rows[-1]['task']}: {line(rows, names)}")
 
         if self.equality_only:
-            file = Path(self.references).expanduser() if self.references else None
+            file = user_path(self.references) if self.references else None
             references = References(file, f"{sha256['target']} {model.dtype}")
             rows = check_equality(
                 methods,
@@ -240,7 +241,7 @@ class Bench(Command):
         }
         show_tables(memory_tables(result), console)
         if self.output:
-            write_json(result, Path(self.output).expanduser())
+            write_json(result, user_path(self.output))
             console.print(f"written to {self.output}")
         return result
 
@@ -278,7 +279,7 @@ class Bench(Command):
         }
         show_tables(kernel_tables(result), console)
         if self.output:
-            write_json(result, Path(self.output).expanduser())
+            write_json(result, user_path(self.output))
             console.print(f"written to {self.output}")
         return result
 
@@ -295,8 +296,8 @@ class Bench(Command):
         if as_html or self.plots:
             check_matplotlib()
         results = read_results(self.files, ours_only=as_html)
-        out = Path(self.out).expanduser()
-        plots = write_plots(results, Path(self.plots).expanduser()) if self.plots else {}
+        out = user_path(self.out)
+        plots = write_plots(results, user_path(self.plots)) if self.plots else {}
         links = {
             name: {title: Path(os.path.relpath(path, out.parent)).as_posix() for title, path in files.items()}
             for name, files in plots.items()
@@ -337,7 +338,7 @@ class Bench(Command):
             models["drafter"] = ""
         files = {kind: weights(resolve(name)) for kind, name in models.items() if name}
         others = {"ngram": [self.ngram] if self.ngram else [], "gguf": self.gguf, "prompts": prompts}
-        files |= {kind: [Path(name).expanduser() for name in names] for kind, names in others.items() if names}
+        files |= {kind: [user_path(name) for name in names] for kind, names in others.items() if names}
         return {kind: fingerprint(paths) for kind, paths in files.items()}
 
     def _equipment(self, model: Any, tokenizer: Any) -> "tuple[Equipment, str]":
@@ -347,7 +348,7 @@ class Bench(Command):
 
         from zerodraft.bench.methods import Equipment
         from zerodraft.cli.decoding import load_drafter
-        from zerodraft.cli.loading import load_tokenizer_for
+        from zerodraft.cli.loading import load_tokenizer
         from zerodraft.targets import resolve
         from zerodraft.ztt.loading import load_pretrained
 
@@ -363,7 +364,7 @@ class Bench(Command):
             drafter=drafter,
             ngram=self.ngram,
             assistant=assistant,
-            tokenizers=(tokenizer, load_tokenizer_for(assistant, resolve(self.assistant)) if assistant else None),
+            tokenizers=(tokenizer, load_tokenizer(resolve(self.assistant)) if assistant else None),
             dflash=load(AutoModel, self.dflash),
             gguf=self.gguf,
             threads=torch.get_num_threads(),

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+from zerodraft.cli.loading import check_tokens, load_tokenizer, load_ztt
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,8 +94,9 @@ class Calibrate(Command):
 
         target = self._target()
         model, path = load_ztt(self.model)
-        blocks, source = self._read(load_tokenizer_for(model, path), model.config.max_position_embeddings)
+        blocks, source = self._read(load_tokenizer(path), model.config.max_position_embeddings)
         names = self._names()
+        check_tokens(int(blocks.max()), model, f"'{self.text}'")
         with _progress(console) as progress:
             task = progress.add_task("measuring", total=None)
             ruler = Ruler(model, blocks, self.policy, self.batch_size, lambda: progress.advance(task))
@@ -209,7 +211,7 @@ class Calibrate(Command):
         from zerodraft.ztt.calibrate import write_text
         from zerodraft.ztt.plot import plot_trade_off
 
-        folder = Path(self.output).expanduser() if self.output else path
+        folder = user_path(self.output) if self.output else path
         folder.mkdir(parents=True, exist_ok=True)
         machine = {"platform": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
         command = shlex.join(["zerodraft", *sys.argv[1:]])

@@ -22,6 +22,7 @@ from zerodraft.cli.decoding import (
 )
 from zerodraft.cli.loading import Dtype
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import whole_characters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ class Chat(Command):
             self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
         )
         decode = make_decoder(model, drafter)
-        start = [{"role": "system", "content": self.system}] if self.system else []
+        start = [{"role": "system", "content": whole_characters(self.system)}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
         if isinstance(sys.stdin, io.TextIOWrapper):
             # a byte that is no character need not end the program either

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+from zerodraft.cli.loading import load_tokenizer, load_ztt
 from zerodraft.cli.output import check_free, save_whole
 from zerodraft.errors import ZerodraftError
 
@@ -49,7 +49,7 @@ class Convert(Command):
     def run(self, console: Console) -> Result:
         """Converts, saves the model with its tokenizer, and reports both sizes."""
         source, result, path = self._to_base() if self.mode == "to-base" else self._from_base()
-        tokenizer = load_tokenizer_for(result, path) if (path / "tokenizer_config.json").is_file() else None
+        tokenizer = load_tokenizer(path) if (path / "tokenizer_config.json").is_file() else None
         save_whole(self.output, result, *([] if tokenizer is None else [tokenizer]))
         before, after = source.num_parameters(), result.num_parameters()
         console.print(

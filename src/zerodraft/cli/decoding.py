@@ -1,6 +1,7 @@
 """What the commands that decode with drafts share: getting target and drafter, generating, comparing, reporting."""
 
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Result
-from zerodraft.cli.loading import Dtype, default_device, load_tokenizer_for, model_type
+from zerodraft.cli.loading import Dtype, check_tokens, default_device, load_tokenizer, model_type
 from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 from zerodraft.training.distill import SMALLEST_TEMPERATURE
 from zerodraft.training.prompts import templated
 
@@ -73,7 +75,7 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
 
     path = resolve(name)
     model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(default_device()).eval()
-    return model, load_tokenizer_for(model, path)
+    return model, load_tokenizer(path)
 
 
 def shipped_drafter(target: str) -> Path | None:
@@ -92,7 +94,7 @@ def _is_called(short: str, name: str) -> bool:
     from zerodraft.targets.resolve import SHORT_NAMES
 
     directory = default_cache_dir() / short
-    return name in (short, SHORT_NAMES[short].hub_id) or Path(name).expanduser().resolve() == directory.resolve()
+    return name in (short, SHORT_NAMES[short].hub_id) or user_path(name).resolve() == directory.resolve()
 
 
 def check_drafter(text: str, steps: int = 1) -> None:
@@ -100,7 +102,7 @@ def check_drafter(text: str, steps: int = 1) -> None:
     if steps < 1:
         raise ZerodraftError(f"--drafter-steps is {steps}; it must be at least 1")
     name, colon, value = text.partition(":")
-    if name == "lookup" and colon and not (value.isdigit() and int(value) > 0):
+    if name == "lookup" and colon and not re.fullmatch("0*[1-9][0-9]{0,8}", value):
         raise ZerodraftError(
             f"--drafter is '{text}'; after 'lookup:' comes the longest match in tokens, such as lookup:3"
         )
@@ -186,19 +188,27 @@ def _check_masked_only(text: str, steps: int, prefix_cache: bool) -> None:
 def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     """The prompt's tensors, in the chat template if wanted."""
     if not chat:
-        return tokenizer(prompt, return_tensors="pt")
+        return for_decoder(tokenizer(prompt, return_tensors="pt"))
     return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def for_decoder(inputs: Any) -> Any:
+    """What a causal language model takes of a tokenizer's tensors: some make `token_type_ids` as well, which a decoder
+    does not know."""
+    return type(inputs)({name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs})
 
 
 def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     """A conversation's tensors, up to where the model answers."""
     if not tokenizer.chat_template:
         raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
-    return templated(tokenizer, messages, return_tensors="pt", return_dict=True)
+    return for_decoder(templated(tokenizer, messages, return_tensors="pt", return_dict=True))
 
 
-def check_context(model: Any, length: int) -> None:
-    """Raises for a prompt of so many tokens that nothing could follow."""
+def check_prompt(model: Any, prompt: "torch.Tensor") -> None:
+    """Raises for a prompt with a token that the model does not have, or of so many that nothing could follow."""
+    check_tokens(int(prompt.max()), model, "the prompt")
+    length = prompt.shape[1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length >= context:
         raise ZerodraftError(
@@ -225,7 +235,7 @@ def write(model: Any, inputs: Any, sampling: Sampling, **options: Any) -> Writte
     import torch
 
     prompt = inputs["input_ids"]
-    check_context(model, prompt.shape[1])
+    check_prompt(model, prompt)
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
     out = model.generate(**inputs.to(model.device), **sampling.arguments(), **options)

@@ -59,7 +59,7 @@ class Distill(Command):
         """Loads the target, writes and reports."""
         from transformers import AutoModelForCausalLM
 
-        from zerodraft.cli.loading import default_device, load_tokenizer_for
+        from zerodraft.cli.loading import default_device, load_tokenizer
         from zerodraft.targets import resolve
         from zerodraft.training.run import versions
         from zerodraft.training.writer import HfWriter
@@ -67,7 +67,7 @@ class Distill(Command):
 
         path, prompts = resolve(self.target), self._read()
         model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype).to(default_device()).eval()
-        tokenizer = load_tokenizer_for(model, path)
+        tokenizer = load_tokenizer(path)
         provenance = {
             "target_name": self.target,
             "prompt_files": sorted({prompt.source for prompt in prompts}),

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from zerodraft.errors import ZerodraftError
+from zerodraft.training.recipe import parse_yaml
 from zerodraft.training.strict import did_you_mean, from_mapping
 
 T = TypeVar("T")
@@ -235,8 +234,8 @@ def _value(hint: Any, given: Any) -> Any:
 
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, "a value")
+    except ZerodraftError:
         return text
 
 

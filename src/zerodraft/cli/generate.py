@@ -4,7 +4,6 @@ target and a drafter and shows what was drafted.
 
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import ClassVar
 
 from rich.console import Console
@@ -13,8 +12,8 @@ from rich.text import Text
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.decoding import (
     Sampling,
-    check_context,
     check_drafter,
+    check_prompt,
     decode_and_report,
     encode,
     load_drafter,
@@ -23,8 +22,9 @@ from zerodraft.cli.decoding import (
 )
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
-from zerodraft.cli.loading import Dtype, load_tokenizer_for, load_ztt
+from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_text, user_path, whole_characters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +122,10 @@ class Generate(Command):
         from zerodraft.ztt.streamer import DepthStreamer
 
         model, path = load_ztt(self.model)
-        tokenizer = load_tokenizer_for(model, path)
+        tokenizer = load_tokenizer(path)
         rule = parse_exit_rule(self.exit_rule, model.config.exit_rule)
         inputs = encode(tokenizer, self._prompt(), self.chat).to(model.device)
-        check_context(model, inputs["input_ids"].shape[1])
+        check_prompt(model, inputs["input_ids"])
 
         def write(text: str, depth: int) -> None:
             console.print(Text(text, style=colour(depth) if self.show_depth else ""), end="")
@@ -168,15 +168,12 @@ class Generate(Command):
     def _prompt(self) -> str:
         if self.prompt and self.prompt_file:
             raise ZerodraftError("give the prompt either as a word or with --prompt-file, not both")
-        text = self.prompt
+        text = whole_characters(self.prompt)
         if self.prompt_file:
-            file = Path(self.prompt_file).expanduser()
+            file = user_path(self.prompt_file)
             if not file.is_file():
                 raise ZerodraftError(f"no prompt file at '{self.prompt_file}'")
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ZerodraftError(f"the prompt file '{self.prompt_file}' is not UTF-8 text: convert it") from error
+            text = read_text(file, "prompt file")
         if not text.strip():
             raise ZerodraftError("the prompt is empty: give a text to continue, or a file with --prompt-file")
         return text

@@ -1,10 +1,10 @@
 """Getting a model and its tokenizer for a command; whatever is wrong with them is one clear sentence."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What a model computes in; auto: what its checkpoint is stored in."""
@@ -40,23 +40,27 @@ def default_device() -> Any:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def load_tokenizer_for(model: Any, path: Path) -> Any:
-    """The tokenizer beside a model, checked to fit the model's vocabulary."""
-    from zerodraft.training.tokenizer import load_tokenizer
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer beside a model."""
+    from zerodraft.training import tokenizer
 
-    tokenizer = load_tokenizer(path)
-    if len(tokenizer) > model.config.vocab_size:
+    return tokenizer.load_tokenizer(path)
+
+
+def check_tokens(largest: int, model: Any, what: str) -> None:
+    """Raises for a token beyond a model's embedding. Some tokenizers have a few tokens more than their model has rows,
+    so only a text that holds one of these cannot be read."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
         raise ZerodraftError(
-            f"the tokenizer in '{path}' has {len(tokenizer)} tokens, the model's vocabulary only "
-            f"{model.config.vocab_size}: they do not belong together"
+            f"{what} holds token {largest}, but the model's vocabulary has {rows}: take that token out, or the "
+            "tokenizer that belongs to the model"
         )
-    return tokenizer
 
 
 def model_type(path: Path) -> str:
     """What the `config.json` of a model directory says that it is."""
-    file = path / "config.json"
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ZerodraftError(f"'{file}' is not a model configuration: it has no model_type") from error
+    kind = read_json(path / "config.json", "configuration").get("model_type")
+    if not isinstance(kind, str):
+        raise ZerodraftError(f"'{path / 'config.json'}' is not a model configuration: it has no model_type")
+    return kind

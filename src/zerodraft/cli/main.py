@@ -4,6 +4,7 @@
 it goes to stderr and the last line of stdout is one JSON object.
 """
 
+import io
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from rich.logging import RichHandler
 from zerodraft.cli.command import Command
 from zerodraft.cli.flags import parse
 from zerodraft.cli.help import command_help, overview
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, printable
 from zerodraft.training.strict import did_you_mean
 
 COMMANDS = {
@@ -54,6 +55,9 @@ def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambd
         The exit code.
     """
     words = list(sys.argv[1:] if words is None else words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a path or a text may hold what the terminal's encoding has no sign for
+        sys.stdout.reconfigure(errors="backslashreplace")
     as_json = "--json" in words
     try:
         return _dispatch(words, prepare)
@@ -106,8 +110,15 @@ def _load(name: str) -> type[Command]:
 def log_to_stderr(level: int) -> None:
     """Our messages from this level on, others' warnings; downloads and other long work report this way."""
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
+    # names out of files must not steer the terminal
+    handler.addFilter(_make_printable)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("zerodraft").setLevel(level)
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    return True
 
 
 def _quiet_transformers() -> None:
@@ -118,7 +129,7 @@ def _quiet_transformers() -> None:
 
 
 def _complain(message: str, code: int, as_json: bool) -> int:
-    sentence = " ".join(message.split())
+    sentence = printable(" ".join(message.split()))
     sys.stderr.write(f"zerodraft: {sentence}\n")
     if as_json:
         sys.stdout.write(json.dumps({"error": sentence, "exit_code": code}) + "\n")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 BATCH = 64
 """Texts that are tokenised at once."""
@@ -62,10 +63,10 @@ class Ngram(Command):
         for name in ("target", "out"):
             if not getattr(self, name):
                 raise ZerodraftError(f"--{name} is missing; see 'zerodraft ngram --help'")
-        if self.out and Path(self.out).expanduser().is_dir():
+        if self.out and user_path(self.out).is_dir():
             raise ZerodraftError(f"--out is '{self.out}', a directory: name a file")
         if self.out:
-            parents = Path(self.out).expanduser().absolute().parents
+            parents = user_path(self.out).absolute().parents
             nearest = next(parent for parent in parents if parent.exists())
             if not nearest.is_dir() or not os.access(nearest, os.W_OK):
                 raise ZerodraftError(f"--out is '{self.out}', but in '{nearest}' no file can be made: name another")
@@ -82,7 +83,7 @@ class Ngram(Command):
         assert self.out is not None
         from zerodraft.targets import resolve
 
-        path, out = resolve(self.target), Path(self.out).expanduser()
+        path, out = resolve(self.target), user_path(self.out)
         started = time.perf_counter()
         with CountProgress(console) as progress, tempfile.TemporaryDirectory(prefix="zerodraft-ngram-") as folder:
             documents = self._documents(path, Path(folder), progress)
@@ -148,7 +149,7 @@ class Ngram(Command):
             "order": table.order,
             "vocab_size": table.vocab_size,
             "counts": list(table.counts),
-            "bytes": Path(self.files[0]).expanduser().stat().st_size,
+            "bytes": user_path(self.files[0]).stat().st_size,
             **table.about,
         }
 
@@ -159,7 +160,7 @@ class Ngram(Command):
         from zerodraft.training.recipe import DataRecipe
         from zerodraft.training.tokenizer import load_tokenizer
 
-        shards = [file for file in self.files if holds_tokens(Path(file).expanduser())]
+        shards = [file for file in self.files if holds_tokens(user_path(file))]
         sources = [file for file in self.files if file not in shards]
         completions = read_completions(shards) if shards else ()
         if not sources:

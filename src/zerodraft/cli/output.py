@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 
 @runtime_checkable
@@ -20,14 +21,14 @@ class Savable(Protocol):
 
 def check_free(output: str) -> None:
     """Raises unless `output` is a directory that does not exist yet, or an empty one."""
-    path = Path(output).expanduser()
+    path = user_path(output)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ZerodraftError(f"'{output}' exists already: name a new directory, or remove it first")
 
 
 def save_whole(output: str, *parts: Savable) -> None:
     """Saves all parts into a temporary directory beside `output`, then renames it."""
-    path = Path(output).expanduser().resolve()
+    path = user_path(output).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:

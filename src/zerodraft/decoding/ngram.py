@@ -22,7 +22,6 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32, UInt64
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.scorers import LatticeScores
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 MAGIC = b"ZDNGRAM\n"
 VERSION = 1
@@ -231,7 +231,7 @@ def open_table(path: str | os.PathLike[str]) -> NgramTable:
     Raises:
         ZerodraftError: no such file, not a table, of another version, cut short or damaged.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -284,7 +284,7 @@ def _from_header(header: dict[str, Any], body: mmap.mmap, vocab_size: int) -> Ng
 
 def save_table(table: NgramTable, path: str | os.PathLike[str]) -> int:
     """Writes a table whole or not at all, and returns its size in bytes."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     arrays = {"1.log_p": table.log_p, "1.backoff": table.backoff}
     for n, level in enumerate(table.levels, 2):
         arrays |= {f"{n}.{part}": getattr(level, part) for part in ("keys", "log_p", "start", "bitmap")}

@@ -12,7 +12,6 @@ Every session gives natural logarithms, finite and at most 0. States are opaque 
 import math
 from collections.abc import Hashable, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.ngram import NgramTable, open_table
 from zerodraft.decoding.scorers import CausalProxy, LatticeScores, ProxySession
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 LN_10 = math.log(10)
 LARGEST_VOCABULARY = 1 << 19
@@ -173,7 +173,7 @@ class KenLMProxy:
             import kenlm  # pyright: ignore[reportMissingImports]  # an extra that takes a compiler
         except ImportError as error:
             raise ZerodraftError("KenLM files need the kenlm extra: pip install 'zerodraft[kenlm]'.") from error
-        file = Path(path).expanduser()
+        file = user_path(path)
         if not file.is_file():
             raise ZerodraftError(f"There is no KenLM file at '{path}'.")
         config = kenlm.Config()

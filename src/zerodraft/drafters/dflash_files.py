@@ -26,14 +26,13 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashModel, default_taps
 from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
-from zerodraft.ztt.loading import check_finite
+from zerodraft.files import read_json
+from zerodraft.ztt.loading import check_finite, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +58,10 @@ LATER_PARTS = {"conv_kernel_size": "convolutions", "selector_rank": "a candidate
 def is_dflash(path: str | PathLike[str]) -> bool:
     """Whether the directory's `config.json` is that of a DFlash drafter of any kind, even one that is not supported."""
     try:
-        fields = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        fields = read_json(Path(path) / "config.json", "configuration")
+    except ZerodraftError:
         return False
-    return isinstance(fields, dict) and bool(_layout(fields) or _later_kind(fields))
+    return bool(_layout(fields) or _later_kind(fields))
 
 
 def load_dflash(path: str | PathLike[str]) -> DFlashModel:
@@ -72,7 +71,7 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
         ZerodraftError: no DFlash drafter there, a damaged one, or one with parts that this network does not have.
     """
     folder = Path(path)
-    fields, tensors = _read_config(folder), _read_tensors(folder)
+    fields, tensors = read_json(folder / "config.json", "configuration"), dict(read_tensors(folder))
     layout = _layout(fields)
     if layout is None and (kind := _later_kind(fields)):
         inner = fields.get("dflash_config") or {}
@@ -275,28 +274,3 @@ def _later_kind(fields: Mapping[str, Any]) -> str | None:
     """An architecture that is called DFlash, but is none of those that can be loaded."""
     named = (str(name) for name in fields.get("architectures") or [])
     return next((name for name in named if "dflash" in name.lower() and name != ZLAB), None)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ZerodraftError(f"'{folder}' has no readable config.json: {error}") from error
-    if not isinstance(fields, dict):
-        raise ZerodraftError(f"The config.json in '{folder}' is no JSON object.")
-    return fields
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All weights, from one file or the parts that an index names."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    try:
-        names = ["model.safetensors"]
-        if not single.is_file() and index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensors |= load_file(folder / Path(name).name)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ZerodraftError(f"The drafter in '{folder}' could not be loaded: {error}") from error
-    return tensors

@@ -6,22 +6,21 @@ OLMo. A family is two functions: from its `config.json` to ours, and from its te
 are read by `from_pretrained`.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel, rotary_of
 from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
-from zerodraft.ztt.loading import check_finite, load_pretrained
+from zerodraft.files import read_json
+from zerodraft.ztt.loading import check_finite, load_pretrained, read_tensors
 
 Fields = Mapping[str, Any]
 
@@ -136,7 +135,7 @@ def load_masked(path: str | PathLike[str], dtype: torch.dtype | None = None) -> 
         ZerodraftError: an unknown format, missing files or tensors, shapes that do not fit the config.
     """
     folder = Path(path)
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     kind = str(fields.get("model_type"))
     if kind == MaskedConfig.model_type:
         model = load_pretrained(MaskedModel, folder, **({} if dtype is None else {"dtype": dtype}))
@@ -192,46 +191,6 @@ def _fill(config: MaskedConfig, form: Format, folder: Path, dtype: torch.dtype |
     # its frequencies are computed, not stored, and were on the meta device
     model.rotary = rotary_of(config)
     return model.eval()
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
-
-    Raises:
-        ZerodraftError: neither is there, or a file is missing or damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-            raise ZerodraftError(f"'{index}' is no index of shards: it has no weight_map.")
-        files = sorted(set(names.values()))
-        # an index may not lead out of its directory
-        if odd := [file for file in files if Path(file).name != file]:
-            raise ZerodraftError(f"'{index}' names the file '{odd[0]}', which is not beside it.")
-    else:
-        files = ["model.safetensors"]
-    for file in files:
-        if not (folder / file).is_file():
-            raise ZerodraftError(f"'{folder / file}' is missing: fetch the whole checkpoint (safetensors are needed).")
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # not a mapping
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ZerodraftError(f"'{folder / file}' is damaged ({error}): fetch it again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ZerodraftError(f"'{path}' cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ZerodraftError(f"'{path}' is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ZerodraftError(f"'{path}' is not a JSON object.")
-    return value
 
 
 def _need(fields: Fields, name: str) -> Any:

@@ -15,7 +15,6 @@ As the text grows, its end may be encoded anew (`m` + `at` is one token `mat`). 
 longest common prefix: by `rewind` where its session has it, else by reading the text again.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from math import ceil
@@ -31,6 +30,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, Qwen2T
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json
 from zerodraft.ztt.loading import load_tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -207,8 +207,8 @@ def _tokenizer(path: str | PathLike[str]) -> Any:
 
 def _field(file: Path, name: str) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError):
+        return read_json(file).get(name)
+    except ZerodraftError:
         return None
 
 

@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 from zerodraft.targets.cache import build_once, default_cache_dir, is_built
 from zerodraft.targets.wheel import GgufModel, WheelFile, from_wheels
 
@@ -95,12 +96,12 @@ def resolve(
     text = os.fspath(name)
     if not text:
         raise ZerodraftError("The model name is empty: give a directory, a hub id (owner/name) or a short name.")
-    path = Path(text).expanduser()
+    path = user_path(text)
     for directory in (path, path / "model"):
         if (directory / "config.json").is_file():
             return directory
     if text in SHORT_NAMES:
-        root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        root = user_path(cache_dir) if cache_dir is not None else default_cache_dir()
         return _short(text, root / text, sources)
     if path.exists():
         raise ZerodraftError(f"{path} is not a model directory: it has no config.json.")

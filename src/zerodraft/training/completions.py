@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, Shaped
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_text, user_path
 
 WIDTHS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 """Bytes a token to its type on disk."""
@@ -91,7 +92,7 @@ def read_completions(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    shards = [read_shard(file) for path in paths for file in _indices(Path(path).expanduser())]
+    shards = [read_shard(file) for path in paths for file in _indices(user_path(path))]
     if not any(len(shard.lengths) for shard in shards):
         raise ZerodraftError("The given completions are empty: no sequence in any of them.")
     return Completions(shards)
@@ -111,7 +112,7 @@ def read_shard(index: Path) -> Shard:
     """Reads one shard by its `.jsonl` file."""
     lengths, prompts, temperatures, sources = [], [], [], []
     # split on "\n" only: strings may hold characters that str.splitlines takes for line ends
-    for number, line in enumerate(_text(index).split("\n"), 1):
+    for number, line in enumerate(read_text(index, "index").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -200,14 +201,6 @@ def _indices(path: Path) -> list[Path]:
     if path.suffix not in (".bin", ".jsonl") or not path.is_file():
         raise ZerodraftError(f"No completions at '{path}': expected a directory, or a .bin file with its .jsonl index.")
     return [path.with_suffix(".jsonl")]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ZerodraftError(f"The index '{path}' cannot be read: {why}.") from error
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:

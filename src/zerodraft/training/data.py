@@ -7,6 +7,7 @@ blocks in the same order, on every machine.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -17,18 +18,23 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, why
+from zerodraft.files import check_regular, read_text, user_path, whole_characters
 from zerodraft.training.jsonl import json_row
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.strict import did_you_mean
 
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
+
+SCALARS = (str, int, float)
+"""What can stand in a template."""
 
 
 class PackedBlocks(Dataset):
@@ -141,23 +147,15 @@ def _read_source(source: str, recipe: DataRecipe) -> Iterator[str]:
         return
     for path in _expand(source):
         if path.suffix in (".txt", ".md"):
-            text = _text(path)
+            text = read_text(path, "data file")
             yield from text.split(recipe.separator) if recipe.separator else (text,)
         elif path.suffix == ".jsonl":
             # split on "\n" only: strings may hold U+2028 and other characters that str.splitlines takes for line ends
-            for number, line in enumerate(_text(path).split("\n"), 1):
+            for number, line in enumerate(read_text(path, "data file").split("\n"), 1):
                 if line.strip():
                     yield _field(json_row(line, path, number), recipe, str(path))
         else:
             yield from (_field(row, recipe, str(path)) for row in _parquet_rows(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text, convert it first"
-        raise ZerodraftError(f"'{path}' cannot be read: {why}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -166,16 +164,17 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise ZerodraftError("parquet files need the train extra: pip install 'zerodraft[train]'") from error
+    check_regular(path, "data file")
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ZerodraftError(f"'{path}' is no whole parquet file: {why}") from error
+    # over a damaged file pyarrow raises its own kinds and Python's (a text that is no UTF-8, a date beyond its range)
+    except Exception as error:
+        raise ZerodraftError(f"'{path}' is no whole parquet file: {why(error)}") from error
 
 
 def _expand(source: str) -> list[Path]:
-    expanded = os.path.expanduser(os.path.expandvars(source))
+    expanded = os.fspath(user_path(os.path.expandvars(source)))
     unset = re.search(r"\$\{?(\w+)", expanded)
     if unset:
         raise ZerodraftError(f"'{source}': the environment variable {unset[1]} is not set")
@@ -197,11 +196,32 @@ def _expand(source: str) -> list[Path]:
 
 
 def _field(row: dict[str, Any], recipe: DataRecipe, source: str) -> str:
+    """The text of a row. A null or a list is none: as "None" or "['a', 'b']" it would be trained on unseen."""
+    names, kinds = ((recipe.text_field,), str) if not recipe.template else (template_fields(recipe.template), SCALARS)
+    for name in names:
+        if name not in row:
+            raise ZerodraftError(f"a row of '{source}' has no field '{name}'{did_you_mean(name, row)}")
+        if not isinstance(row[name], kinds):
+            found = "null" if row[name] is None else f"a {type(row[name]).__name__}"
+            raise ZerodraftError(f"a row of '{source}' has {found} in '{name}', expected a text: leave such rows out")
+    return whole_characters(recipe.template.format(**row) if recipe.template else row[recipe.text_field])
+
+
+@functools.cache
+def template_fields(template: str) -> tuple[str, ...]:
+    """The fields that a template names.
+
+    Raises:
+        ZerodraftError: its braces do not match, or it asks for more than fields.
+    """
     try:
-        return recipe.template.format(**row) if recipe.template else str(row[recipe.text_field])
-    except KeyError as error:
-        known = did_you_mean(str(error.args[0]), row)
-        raise ZerodraftError(f"a row of '{source}' has no field '{error.args[0]}'{known}") from error
+        parts = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(template)]
+    except ValueError as error:
+        raise ZerodraftError(f"data.template {template!r} cannot be read: {why(error)}") from error
+    names = tuple(name for name, _, _ in parts if name is not None)
+    if not all(name.isidentifier() for name in names) or any(form or conversion for _, form, conversion in parts):
+        raise ZerodraftError(f"data.template is {template!r}; expected names of fields in braces, such as '{{text}}'")
+    return names
 
 
 def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
@@ -212,11 +232,11 @@ def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     try:
         return datasets.load_dataset(name, split=split)  # type: ignore[return-value]  # rows are dicts
     except Exception as error:  # the library raises many kinds, none of them its own base class
-        raise ZerodraftError(f"data set 'hub:{name}' could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ZerodraftError(f"data set 'hub:{name}' could not be loaded: {why(error)}") from error
 
 
 def _pack(documents: Sequence[str], tokenizer: Any, recipe: DataRecipe, what: str, limit: int) -> PackedBlocks:
-    tokens, size = _tokenize_cached(documents, tokenizer, Path(recipe.cache).expanduser())
+    tokens, size = _tokenize_cached(documents, tokenizer, user_path(recipe.cache))
     blocks = PackedBlocks(tokens, recipe.context_length, limit, tokens_per_byte=len(tokens) / size)
     if not len(blocks):
         raise ZerodraftError(

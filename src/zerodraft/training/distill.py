@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json, user_path
 from zerodraft.training.completions import Completion, read_shard, write_shard, write_whole
 from zerodraft.training.lock import LOCK, locked
 from zerodraft.training.prompts import Prompt, PromptEncoder, fingerprint
@@ -173,6 +174,12 @@ def distill(
             "context leave for it."
         )
     turn = encoder.user_turn() if settings.invent else []
+    largest = max((max(ids) for ids, _ in encoded if ids), default=-1)
+    if largest >= writer.vocab_size:
+        raise ZerodraftError(
+            f"The prompts hold token {largest}, but the target's vocabulary has {writer.vocab_size}: take that token "
+            "out, or the tokenizer that belongs to the target."
+        )
     made_with = {
         "target": target,
         "chat": encoder.chat,
@@ -180,7 +187,7 @@ def distill(
         "prompts": {"count": len(prompts), "used": len(encoded), "sha256": fingerprint(prompts)},
     }
     manifest = {"format": 1, "made_with": made_with, **(provenance or {}), "finished": False}
-    folder, batches = Path(out).expanduser(), plan([len(ids) for ids, _ in encoded], settings)
+    folder, batches = user_path(out), plan([len(ids) for ids, _ in encoded], settings)
     with _claimed(folder):
         _check_same(folder, made_with)
         _write_manifest(folder, manifest)
@@ -247,9 +254,9 @@ def _check_same(folder: Path, made_with: dict[str, Any]) -> None:
     if not (folder / MANIFEST).is_file():
         return
     try:
-        before = json.loads((folder / MANIFEST).read_text("utf-8"))["made_with"]
+        before = read_json(folder / MANIFEST, "manifest")["made_with"]
         known = {**before["settings"], **{key: before[key] for key in before if key != "settings"}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ZerodraftError(f"'{folder / MANIFEST}' is no manifest of completions: name a new directory.") from error
     now = {**made_with["settings"], **{key: made_with[key] for key in made_with if key != "settings"}}
     if changed := [key for key in now if known.get(key) != now[key]]:

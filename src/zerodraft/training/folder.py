@@ -14,6 +14,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.lock import LOCK, locked
 from zerodraft.training.strict import from_mapping, to_mapping
@@ -75,7 +76,7 @@ def check_folder(folder: Path, recipe: Any, resume: bool, begun: bool) -> str | 
         logger.info("'%s' has no checkpoint yet: the run starts from its beginning.", folder)
         return None
     try:
-        old = from_mapping(type(recipe), json.loads((folder / RECIPE).read_text(encoding="utf-8")))
+        old = from_mapping(type(recipe), read_json(folder / RECIPE, "recipe"))
     except (OSError, ValueError, RecursionError) as error:
         raise ZerodraftError(f"'{folder / RECIPE}' cannot be read, so the run cannot be resumed: {error}") from error
     changed = _differences(to_mapping(old), to_mapping(recipe))

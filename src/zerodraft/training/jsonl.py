@@ -1,10 +1,9 @@
 """A line of a JSONL file as a mapping, or one clear sentence about what it is instead."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.files import json_object
 
 
 def json_row(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -13,10 +12,4 @@ def json_row(line: str, path: Path, number: int) -> dict[str, Any]:
     Raises:
         ZerodraftError: not JSON, or not an object.
     """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ZerodraftError(f"'{path}' line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ZerodraftError(f"'{path}' line {number} must be an object with fields, got {type(row).__name__}")
-    return row
+    return json_object(line, f"'{path}' line {number}")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, why
+from zerodraft.files import read_text, user_path
 from zerodraft.training.jsonl import json_row
 
 FORMATS = (".txt", ".jsonl")
@@ -38,16 +39,10 @@ def read_prompts(files: Sequence[str]) -> list[Prompt]:
     """
     seen: dict[str, Prompt] = {}
     for name in files:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.suffix not in FORMATS:
             raise ZerodraftError(f"'{name}' has an unknown format: expected prompts in one of {', '.join(FORMATS)}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ZerodraftError(f"The prompt file '{name}' cannot be read: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise ZerodraftError(f"The prompt file '{name}' is not UTF-8 text.") from error
-        for prompt in _texts(text, path):
+        for prompt in _texts(read_text(path, "prompt file"), path):
             if prompt:
                 seen.setdefault(prompt, Prompt(prompt, path.stem))
     if files and not seen:
@@ -101,16 +96,14 @@ def templated(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any
     Raises:
         ZerodraftError: the template cannot be read, or takes no such conversation (a system message, say).
     """
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
-    except TemplateError as error:
+    # a template is a program that came with the model: it can fail in every way that Python can
+    except Exception as error:
         roles = ", ".join(message["role"] for message in messages)
-        why = str(error).rstrip(".") or type(error).__name__
         raise ZerodraftError(
-            f"The model's chat template refuses a conversation of {roles}: {why}; leave out what it does not take, or "
-            "the template."
+            f"The model's chat template refuses a conversation of {roles}: {why(error)}; leave out what it does not "
+            "take, or the template."
         ) from error
 
 

@@ -15,10 +15,14 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, why
+from zerodraft.files import read_text, user_path
 from zerodraft.training.strict import check_least, did_you_mean, from_mapping
 
 T = TypeVar("T")
+
+MOST_VALUES = 100_000
+LARGEST_SEED = (1 << 32) - 1  # of numpy
 
 Weights = tuple[float, ...] | Literal["uniform", "linear"]
 
@@ -68,6 +72,10 @@ class ModelRecipe:
     ztt: dict[str, Any] = field(default_factory=dict)
     """Any other key of ZttConfig (zero_rope, ffn_gate, cycle_gates, ...)."""
 
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        check_least("model", self, **dict.fromkeys((*sizes, "head_dim", "max_position_embeddings"), 1))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerRecipe:
@@ -107,6 +115,9 @@ class DataRecipe:
     """Folder for tokenized data, one sub-folder per content hash."""
     hub_split: str = "train"
     """Split to take of hub data sets."""
+
+    def __post_init__(self) -> None:
+        check_least("data", self, document_chars=1, context_length=1, validation_blocks=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +208,9 @@ class PeftRecipe:
     target_modules: tuple[str, ...] = ()
     """Names of the linear modules that get adapters; empty means all of them."""
 
+    def __post_init__(self) -> None:
+        check_least("peft", self, rank=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
@@ -212,6 +226,10 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     peft: PeftRecipe = field(default_factory=PeftRecipe)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ZerodraftError(f"seed is {self.seed}; it must be from 0 to {LARGEST_SEED}")
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
@@ -231,29 +249,52 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] | Mapping
 
 def read_recipe(cls: type[T], path: str | os.PathLike[str] | None, overrides: Sequence[str] | Mapping[str, Any]) -> T:
     """Any dataclass from a YAML file (or none) and dotted keys that win over it; errors as in `load_recipe`."""
-    mapping = _read(Path(path)) if path is not None else {}
+    mapping = _read(user_path(path)) if path is not None else {}
     pairs = overrides.items() if isinstance(overrides, Mapping) else [_split_override(text) for text in overrides]
     for dotted, value in pairs:
         _set(mapping, dotted, value)
     return from_mapping(cls, mapping)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a file and in those that it extends; `below`: the files that extend this one."""
+    if not path.exists():
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ZerodraftError(f"no recipe at '{path}'" + (did_you_mean(path.name, near) if near else ""))
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ZerodraftError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    mapping = parse_yaml(read_text(path, "recipe"), f"'{path}'")
     if not isinstance(mapping, dict):
         raise ZerodraftError(f"'{path}' must hold a mapping of keys to values")
     if "extends" not in mapping:
         return mapping
-    other = path.parent / str(mapping.pop("extends"))
-    if other.resolve() == path.resolve():
-        raise ZerodraftError(f"'{path}' extends itself")
-    return _merge(_read(other), mapping)
+    other, chain = path.parent / str(mapping.pop("extends")), (*below, path)
+    if other.resolve() in [file.resolve() for file in chain]:
+        if len(chain) == 1:
+            raise ZerodraftError(f"'{path}' extends itself")
+        names = ", which extends ".join(f"'{file}'" for file in (*chain[1:], other))
+        raise ZerodraftError(f"'{chain[0]}' extends {names}: one of them must stand by itself")
+    return _merge(_read(other, chain), mapping)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """What a YAML text says; it may come from a stranger, and the parser lets through whatever Python raises."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ZerodraftError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ZerodraftError(f"{what} is not valid YAML: {why(error)}") from error
+    # a few aliases of aliases are more values than any memory holds, or never end
+    count, left = 0, [value]
+    while left:
+        item = left.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise ZerodraftError(f"{what} has more than {MOST_VALUES:,} values: no recipe is that long")
+        if isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, (list, tuple, set)):
+            left += item
+    return value
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +309,7 @@ def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ZerodraftError(f"override '{text}' must look like key=value")
-    return key, yaml.safe_load(value)
+    return key, parse_yaml(value, f"override '{key}'")
 
 
 def _set(mapping: dict[str, Any], dotted: str, value: Any) -> None:

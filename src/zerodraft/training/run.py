@@ -19,6 +19,7 @@ from transformers import TrainerCallback, default_data_collator, set_seed
 
 import zerodraft
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.adapters import add_adapters
 from zerodraft.training.base import RecipeTrainer, training_arguments
@@ -79,7 +80,7 @@ def _train(
     set_seed(recipe.seed)
     scratch = recipe.model.start is None
     model = build_from_scratch(recipe.model, tokenizer) if scratch else build_from_start(recipe.model)
-    _check_vocabulary(model, tokenizer, recipe)
+    _check_vocabulary(model, data, recipe)
     cycle_loss = CycleLoss(recipe.loss, number_of_cycles(model), recipe.seed)
     parameters = model.num_parameters()
     if recipe.peft.rank:
@@ -165,7 +166,7 @@ def _tokenizer(recipe: Recipe, documents: Sequence[str]) -> Any:
     digest = hashlib.sha256(f"{recipe.tokenizer.vocab_size}:{recipe.model.max_position_embeddings}".encode())
     for text in train:
         digest.update(hashlib.sha256(text.encode()).digest())
-    cached = Path(recipe.data.cache).expanduser() / f"tokenizer-{digest.hexdigest()[:32]}"
+    cached = user_path(recipe.data.cache) / f"tokenizer-{digest.hexdigest()[:32]}"
     if not cached.is_dir():
         tokenizer = train_tokenizer(train, recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings)
         partial = cached.with_name(f".partial-{os.getpid()}-{cached.name}")
@@ -178,11 +179,13 @@ def _tokenizer(recipe: Recipe, documents: Sequence[str]) -> Any:
     return load_tokenizer(cached)
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, recipe: Recipe) -> None:
+def _check_vocabulary(model: Any, data: TextData, recipe: Recipe) -> None:
+    # by the tokens that there are: some tokenizers have a few more than their model has rows
     size = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > size:
+    largest = max(int(blocks.tokens.max()) for blocks in (data.train, *_evaluations(data).values()))
+    if largest >= size:
         raise ZerodraftError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary {size}: "
+            f"the data holds token {largest}, the model's vocabulary has {size}: "
             f"use the model's own tokenizer (tokenizer.path is '{recipe.tokenizer.path}')"
         )
 

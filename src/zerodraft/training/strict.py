@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import reprlib
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -15,6 +17,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from zerodraft.errors import ZerodraftError
 
 T = TypeVar("T")
+
+LARGEST = (1 << 63) - 1
+"""No size and no seed is larger, and other libraries fail over one that is."""
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
+SHORT.maxlist = SHORT.maxdict = SHORT.maxtuple = 12
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -86,19 +95,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 return _convert(option, value, where)
             except ZerodraftError as error:
                 errors.append(str(error))
-        raise ZerodraftError(errors[0] if len(errors) == 1 else f"'{where}' must be {_name(hint)}, got {value!r}")
+        raise ZerodraftError(errors[0] if len(errors) == 1 else f"'{where}' must be {_name(hint)}, got {shown(value)}")
     if origin is Literal:
         if value in args:
             return value
         hint_text = did_you_mean(str(value), map(str, args))
-        raise ZerodraftError(f"'{where}' must be one of {', '.join(map(repr, args))}, got {value!r}{hint_text}")
+        raise ZerodraftError(f"'{where}' must be one of {', '.join(map(repr, args))}, got {shown(value)}{hint_text}")
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise ZerodraftError(f"'{where}' must be a list, got {value!r}")
+            raise ZerodraftError(f"'{where}' must be a list, got {shown(value)}")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ZerodraftError(f"'{where}' must be a mapping, got {value!r}")
+            raise ZerodraftError(f"'{where}' must be a mapping, got {shown(value)}")
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)  # type: ignore[arg-type]  # a type
@@ -110,7 +119,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         # bool is an int in Python, never in a recipe
         fits = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if not fits:
-        raise ZerodraftError(f"'{where}' must be {_name(hint)}, got {value!r}")
+        raise ZerodraftError(f"'{where}' must be {_name(hint)}, got {shown(value)}")
+    if isinstance(value, str):
+        _check_text(value, where)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ZerodraftError(f"'{where}' must be a whole number of at most {LARGEST}, got {shown(value)}")
     return value
 
 
@@ -119,9 +132,26 @@ def _to_float(value: Any, where: str) -> float:
     if not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
-    raise ZerodraftError(f"'{where}' must be a number, got {value!r}")
+    raise ZerodraftError(f"'{where}' must be a number, got {shown(value)}")
+
+
+def _check_text(value: str, where: str) -> None:
+    """What no file system and no tokenizer takes: a NUL, and halves of surrogate pairs other than those that stand for
+    a byte of a command line that is no UTF-8."""
+    try:
+        fits = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise ZerodraftError(f"'{where}' must be a text of whole characters without NUL, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as Python writes it, cut where it is long."""
+    text = SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _name(hint: Any) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, scored_rule, trade_off
@@ -237,11 +238,8 @@ def write_exit_rule(model: ZttForCausalLM, rule: ExitRule, directory: str | os.P
     stored = exit_rule_to_dict(rule)
     if directory is not None:
         path = Path(directory) / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ZerodraftError(f"{str(path)!r} cannot be read as a model configuration: {error}.") from error
-        if not isinstance(config, dict) or config.get("model_type") != model.config.model_type:
+        config = read_json(path, "configuration")
+        if config.get("model_type") != model.config.model_type:
             raise ZerodraftError(f"{str(path)!r} is not the configuration of a Zero Token Transformer.")
         write_text(path, json.dumps(config | {"exit_rule": stored}, indent=2, sort_keys=True) + "\n")
     model.config.exit_rule = stored

@@ -6,12 +6,13 @@ run code; both are refused here. Sizes in `config.json` are compared with what t
 allocated by them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -84,10 +85,42 @@ READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 def check_files(name: Name) -> None:
     """Raise for a directory of which transformers would open something that is no file."""
     folder = Path(name)
-    if folder.is_dir():
-        for pattern in READ:
-            for path in folder.glob(pattern):
-                check_regular(path)
-        for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
-            if (folder / file).exists():
-                read_json(folder / file)
+    if not folder.is_dir():
+        if folder.is_absolute() or folder.exists():
+            raise ZerodraftError(f"There is no model directory at '{folder}'.")
+        return
+    for pattern in READ:
+        for path in folder.glob(pattern):
+            check_regular(path)
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            read_json(folder / file)
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Raises:
+        ZerodraftError: neither is there, or a file is missing or damaged.
+    """
+    for file in weight_files(folder):
+        if not file.exists():
+            raise ZerodraftError(f"'{file}' is missing: fetch the whole checkpoint (safetensors are needed).")
+        check_regular(file, "weight file")
+        with reading(f"The weight file '{file}'"), safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+                yield name, tensors.get_tensor(name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one, or the shards that an index names; they need not be there."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    names = read_json(index, "index").get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ZerodraftError(f"'{index}' is no index of shards: it has no weight_map.")
+    # an index may not lead out of its directory
+    if odd := [name for name in names.values() if Path(name).name != name]:
+        raise ZerodraftError(f"'{index}' names the file '{odd[0]}', which is not beside it.")
+    return [folder / name for name in sorted(set(names.values()))]
