@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import inspect
+from typing import Any
 
 import jaxtyping
 
@@ -18,7 +19,14 @@ jaxtyping.install_import_hook("zerodraft", CHECKER)
 
 from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402  # only now, so that the hook sees them
 
+
 # A configuration takes keys that its signature does not name (transformers keeps them for the family), an output can
 # be made from one mapping (accelerate does); arguments are checked by the signature, so these are created without it.
+def checked(function: Any) -> bool:
+    """Whether a function is wrapped in the check, at any depth."""
+    inside = getattr(function, "__wrapped__", None)
+    return "jaxtyp" in function.__code__.co_filename or (inside is not None and checked(inside))
+
+
 for unchecked in (ZttConfig, ZttCausalLMOutput):
-    unchecked.__init__ = inspect.unwrap(unchecked.__init__, stop=lambda f: "jaxtyp" not in f.__code__.co_filename)
+    unchecked.__init__ = inspect.unwrap(unchecked.__init__, stop=lambda f: not checked(f))

@@ -1,7 +1,7 @@
 """LoRA on a Zero Token Transformer through PEFT, and what PEFT would leave out.
 
-PEFT saves what it added. Zero tokens and cycle gates are ours, not its: a fine-tuned conversion is nothing without them
-(its gates begin closed), so they stay trainable and go into `zero_tokens.safetensors` next to the adapter.
+PEFT trains and saves what it added and what it is told by name. A fine-tuned conversion is nothing without its zero
+tokens and gates (they begin closed), so they go into `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.recipe import PeftRecipe
-
-OWN_PARTS = ("zero_tokens", "cycle_gates", "cycle_lora")
-FILE_NAME = "zero_tokens.safetensors"
+from zerodraft.ztt.pretrained import OWN_PARTS
 
 
 def add_adapters(model: nn.Module, recipe: PeftRecipe) -> Any:
@@ -39,16 +36,14 @@ def add_adapters(model: nn.Module, recipe: PeftRecipe) -> Any:
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft says int and divides it
         lora_dropout=recipe.dropout,
         target_modules=list(recipe.target_modules) or "all-linear",
+        modules_to_save=[name for name in OWN_PARTS if getattr(model, name, None) is not None],
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]  # a PreTrainedModel
+        return get_peft_model(model, config)  # type: ignore[arg-type]  # a PreTrainedModel
     except ValueError as error:
         names = ", ".join(recipe.target_modules)
         raise ZerodraftError(f"peft.target_modules: no linear module of the model is called {names}") from error
-    for parameter in own_parameters(adapted).values():
-        parameter.requires_grad_(True)
-    return adapted
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> Any:
@@ -57,38 +52,15 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> Any:
     Args:
         model: the model that the run started from (converted in the same way).
         folder: of the adapter.
+
+    Raises:
+        ZerodraftError: an older version wrote it, with zero tokens and gates in a file of their own.
     """
     from peft import PeftModel
 
-    adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]  # a PreTrainedModel
-    load_own_parameters(adapted, folder)
-    return adapted
-
-
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Zero tokens, gates and per-cycle LoRA by name."""
-    return {name: p for name, p in model.named_parameters() if any(part in name.split(".") for part in OWN_PARTS)}
-
-
-def save_own_parameters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes `own_parameters`; nothing if there are none."""
-    tensors = {name: p.detach().contiguous() for name, p in own_parameters(model).items()}
-    if tensors:
-        save_file(tensors, Path(folder) / FILE_NAME)
-
-
-def load_own_parameters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Reads what `save_own_parameters` wrote.
-
-    Raises:
-        ZerodraftError: the file's tensors are not those of the model.
-    """
-    path, own = Path(folder) / FILE_NAME, own_parameters(model)
-    tensors = load_file(path) if path.is_file() else {}
-    wrong = set(own) ^ set(tensors) or {name for name in own if own[name].shape != tensors[name].shape}
-    if wrong:
+    if Path(folder, "zero_tokens.safetensors").is_file():
         raise ZerodraftError(
-            f"'{path}' does not fit the model: {sorted(wrong)[0]} is missing, extra or of another shape"
+            f"The adapter in '{folder}' was written by an older version, which kept zero tokens and gates apart; use "
+            "the merged model of the run."
         )
-    for name, parameter in own.items():
-        parameter.data.copy_(tensors[name])
+    return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]  # a PreTrainedModel

@@ -1,4 +1,4 @@
-"""`ZttTrainer`: a loss over cycles, perplexity per number of cycles, and checkpoints with a model's own extra parts.
+"""`ZttTrainer`: a loss over cycles, and perplexity per number of cycles.
 
 The loss gets its cycles from `CycleLoss`; `evaluate` gives the loss after every cycle in one pass.
 """
@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from zerodraft.training.adapters import load_own_parameters, save_own_parameters
 from zerodraft.training.base import RecipeTrainer
 from zerodraft.training.data import PackedBlocks
 from zerodraft.training.losses import CycleLoss
@@ -60,22 +58,6 @@ class ZttTrainer(RecipeTrainer):
         self._evaluated = (self.state.global_step, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
         return metrics
-
-    # --- checkpoints ---
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._has_adapters() and self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            save_own_parameters(self.accelerator.unwrap_model(self.model), str(folder))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._has_adapters():
-            load_own_parameters(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
-
-    def _has_adapters(self) -> bool:
-        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
 
 
 @torch.no_grad()

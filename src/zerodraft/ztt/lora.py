@@ -3,7 +3,8 @@
 It lets cycles that share weights differ a little (relaxed sharing: Bae et al., "Relaxed Recursive Transformers", 2024).
 The deltas are added by forward hooks on the family's own projections, which read the running cycle from the layer call
 that the attention of the layer announced; so nothing of the family is replaced, a PEFT adapter can wrap the same
-projection, and gradient checkpointing recomputes with the right cycle. `up` starts at zero: new deltas change nothing.
+projection, and gradient checkpointing recomputes with the right cycle. The hooks ask the model for its `cycle_lora`
+when they run, so that PEFT can put a trained copy in its place. `up` starts at zero: new deltas change nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization
 from transformers.pytorch_utils import Conv1D
-
-from zerodraft.ztt.interface import current_call
 
 Projection = nn.Linear | Conv1D
 
@@ -46,7 +45,6 @@ class LowRankDelta(nn.Module):
         self.down = nn.Parameter(torch.empty(cycles, rank, in_features))
         self.up = nn.Parameter(torch.empty(cycles, out_features, rank))
         self.reset_parameters()
-        projection.register_forward_hook(self.add)
 
     def reset_parameters(self) -> None:
         """`down` random, `up` zero; leaves alone what a checkpoint has filled."""
@@ -57,12 +55,9 @@ class LowRankDelta(nn.Module):
         """What the delta adds to the projection's matrix in a cycle (0-based)."""
         return self.up[cycle] @ self.down[cycle]
 
-    def add(self, projection: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The forward hook: the projection's output plus the running cycle's delta."""
-        call = current_call.get()
-        if call is None:  # the layer runs by itself, outside the cycles
-            return output
-        return output + F.linear(F.linear(args[0], self.down[call.cycle]), self.up[call.cycle])
+    def forward(self, x: Tensor, cycle: int) -> Tensor:
+        """What the delta adds to the projection's output in a cycle (0-based)."""
+        return F.linear(F.linear(x, self.down[cycle]), self.up[cycle])
 
 
 class CycleLora(nn.Module):
@@ -86,6 +81,10 @@ class CycleLora(nn.Module):
         for module in self.modules():
             if isinstance(module, LowRankDelta):
                 module.reset_parameters()
+
+    def forward(self, layer: int, name: str, x: Tensor, cycle: int) -> Tensor:
+        """What is added to the output of a shared layer's projection in a cycle."""
+        return self.delta(layer, name)(x, cycle)
 
     def delta(self, layer: int, name: str) -> LowRankDelta:
         """The deltas of the projection `name` of a shared layer (0: the first of the shared ones)."""

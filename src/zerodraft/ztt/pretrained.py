@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict
 from zerodraft.ztt.families import attention_of, ffn_output_of, find_parts, kv_shape, rotary_module
 from zerodraft.ztt.gates import CycleGates
 from zerodraft.ztt.interface import announce_call, attention_name, current_call
-from zerodraft.ztt.lora import CycleLora
+from zerodraft.ztt.lora import CycleLora, projections
 from zerodraft.ztt.pool import ZeroTokenPool
 
 OWN_PARTS = ("zero_tokens", "cycle_gates", "cycle_lora")
@@ -97,6 +98,10 @@ class ZttPreTrainedModel(PreTrainedModel):
         self.cycle_gates = CycleGates(config) if config.cycle_gates and config.cycles > 1 else None
         shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
         self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
+        if self.cycle_lora is not None:
+            for place, layer in enumerate(shared):
+                for projection_name, projection in projections(layer):
+                    projection.register_forward_hook(partial(self._add_delta, place, projection_name))
         if config.ffn_gate or config.cycle_lora_rank:
             for layer in self.layers:
                 attention_of(layer).register_forward_pre_hook(announce_call, with_kwargs=True)
@@ -104,6 +109,15 @@ class ZttPreTrainedModel(PreTrainedModel):
             for layer in self.layers if config.edge_zero_tokens else shared:
                 ffn_output_of(layer).register_forward_hook(_gate_ffn)
         self.post_init()
+
+    def _add_delta(
+        self, place: int, name: str, projection: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        """Forward hook on a shared layer's projection: add the running cycle's delta."""
+        call = current_call.get()
+        if call is None or self.cycle_lora is None:  # the layer runs by itself, outside the cycles
+            return output
+        return output + self.cycle_lora(place, name, args[0], call.cycle)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
