@@ -173,23 +173,21 @@ class Calibrate(Command):
         import numpy as np
         import torch
 
-        from zerodraft.training.data import PackedBlocks, read_documents
+        from zerodraft.training.data import PackedBlocks, encode, read_documents
         from zerodraft.training.recipe import DataRecipe
+        from zerodraft.training.rows import content
 
         if self.block_length > longest:
             raise ZerodraftError(f"--block-length is {self.block_length}; the model reads at most {longest} tokens")
         documents = read_documents((self.text,), DataRecipe())
-        ids: list[int] = []
-        for document in documents:
-            ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            ids.append(tokenizer.eos_token_id)
+        ids = [token for tokens, _ in encode(documents, tokenizer) for token in tokens]
         if len(ids) < self.block_length:
             raise ZerodraftError(
                 f"'{self.text}' has {len(ids)} tokens, fewer than one block of {self.block_length}; give a longer text "
                 "or a smaller --block-length"
             )
         packed = PackedBlocks(np.array(ids), self.block_length, self.blocks)
-        digest = hashlib.sha256("".join(documents).encode()).hexdigest()
+        digest = hashlib.sha256("".join(map(content, documents)).encode()).hexdigest()
         rows = torch.stack([packed[row]["input_ids"] for row in range(len(packed))])
         anywhere = not self.text.startswith(("/", "~"))
         name = self.text if anywhere else Path(self.text).name

@@ -156,7 +156,7 @@ class Ngram(Command):
     def _documents(self, path: Path, folder: Path, progress: "CountProgress") -> "TokenFiles":
         """The tokens of all files; those of texts are kept in `folder`, since they are gone through several times."""
         from zerodraft.training.completions import read_completions
-        from zerodraft.training.data import read_documents
+        from zerodraft.training.data import encode, read_documents
         from zerodraft.training.recipe import DataRecipe
         from zerodraft.training.tokenizer import load_tokenizer
 
@@ -172,13 +172,12 @@ class Ngram(Command):
             # one source after another: no more than one is in memory
             for source in sources:
                 documents = read_documents((source,), recipe)
-                for at in range(0, len(documents), BATCH):
-                    batch = tokenizer(documents[at : at + BATCH], add_special_tokens=False, verbose=False)
-                    for ids in batch["input_ids"]:
-                        stream.write(np.array([*ids, tokenizer.eos_token_id], "<u4").data)
-                        lengths.append(len(ids) + 1)
-                        done += len(ids) + 1
-                    progress.show("tokenising", done)
+                for at, (ids, _) in enumerate(encode(documents, tokenizer), 1):
+                    stream.write(np.array(ids, "<u4").data)
+                    lengths.append(len(ids))
+                    done += len(ids)
+                    if at % BATCH == 0 or at == len(documents):
+                        progress.show("tokenising", done)
         tokens = np.memmap(folder / "tokens.bin", "<u4", "r")
         return TokenFiles(completions, np.split(tokens, np.cumsum(lengths)[:-1]))
 

@@ -7,10 +7,11 @@ blocks in the same order, on every machine.
 
 from __future__ import annotations
 
-import functools
+import copy
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,7 +19,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -26,38 +26,69 @@ import torch
 from torch.utils.data import Dataset
 
 from zerodraft.errors import ZerodraftError, why
-from zerodraft.files import check_regular, read_text, user_path, whole_characters
+from zerodraft.files import check_regular, read_text, user_path
+from zerodraft.training.chat import Tokens, tokens_of
 from zerodraft.training.jsonl import json_row
 from zerodraft.training.recipe import DataRecipe
+from zerodraft.training.rows import Document, content, document_of
 from zerodraft.training.strict import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 FORMATS = (".txt", ".md", ".jsonl", ".parquet")
 
-SCALARS = (str, int, float)
-"""What can stand in a template."""
+IGNORED = -100
+"""Label of a token that the loss is not on, as transformers has it."""
 
 
 class PackedBlocks(Dataset):
     """Fixed-length blocks cut from one long memory-mapped array of tokens; what is left over at the end is dropped.
 
-    Attributes:
+    Args:
+        tokens: the documents, one after another.
+        length: tokens in a block.
+        limit: at most so many blocks, taken evenly from all of them; 0 for all.
         tokens_per_byte: tokens of the whole text over its UTF-8 bytes, to turn a loss per token into bits per byte.
+        learned: which tokens the loss is on; None for all. Blocks without one are left out.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, limit: int = 0, tokens_per_byte: float = float("nan")) -> None:
-        blocks = len(tokens) // length
-        self.tokens, self.length, self.tokens_per_byte = tokens, length, tokens_per_byte
-        self.blocks = min(blocks, limit) if limit else blocks
-        # a limited evaluation takes blocks from the whole text, not from its beginning
-        self.stride = max(1, blocks // self.blocks) if self.blocks else 1
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        length: int,
+        limit: int = 0,
+        tokens_per_byte: float = float("nan"),
+        learned: np.ndarray | None = None,
+    ) -> None:
+        self.tokens, self.length, self.tokens_per_byte, self.learned = tokens, length, tokens_per_byte, learned
+        self.starts = np.arange(len(tokens) // length) * length
+        if learned is not None:
+            # nothing in a block comes before its first token, so that one is never predicted
+            rows = learned[: len(self.starts) * length].reshape(-1, length)
+            self.starts = self.starts[rows[:, 1:].any(axis=1)]
+        self.starts = _spread(self.starts, limit)
 
     def __len__(self) -> int:
-        return self.blocks
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = index * self.stride * self.length
-        ids = torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone()}
+        span = slice(self.starts[index], self.starts[index] + self.length)
+        ids = torch.from_numpy(self.tokens[span].astype(np.int64))
+        labels = ids.clone()
+        if self.learned is not None:
+            labels[torch.from_numpy(~self.learned[span])] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+    def split(self, last: int, limit: int) -> tuple[PackedBlocks, PackedBlocks]:
+        """All blocks but the `last` ones, and these, at most `limit` of them."""
+        before, behind = copy.copy(self), copy.copy(self)
+        before.starts, behind.starts = self.starts[:-last], _spread(self.starts[-last:], limit)
+        return before, behind
+
+
+def _spread(starts: np.ndarray, limit: int) -> np.ndarray:
+    """At most `limit` of the blocks, from the whole text, not from its beginning; 0 for all."""
+    return starts[:: max(1, len(starts) // limit)][:limit] if limit else starts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,57 +100,95 @@ class TextData:
     evaluation: dict[str, PackedBlocks]
 
 
-def build_data(recipe: DataRecipe, tokenizer: Any, documents: Sequence[str]) -> TextData:
+def build_data(recipe: DataRecipe, tokenizer: Any, documents: Sequence[Document]) -> TextData:
     """Splits, tokenizes (or reads from the cache) and packs.
 
     Args:
         recipe: where the validation and evaluation texts are, and all lengths.
-        tokenizer: with an `eos_token_id`, which goes after every document.
+        tokenizer: with an `eos_token_id`, which goes after every text.
         documents: the training documents, from `read_documents`.
 
     Raises:
         ZerodraftError: data is missing, or too short for a single block.
     """
     if recipe.validation:
-        train, validation = list(documents), read_documents(recipe.validation, recipe)
+        train = _pack(documents, tokenizer, recipe, "data.train")
+        held_out = _pack(read_documents(recipe.validation, recipe), tokenizer, recipe, "data.validation", limited=True)
     else:
-        train, validation = split_documents(documents, recipe.validation_fraction)
-    blocks = _pack(train, tokenizer, recipe, "data.train", limit=0)
-    held_out = _pack(validation, tokenizer, recipe, "data.validation", recipe.validation_blocks) if validation else None
+        train, held_out = _hold_out(recipe, tokenizer, documents)
     further = {
-        name: _pack(
-            read_documents((source,), recipe), tokenizer, recipe, f"data.evaluation.{name}", recipe.validation_blocks
-        )
+        name: _pack(read_documents((source,), recipe), tokenizer, recipe, f"data.evaluation.{name}", limited=True)
         for name, source in recipe.evaluation.items()
+        if _can_be_had(name, source)
     }
-    return TextData(train=blocks, validation=held_out, evaluation=further)
+    return TextData(train=train, validation=held_out, evaluation=further)
 
 
-def split_documents(documents: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
+def _hold_out(
+    recipe: DataRecipe, tokenizer: Any, documents: Sequence[Document]
+) -> tuple[PackedBlocks, PackedBlocks | None]:
+    """Blocks to train on and to validate on: of different documents, or of few documents the last blocks."""
+    train, held_out = split_documents(documents, recipe.validation_fraction)
+    if not recipe.validation_fraction:
+        return _pack(train, tokenizer, recipe, "data.train"), None
+    parts = [_blocks(part, tokenizer, recipe, limited) for part, limited in ((train, False), (held_out, True))]
+    if all(len(part) for part in parts):
+        return parts[0], parts[1]
+    whole = _pack(documents, tokenizer, recipe, "data.train")
+    if len(whole) == 1:
+        logger.warning("There is no validation: data.train is a single block of %d tokens.", recipe.context_length)
+        return whole, None
+    last = min(max(1, round(recipe.validation_fraction * len(whole))), len(whole) - 1)
+    logger.warning(
+        "%d documents are too few to hold some back for validation: the last %d of %d blocks are held back instead.",
+        len(documents),
+        last,
+        len(whole),
+    )
+    return whole.split(last, recipe.validation_blocks)
+
+
+def _can_be_had(name: str, source: str) -> bool:
+    """A recipe's further texts are extras, which whoever trains on texts of their own need not have."""
+    unset = _unset(source)
+    if unset:
+        logger.warning("data.evaluation.%s is left out: the environment variable %s is not set.", name, unset)
+    return not unset
+
+
+def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Train and validation documents, in the order of their hashes (a shuffle that keeps when files are added)."""
     if not 0 <= fraction < 1:
         raise ZerodraftError(f"data.validation_fraction is {fraction}, expected 0 <= fraction < 1")
-    ordered = sorted((hashlib.sha256(text.encode()).digest(), text) for text in documents)
+    hashed = [(hashlib.sha256(content(document).encode()).digest(), document) for document in documents]
+    ordered = sorted(hashed, key=lambda pair: pair[0])
     # the first bytes give the order, the last ones the split, so that the two are independent
     held_out = [int.from_bytes(digest[-8:], "big") < fraction * 2**64 for digest, _ in ordered]
-    train = [text for (_, text), out in zip(ordered, held_out, strict=True) if not out]
-    return train, [text for (_, text), out in zip(ordered, held_out, strict=True) if out]
+    train = [document for (_, document), out in zip(ordered, held_out, strict=True) if not out]
+    return train, [document for (_, document), out in zip(ordered, held_out, strict=True) if out]
 
 
-def read_documents(sources: Sequence[str], recipe: DataRecipe) -> list[str]:
-    """All documents of files, folders, globs and `hub:NAME` data sets, long ones cut between paragraphs.
+def read_documents(sources: Sequence[str], recipe: DataRecipe) -> list[Document]:
+    """All documents of files, folders, globs and `hub:NAME` data sets, long texts cut between paragraphs.
 
     Raises:
-        ZerodraftError: an unset $VARIABLE, a path that does not exist, an unknown format, or no text at all.
+        ZerodraftError: an unset $VARIABLE, a path that does not exist, an unknown format, a row that is no document, or
+            no text at all.
     """
     if not sources:
         raise ZerodraftError("data.train is empty: name at least one file, folder, glob or hub:NAME")
-    documents = [
-        piece
-        for source in sources
-        for document in _read_source(source, recipe)
-        for piece in cut_document(document, recipe.document_chars)
-    ]
+    documents: list[Document] = []
+    for source in sources:
+        nulls = 0
+        for document in _read_source(source, recipe):
+            if document is None:
+                nulls += 1
+            elif isinstance(document, str):
+                documents += cut_document(document, recipe.document_chars)
+            else:
+                documents.append(document)
+        if nulls:
+            logger.warning("'%s': rows without text (null) are left out, %d of them.", source, nulls)
     if not documents:
         raise ZerodraftError(f"no text found in {', '.join(sources)}")
     return documents
@@ -141,9 +210,9 @@ def cut_document(document: str, chars: int) -> Iterator[str]:
         yield rest
 
 
-def _read_source(source: str, recipe: DataRecipe) -> Iterator[str]:
+def _read_source(source: str, recipe: DataRecipe) -> Iterator[Document | None]:
     if source.startswith("hub:"):
-        yield from (_field(row, recipe, source) for row in _hub_rows(source[4:], recipe.hub_split))
+        yield from (document_of(row, recipe, source) for row in _hub_rows(source[4:], recipe.hub_split))
         return
     for path in _expand(source):
         if path.suffix in (".txt", ".md"):
@@ -153,9 +222,9 @@ def _read_source(source: str, recipe: DataRecipe) -> Iterator[str]:
             # split on "\n" only: strings may hold U+2028 and other characters that str.splitlines takes for line ends
             for number, line in enumerate(read_text(path, "data file").split("\n"), 1):
                 if line.strip():
-                    yield _field(json_row(line, path, number), recipe, str(path))
+                    yield document_of(json_row(line, path, number), recipe, str(path))
         else:
-            yield from (_field(row, recipe, str(path)) for row in _parquet_rows(path))
+            yield from (document_of(row, recipe, str(path)) for row in _parquet_rows(path))
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -173,11 +242,16 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise ZerodraftError(f"'{path}' is no whole parquet file: {why(error)}") from error
 
 
+def _unset(source: str) -> str | None:
+    """The name of an environment variable in a source that is not set."""
+    found = re.search(r"\$\{?(\w+)", os.path.expandvars(source))
+    return found[1] if found else None
+
+
 def _expand(source: str) -> list[Path]:
     expanded = os.fspath(user_path(os.path.expandvars(source)))
-    unset = re.search(r"\$\{?(\w+)", expanded)
-    if unset:
-        raise ZerodraftError(f"'{source}': the environment variable {unset[1]} is not set")
+    if unset := _unset(source):
+        raise ZerodraftError(f"'{source}': the environment variable {unset} is not set")
     path = Path(expanded)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in FORMATS)
@@ -195,35 +269,6 @@ def _expand(source: str) -> list[Path]:
     return found
 
 
-def _field(row: dict[str, Any], recipe: DataRecipe, source: str) -> str:
-    """The text of a row. A null or a list is none: as "None" or "['a', 'b']" it would be trained on unseen."""
-    names, kinds = ((recipe.text_field,), str) if not recipe.template else (template_fields(recipe.template), SCALARS)
-    for name in names:
-        if name not in row:
-            raise ZerodraftError(f"a row of '{source}' has no field '{name}'{did_you_mean(name, row)}")
-        if not isinstance(row[name], kinds):
-            found = "null" if row[name] is None else f"a {type(row[name]).__name__}"
-            raise ZerodraftError(f"a row of '{source}' has {found} in '{name}', expected a text: leave such rows out")
-    return whole_characters(recipe.template.format(**row) if recipe.template else row[recipe.text_field])
-
-
-@functools.cache
-def template_fields(template: str) -> tuple[str, ...]:
-    """The fields that a template names.
-
-    Raises:
-        ZerodraftError: its braces do not match, or it asks for more than fields.
-    """
-    try:
-        parts = [(name, form, conversion) for _, name, form, conversion in Formatter().parse(template)]
-    except ValueError as error:
-        raise ZerodraftError(f"data.template {template!r} cannot be read: {why(error)}") from error
-    names = tuple(name for name, _, _ in parts if name is not None)
-    if not all(name.isidentifier() for name in names) or any(form or conversion for _, form, conversion in parts):
-        raise ZerodraftError(f"data.template is {template!r}; expected names of fields in braces, such as '{{text}}'")
-    return names
-
-
 def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     try:
         import datasets
@@ -235,45 +280,82 @@ def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
         raise ZerodraftError(f"data set 'hub:{name}' could not be loaded: {why(error)}") from error
 
 
-def _pack(documents: Sequence[str], tokenizer: Any, recipe: DataRecipe, what: str, limit: int) -> PackedBlocks:
-    tokens, size = _tokenize_cached(documents, tokenizer, user_path(recipe.cache))
-    blocks = PackedBlocks(tokens, recipe.context_length, limit, tokens_per_byte=len(tokens) / size)
-    if not len(blocks):
+def _pack(
+    documents: Sequence[Document], tokenizer: Any, recipe: DataRecipe, what: str, limited: bool = False
+) -> PackedBlocks:
+    blocks = _blocks(documents, tokenizer, recipe, limited)
+    if len(blocks.tokens) < recipe.context_length:
         raise ZerodraftError(
-            f"{what} has {len(tokens)} tokens, fewer than one block of data.context_length={recipe.context_length}"
+            f"{what} has {len(blocks.tokens)} tokens, fewer than one block of data.context_length="
+            f"{recipe.context_length}"
         )
+    if not len(blocks):
+        raise ZerodraftError(f"{what} has no block with a token to learn: there is no completion in it")
     return blocks
 
 
-def _tokenize_cached(documents: Sequence[str], tokenizer: Any, cache: Path) -> tuple[np.ndarray, int]:
-    """The tokens of all documents, each followed by the end-of-text token, memory-mapped; and their size in bytes."""
+def _blocks(documents: Sequence[Document], tokenizer: Any, recipe: DataRecipe, limited: bool) -> PackedBlocks:
+    masked = recipe.completion_only_loss and not all(isinstance(document, str) for document in documents)
+    tokens, learned = _tokenize_cached(documents, tokenizer, user_path(recipe.cache), masked)
+    size = sum(len(content(document).encode()) for document in documents)
+    # of a part of the tokens there is no such measure
+    per_byte = float("nan") if masked or not size else len(tokens) / size
+    limit = recipe.validation_blocks if limited else 0
+    return PackedBlocks(tokens, recipe.context_length, limit, per_byte, learned)
+
+
+def _tokenize_cached(
+    documents: Sequence[Document], tokenizer: Any, cache: Path, masked: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tokens of all documents, and, if `masked`, which of them are learned, both memory-mapped."""
     digest = hashlib.sha256(_tokenizer_fingerprint(tokenizer))
-    for text in documents:
-        digest.update(hashlib.sha256(text.encode()).digest())
+    if not all(isinstance(document, str) for document in documents):
+        digest.update(f"{masked}{tokenizer.chat_template}".encode())
+    for document in documents:
+        digest.update(hashlib.sha256(content(document).encode()).digest())
     folder = cache / digest.hexdigest()[:32]
-    size = sum(len(text.encode()) for text in documents)
+    names = ("tokens.npy", "learned.npy") if masked else ("tokens.npy",)
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
         try:
-            np.save(partial / "tokens.npy", _tokenize(documents, tokenizer))
+            # the second array is only there if it is wanted
+            for name, array in zip(names, _tokenize(documents, tokenizer, masked), strict=False):
+                np.save(partial / name, array)
             os.replace(partial, folder)
         except OSError:
             # another process finished the same folder first; its content is the same
-            shutil.rmtree(partial, ignore_errors=True)
             if not folder.is_dir():
                 raise
-    return np.load(folder / "tokens.npy", mmap_mode="r"), size
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    arrays = [np.load(folder / name, mmap_mode="r") for name in names]
+    return arrays[0], arrays[1] if masked else None
 
 
-def _tokenize(documents: Sequence[str], tokenizer: Any) -> np.ndarray:
+def _tokenize(documents: Sequence[Document], tokenizer: Any, masked: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all documents, and whether they are learned."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    parts = []
+    parts, learned = [np.empty(0, dtype)], [np.empty(0, bool)]
+    for ids, mask in encode(documents, tokenizer, masked):
+        parts.append(np.asarray(ids, dtype))
+        learned.append(np.asarray(mask, bool))
+    return np.concatenate(parts), np.concatenate(learned)
+
+
+def encode(documents: Sequence[Document], tokenizer: Any, completion_only: bool = False) -> Iterator[Tokens]:
+    """The tokens of each document, a text's with the end-of-text token after them, and whether they are learned."""
     for start in range(0, len(documents), 64):
+        batch = documents[start : start + 64]
+        texts = [document for document in batch if isinstance(document, str)]
         # verbose=False: documents may be longer than the model's context, they are cut into blocks later
-        batch = tokenizer(list(documents[start : start + 64]), add_special_tokens=False, verbose=False)["input_ids"]
-        parts += [np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype) for ids in batch]
-    return np.concatenate(parts)
+        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        for document in batch:
+            if isinstance(document, str):
+                ids = [*next(encoded), tokenizer.eos_token_id]
+                yield ids, [True] * len(ids)
+            else:
+                yield tokens_of(document, tokenizer, completion_only)
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> bytes:

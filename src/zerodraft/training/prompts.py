@@ -90,14 +90,16 @@ def _unwrap(text: str) -> str:
     return (inner.partition("### Response:")[0] if found else text).strip()
 
 
-def templated(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
+def templated(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **options: Any
+) -> Any:
     """A conversation in the tokenizer's chat template, up to where the model answers.
 
     Raises:
         ZerodraftError: the template cannot be read, or takes no such conversation (a system message, say).
     """
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **options)
     # a template is a program that came with the model: it can fail in every way that Python can
     except Exception as error:
         roles = ", ".join(message["role"] for message in messages)

@@ -103,6 +103,9 @@ class DataRecipe:
     """Field that holds the text in JSONL, parquet and hub data."""
     template: str | None = None
     """Builds the text from several fields, such as "{instruction}\\n{output}"; replaces `text_field`."""
+    completion_only_loss: bool = True
+    """Learn only what the assistant says in rows of `messages`, and the completion in rows of `prompt` and
+    `completion`."""
     separator: str | None = None
     """Splits a text file into documents, such as "\\n\\n\\n"; without it a file is one document."""
     document_chars: int = 20000

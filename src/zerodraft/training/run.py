@@ -29,6 +29,7 @@ from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_f
 from zerodraft.training.losses import CycleLoss
 from zerodraft.training.models import build_from_scratch, build_from_start, number_of_cycles
 from zerodraft.training.recipe import Recipe
+from zerodraft.training.rows import Document, plain_text
 from zerodraft.training.strict import to_mapping
 from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
 from zerodraft.training.trainer import ZttTrainer
@@ -157,18 +158,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def _tokenizer(recipe: Recipe, documents: Sequence[str]) -> Any:
+def _tokenizer(recipe: Recipe, documents: Sequence[Document]) -> Any:
     path = recipe.tokenizer.path or (recipe.model.start and resolve(recipe.model.start))
     if path:
         return load_tokenizer(path)
     train, _ = split_documents(documents, 0.0 if recipe.data.validation else recipe.data.validation_fraction)
+    texts = [plain_text(document) for document in train or documents]
     # training is deterministic, so equal text and size may share the result
     digest = hashlib.sha256(f"{recipe.tokenizer.vocab_size}:{recipe.model.max_position_embeddings}".encode())
-    for text in train:
+    for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     cached = user_path(recipe.data.cache) / f"tokenizer-{digest.hexdigest()[:32]}"
     if not cached.is_dir():
-        tokenizer = train_tokenizer(train, recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings)
+        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings)
         partial = cached.with_name(f".partial-{os.getpid()}-{cached.name}")
         tokenizer.save_pretrained(partial)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zerodraft.training.base import RecipeTrainer
-from zerodraft.training.data import PackedBlocks
+from zerodraft.training.data import IGNORED, PackedBlocks
 from zerodraft.training.losses import CycleLoss
 
 
@@ -51,7 +51,8 @@ class ZttTrainer(RecipeTrainer):
             for cycle, loss in enumerate(losses, 1):
                 metrics[f"{prefix}_loss_{cycle}"] = loss
                 metrics[f"{prefix}_perplexity_{cycle}"] = math.exp(min(loss, 700.0))
-            metrics[f"{prefix}_bits_per_byte"] = losses[-1] / math.log(2) * blocks.tokens_per_byte
+            if not math.isnan(blocks.tokens_per_byte):
+                metrics[f"{prefix}_bits_per_byte"] = losses[-1] / math.log(2) * blocks.tokens_per_byte
         self.log(dict(metrics))
         if self.json_log is not None:
             self.json_log.write(step=self.state.global_step, **metrics)
@@ -80,7 +81,9 @@ def evaluate_cycles(trainer: ZttTrainer, blocks: PackedBlocks) -> list[float]:
         batch = {k: torch.stack([r[k] for r in rows or [blocks[0]]]).to(accelerator.device) for k in blocks[0]}
         output = model(**batch, **({"cycle_weights": (1.0,) * cycles} if cycles > 1 else {}))
         losses = output.cycle_losses if cycles > 1 else output.loss[None]
-        sums += len(rows) * torch.cat([losses.cpu().double(), torch.ones(1, dtype=torch.float64)])
+        # a mean over a batch weighs as much as there are tokens in it that are predicted
+        predicted = int((batch["labels"][:, 1:] != IGNORED).sum()) if rows else 0
+        sums += predicted * torch.cat([losses.cpu().double(), torch.ones(1, dtype=torch.float64)])
     model.train(was_training)
     if accelerator.num_processes > 1:
         reduced: Any = accelerator.reduce(sums.float().to(accelerator.device), "sum")
