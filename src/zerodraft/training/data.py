@@ -349,10 +349,11 @@ def encode(documents: Sequence[Document], tokenizer: Any, completion_only: bool 
         batch = documents[start : start + 64]
         texts = [document for document in batch if isinstance(document, str)]
         # verbose=False: documents may be longer than the model's context, they are cut into blocks later
-        encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        following = iter(encoded)
         for document in batch:
             if isinstance(document, str):
-                ids = [*next(encoded), tokenizer.eos_token_id]
+                ids = [*next(following), tokenizer.eos_token_id]
                 yield ids, [True] * len(ids)
             else:
                 yield tokens_of(document, tokenizer, completion_only)
