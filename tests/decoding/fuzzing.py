@@ -42,6 +42,7 @@ from zerodraft import (
     SearchConfig,
     ZerodraftError,
 )
+from zerodraft.caches import CACHE
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.drafters.masked import MaskedDrafter
@@ -260,15 +261,15 @@ def cache_of(case: Case, model: Any, batch: dict[str, Tensor]) -> dict[str, Any]
     if case.cache is None or case.cache in CACHES or model.config.model_type == "ztt":
         return {}
     if case.cache == "own static":
-        return {"past_key_values": StaticCache(model.config, max_cache_len=96)}
+        return {CACHE: StaticCache(model.config, max_cache_len=96)}
     made = DynamicCache() if case.cache == "own bare" else DynamicCache(config=model.config)
     width = batch["input_ids"].shape[1]
     if case.cache == "own begun" and width > 2:
         begun = {name: value[:, : width - 2] for name, value in batch.items()}
         positions = (begun["attention_mask"].cumsum(1) - 1).clamp_min(0)
         with torch.no_grad():
-            model(**begun, position_ids=positions, past_key_values=made)
-    return {"past_key_values": made}
+            model(**begun, position_ids=positions, **{CACHE: made})
+    return {CACHE: made}
 
 
 def run(case: Case) -> str:

@@ -13,6 +13,7 @@ from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.generating import NEW, both, model_of, prompts_of, spec_for
 from tests.ztt.tiny import VOCABULARY, gap, tiny_plain, tokens
 from zerodraft import ZerodraftError
+from zerodraft.caches import CACHE
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.targets.lean import lean_target
 
@@ -44,10 +45,10 @@ def test_a_cache_of_the_caller_is_filled(family: str, kind: str) -> None:
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
     spec = spec_for(plain)
     options = {"do_sample": False, "eos_token_id": None}
-    ours = model.generate(prompt, max_new_tokens=NEW, past_key_values=cache, custom_generate=spec, **options)
+    ours = model.generate(prompt, max_new_tokens=NEW, **{CACHE: cache}, custom_generate=spec, **options)
     assert torch.equal(plain, ours)
     assert cache.get_seq_length() == length - 1
-    onward = model.generate(ours, max_new_tokens=5, past_key_values=cache, **options)
+    onward = model.generate(ours, max_new_tokens=5, **{CACHE: cache}, **options)
     assert torch.equal(onward, model.generate(plain, max_new_tokens=5, **options))
 
 
@@ -59,7 +60,7 @@ def conversation(model: Any, rows: int, kind: str) -> tuple[dict[str, Tensor], A
     else:
         cache = StaticCache(model.config, max_cache_len=96)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    said = model.generate(**batch, past_key_values=cache, **options)
+    said = model.generate(**batch, **{CACHE: cache}, **options)
     torch.manual_seed(3)
     for layer in cache.layers:
         # what a static cache has no text in stays as it is
@@ -82,15 +83,15 @@ def test_a_text_that_a_cache_begins_goes_on(family: str, rows: int, kind: str) -
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     fresh = model.generate(**batch, **options)
     theirs = copy.deepcopy(cache)
-    plain = model.generate(**batch, past_key_values=theirs, **options)
+    plain = model.generate(**batch, **{CACHE: theirs}, **options)
     assert not torch.equal(plain, fresh)
     spec = spec_for(plain, batch["attention_mask"])
-    assert torch.equal(plain, model.generate(**batch, past_key_values=cache, custom_generate=spec, **options))
+    assert torch.equal(plain, model.generate(**batch, **{CACHE: cache}, custom_generate=spec, **options))
     assert spec.last_stats.accepted > 3
     assert cache.get_seq_length() == theirs.get_seq_length() == plain.shape[1] - 1
     mask = torch.cat([batch["attention_mask"], torch.ones(rows, NEW, dtype=torch.long)], 1)
     onward = [
-        model.generate(plain, attention_mask=mask, past_key_values=one, **{**options, "max_new_tokens": 6})
+        model.generate(plain, attention_mask=mask, **{CACHE: one}, **{**options, "max_new_tokens": 6})
         for one in (theirs, cache)
     ]
     assert torch.equal(*onward)
@@ -101,14 +102,14 @@ def test_drafters_see_hidden_states_of_what_the_cache_holds(rows: int) -> None:
     model, batch = tiny_plain("gemma3"), prompts_of(rows)
     cache = DynamicCache(config=model.config)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    said = model.generate(**batch, past_key_values=cache, **options)
+    said = model.generate(**batch, **{CACHE: cache}, **options)
     mask = None
     if rows > 1:
         mask = torch.cat([batch["attention_mask"], torch.ones(rows, 8, dtype=torch.long)], 1)
     plain = model.generate(said, attention_mask=mask, **options)
     spec = spec_for(plain, mask)
     spec.drafter.taps = (0, 3)
-    ours = model.generate(said, attention_mask=mask, past_key_values=cache, custom_generate=spec, **options)
+    ours = model.generate(said, attention_mask=mask, **{CACHE: cache}, custom_generate=spec, **options)
     assert torch.equal(plain, ours)
     for row, answer in enumerate(plain):
         start = 0 if mask is None else int((mask[row] == 0).sum())
@@ -122,9 +123,9 @@ def test_another_target_leaves_texts_that_a_cache_begins_alone() -> None:
     model = model_of("llama")
     batch, cache = conversation(model, 1, "dynamic")
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    plain = model.generate(**batch, past_key_values=copy.deepcopy(cache), **options)
+    plain = model.generate(**batch, **{CACHE: copy.deepcopy(cache)}, **options)
     spec = DiffuSpec(NoisyDrafter(plain.tolist(), VOCABULARY), make_target=lean_target)
-    assert torch.equal(plain, model.generate(**batch, past_key_values=cache, custom_generate=spec, **options))
+    assert torch.equal(plain, model.generate(**batch, **{CACHE: cache}, custom_generate=spec, **options))
 
 
 class Rounding(DynamicLayer):
@@ -139,11 +140,11 @@ def test_caches_that_cannot_be_continued_are_named() -> None:
     options = {"max_new_tokens": 4, "custom_generate": spec}
     text = tokens(1, 7)
     with pytest.raises(ZerodraftError, match="layers of kind Rounding"):
-        model.generate(text, past_key_values=Cache(layers=[Rounding() for _ in range(4)]), **options)
+        model.generate(text, **{CACHE: Cache(layers=[Rounding() for _ in range(4)])}, **options)
     cache = DynamicCache(config=model.config)
-    model.generate(text, max_new_tokens=4, past_key_values=cache, do_sample=False, eos_token_id=None)
+    model.generate(text, max_new_tokens=4, **{CACHE: cache}, do_sample=False, eos_token_id=None)
     with pytest.raises(ZerodraftError, match="holds 10 tokens and input_ids has 7; give the whole text"):
-        model.generate(text, past_key_values=cache, **options)
+        model.generate(text, **{CACHE: cache}, **options)
     mask = torch.ones(1, 17, dtype=torch.long)
     with pytest.raises(ZerodraftError, match="give the whole text"):
-        model.generate(text, attention_mask=mask, past_key_values=cache, **options)
+        model.generate(text, attention_mask=mask, **{CACHE: cache}, **options)

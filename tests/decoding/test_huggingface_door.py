@@ -20,6 +20,7 @@ from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.generating import NEW, both, ends_of, letters, model_of, prompts_of, spec_for
 from tests.ztt.tiny import VOCABULARY, gap, tiny, tiny_plain, tokens
 from zerodraft import ZerodraftError, ZeroMassExit
+from zerodraft.caches import CACHE
 from zerodraft.decoding import door
 from zerodraft.decoding.huggingface import DiffuSpec
 
@@ -154,7 +155,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "assistant": ({"assistant_model": "llama"}, "assistant_model"),
     "contrastive": ({"penalty_alpha": 0.5, "top_k": 4}, "contrastive search"),
     "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
-    "quantized": ({"past_key_values": None, "cache_implementation": "offloaded"}, "offloaded"),
+    "quantized": ({CACHE: None, "cache_implementation": "offloaded"}, "offloaded"),
     "positions": ({"position_ids": torch.arange(7)[None] + 3}, "position_ids"),
     "embeddings": ({"inputs_embeds": torch.zeros(1, 7, 32)}, "inputs_embeds|empty"),
 }

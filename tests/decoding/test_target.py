@@ -10,6 +10,7 @@ from transformers import DynamicCache, MptConfig, MptForCausalLM, StaticCache
 
 from tests.ztt.tiny import FAMILIES, gap, left_padded, tiny, tiny_plain, tokens
 from zerodraft import ConfidenceExit, ZerodraftError
+from zerodraft.caches import CACHE
 from zerodraft.decoding.target import HfTarget
 from zerodraft.decoding.tree import DraftTree
 
@@ -152,7 +153,7 @@ def test_the_text_can_be_handed_over_to_another_cache(family: str, kind: str) ->
         cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=32)
         target.export(cache)
         assert cache.get_seq_length() == len(text)
-        out = model(torch.tensor([[21]]), past_key_values=cache, position_ids=torch.tensor([[len(text)]]))
+        out = model(torch.tensor([[21]]), **{CACHE: cache}, position_ids=torch.tensor([[len(text)]]))
     assert gap(out.logits[0, -1], plain(model, [*text, 21]).logits[0, -1]) < 2e-5
 
 

@@ -23,6 +23,7 @@ from tests.drafters.tiny_dflash import (
     states,
     transformers_model,
 )
+from zerodraft.caches import CACHE
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.drafters.dflash import DFlashDrafter
@@ -49,7 +50,7 @@ def test_network_is_that_of_transformers(tmp_path: Path, changes) -> None:
         noise_embeds=target.get_input_embeddings()(noise),
         context_hidden_states=taps.flatten(2),
         attention_mask=torch.ones(1, 45),
-        past_key_values=cache,
+        **{CACHE: cache},
     ).last_hidden_state[0, 1:]
     embedding = target.get_input_embeddings().weight[noise[:, :1]]
     ours = drafter(taps, torch.ones(1, 40, dtype=torch.bool), torch.tensor([[39]]), embedding)[0, 0]

@@ -12,6 +12,7 @@ import zerodraft
 from tests.decoding.generating import MODELS, NEW, both, model_of, prompts_of
 from tests.ztt.tiny import tiny_plain, tokens
 from zerodraft import DiffuSpec, PromptLookupDrafter
+from zerodraft.caches import CACHE
 from zerodraft.cli.decoding import make_decoder
 from zerodraft.decoding.protocols import Target
 from zerodraft.targets import best
@@ -67,7 +68,7 @@ def test_texts_that_begin_in_a_cache_take_the_models_own_pass(made: list[Target 
     model, prompt, spec = tiny_plain("llama"), tokens(1, 7), DiffuSpec(PromptLookupDrafter())
     with torch.no_grad():
         cache = model(prompt[:, :4], use_cache=True).past_key_values
-    out = model.generate(prompt, past_key_values=cache, custom_generate=spec, **OPTIONS)
+    out = model.generate(prompt, **{CACHE: cache}, custom_generate=spec, **OPTIONS)
     assert torch.equal(out, model.generate(prompt, **OPTIONS))
     assert not made
 

@@ -15,6 +15,7 @@ from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
 from tests.targets.altered import with_adapter, with_hook, with_other_forward
 from tests.targets.tape import Taped
 from tests.ztt.tiny import LAYERS, SIZES, gap, left_padded, tiny, tiny_plain, tokens
+from zerodraft.caches import CACHE
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.target import HfTarget
 from zerodraft.drafters.lookup import PromptLookupDrafter
@@ -160,7 +161,7 @@ def test_the_text_can_be_handed_over_to_another_cache(family: str) -> None:
         cache = DynamicCache(config=model.config)
         target.export(cache)
         assert cache.get_seq_length() == len(text)
-        out = model(torch.tensor([[21]]), past_key_values=cache, position_ids=torch.tensor([[len(text)]]))
+        out = model(torch.tensor([[21]]), **{CACHE: cache}, position_ids=torch.tensor([[len(text)]]))
     assert gap(out.logits[0, -1], plain(model, [*text, 21]).logits[0, -1]) < 2e-5
 
 

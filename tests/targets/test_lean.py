@@ -15,6 +15,7 @@ from tests.decoding.test_target import EMPTY, PATH, TREE, check, plain, score
 from tests.targets.altered import with_adapter, with_hook, with_other_forward
 from tests.targets.cycled import CYCLED, LLAMA3, YARN
 from tests.ztt.tiny import gap, left_padded, tiny_plain, tokens
+from zerodraft.caches import CACHE
 from zerodraft.targets import resolve
 from zerodraft.targets.compiled import kernels
 from zerodraft.targets.lean import LeanTarget, lean_target
@@ -157,7 +158,7 @@ def test_the_text_can_be_handed_over_to_another_cache(model: Any, lengths: tuple
     mask = torch.cat([batch["attention_mask"], torch.ones(len(rows), 4, dtype=torch.long)], 1)
     positions = torch.tensor([[n + 3] for n in lengths])
     ids = torch.full((len(rows), 1), 21)
-    out = model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions)
+    out = model(ids, **{CACHE: cache}, attention_mask=mask, position_ids=positions)
     for row, text in enumerate(rows):
         whole = plain(model, [*text.tolist(), 20, 5, 9, 21])
         assert gap(out.logits[row, -1], whole.logits[0, -1]) < 2e-5

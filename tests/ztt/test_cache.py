@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from tests.ztt.tiny import FAMILIES, gap, left_padded, tiny, tokens
 from tests.ztt.unrolled import executions, unroll
 from zerodraft import FixedExit
+from zerodraft.caches import CACHE
 from zerodraft.ztt.cache import KvMemory, SlotView
 from zerodraft.ztt.interface import TokenGrid
 
@@ -34,7 +35,7 @@ def read(model: Any, ids: Tensor, sizes: list[int], cache: Cache | None = None) 
     """Logits of a text that is read piece by piece into a cache."""
     outs = []
     for piece in ids.split(sizes, dim=1):
-        outs.append(model(piece, past_key_values=cache, use_cache=True))
+        outs.append(model(piece, **{CACHE: cache}, use_cache=True))
         cache = outs[-1].past_key_values
     return torch.cat([out.logits for out in outs], 1)
 
@@ -138,15 +139,15 @@ def test_reordered_cropped_and_repeated_caches_stay_usable() -> None:
     expected = model(ids, use_cache=False).logits
     cache = model(ids[:, :8], use_cache=True).past_key_values
     cache.crop(-3)
-    assert gap(model(ids[:, 5:], past_key_values=cache).logits, expected[:, 5:]) <= 1e-5
+    assert gap(model(ids[:, 5:], **{CACHE: cache}).logits, expected[:, 5:]) <= 1e-5
     cache = model(ids[:, :5], use_cache=True).past_key_values
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert gap(model(ids.flip(0)[:, 5:], past_key_values=cache).logits, expected.flip(0)[:, 5:]) <= 1e-5
+    assert gap(model(ids.flip(0)[:, 5:], **{CACHE: cache}).logits, expected.flip(0)[:, 5:]) <= 1e-5
     cache.crop(-4)
     cache.batch_repeat_interleave(2)
     assert (
         gap(
-            model(ids.flip(0).repeat_interleave(2, 0)[:, 5:], past_key_values=cache).logits[::2],
+            model(ids.flip(0).repeat_interleave(2, 0)[:, 5:], **{CACHE: cache}).logits[::2],
             expected.flip(0)[:, 5:],
         )
         <= 1e-5
@@ -163,7 +164,7 @@ def test_left_padded_rows_read_piece_by_piece_equal_each_row_alone(family: str) 
         piece = {name: x[:, start:end] for name, x in batch.items()} | {
             "attention_mask": batch["attention_mask"][:, :end]
         }
-        outs.append(model(**piece, past_key_values=cache, use_cache=True))
+        outs.append(model(**piece, **{CACHE: cache}, use_cache=True))
         cache = outs[-1].past_key_values
     logits = torch.cat([out.logits for out in outs], 1)
     for index, row in enumerate(rows):
@@ -175,7 +176,7 @@ def test_fewer_cycles_throughout_use_a_cache_as_well() -> None:
     model, ids = tiny("llama"), tokens(2, 8)
     whole, outs, cache = model(ids, cycles=2).logits, [], None
     for piece in ids.split([5, 1, 2], 1):
-        outs.append(model(piece, cycles=2, past_key_values=cache, use_cache=True))
+        outs.append(model(piece, cycles=2, **{CACHE: cache}, use_cache=True))
         cache = outs[-1].past_key_values
     assert gap(torch.cat([out.logits for out in outs], 1), whole) <= 1e-5
 
@@ -243,5 +244,5 @@ def test_memory_by_places_equals_memory_by_selection(shape: tuple[int, int, list
 def test_static_cache_with_exits() -> None:
     model, ids = tiny("gemma3"), tokens(2, 9)
     cache = StaticCache(config=model.config, max_cache_len=12)
-    outs = [model(x, past_key_values=cache, exit_rule=FixedExit(cycles=2)).logits for x in ids.split([5, 1, 3], 1)]
+    outs = [model(x, **{CACHE: cache}, exit_rule=FixedExit(cycles=2)).logits for x in ids.split([5, 1, 3], 1)]
     assert gap(torch.cat(outs, 1), model(ids, cycles=2).logits) <= 1e-5

@@ -11,6 +11,7 @@ from tests.ztt.test_exits import splitting
 from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
 from tests.ztt.unrolled import unroll
 from zerodraft import ConfidenceExit, FixedExit
+from zerodraft.caches import CACHE
 
 FAMILIES = ["llama", "mistral", "gemma3", "gpt2", "opt"]
 NEW = 8
@@ -89,7 +90,7 @@ def test_continued_from_a_cache() -> None:
     model, ids = tiny("llama"), tokens(2, 5)
     whole = write(model, ids)
     first = write(model, ids, max_new_tokens=3, return_dict_in_generate=True)
-    rest = write(model, first.sequences, max_new_tokens=NEW - 3, past_key_values=first.past_key_values)
+    rest = write(model, first.sequences, max_new_tokens=NEW - 3, **{CACHE: first.past_key_values})
     assert torch.equal(rest, whole)
 
 
@@ -214,7 +215,7 @@ def test_depths_of_a_continued_text() -> None:
     assert depths is not None
     first = write(model, ids, max_new_tokens=3, exit_rule=rule, return_dict_in_generate=True)
     assert torch.equal(
-        write(model, first.sequences, max_new_tokens=5, past_key_values=first.past_key_values, exit_rule=rule), whole
+        write(model, first.sequences, max_new_tokens=5, **{CACHE: first.past_key_values}, exit_rule=rule), whole
     )
     assert model.last_exit is not None
     assert torch.equal(model.last_exit[:, 7:], depths[:, 7:])

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from tests.ztt.tiny import tiny, tokens
 from zerodraft import ConfidenceExit, ZerodraftError, ZeroMassExit
+from zerodraft.caches import CACHE
 from zerodraft.training.tokenizer import train_tokenizer
 from zerodraft.ztt.streamer import DepthStreamer
 
@@ -41,7 +42,7 @@ def test_a_continued_generation_counts_from_its_own_positions() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompt[:, :-2], past_key_values=cache, use_cache=True, exit_rule=RULE)
-    again, same = generate(model, prompt, past_key_values=cache, exit_rule=RULE)
+    again, same = generate(model, prompt, **{CACHE: cache}, exit_rule=RULE)
     assert torch.equal(same, out)
     assert again.depths == whole.depths
     assert model.last_exit is not None

@@ -16,6 +16,7 @@ from zerodraft.bench.measure import Case, spread
 from zerodraft.bench.methods import OURS, OWN_PLAIN, Equipment, ours
 from zerodraft.bench.search_cost import search_sections
 from zerodraft.bench.sections import Effort, Section, point
+from zerodraft.caches import argument_of, returned_by
 from zerodraft.cli.decoding import encode
 from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.decoding.target import HfTarget
@@ -108,11 +109,11 @@ def target_cases(model: Any, *, tokens: int, context: int, batch: int) -> tuple[
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(model.device)
     ids = torch.randint(vocabulary, (batch, tokens), generator=generator).to(model.device)
-    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache: Any = returned_by(model(prompt, use_cache=True, logits_to_keep=1))
 
     @torch.no_grad()
     def by_transformers() -> Tensor:
-        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        logits = model(ids, use_cache=True, **{argument_of(model): cache}).logits
         cache.crop(-tokens)
         return logits
 

@@ -188,6 +188,6 @@ def check_readable(cache: Cache) -> None:
     if foreign or (cache.offloading and int(cache.get_seq_length())):
         what = f"layers of kind {', '.join(foreign)}" if foreign else "layers that are offloaded"
         raise ZerodraftError(
-            f"past_key_values is a {type(cache).__name__} with {what}, which drafts cannot be verified over; give a "
+            f"The given cache is a {type(cache).__name__} with {what}, which drafts cannot be verified over; give a "
             "DynamicCache or a StaticCache, or none."
         )

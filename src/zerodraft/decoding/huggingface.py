@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from zerodraft.caches import for_return, the_one
 from zerodraft.decoding.cache import check_readable
 from zerodraft.decoding.choice import TokenChoice
 from zerodraft.decoding.door import PREFIX, RestoringSignature
@@ -48,7 +49,7 @@ class DiffuSpec:
         sample_drafts: Where tokens are sampled, draw the draft at random too (exact as well).
         make_target: Builds what runs the model. "auto": the fastest exact way on the model's machine, which keeps
             packed weights or recorded passes beside the model until `zerodraft.release(model)`. None: the model's own
-            forward pass, which is also taken where the function returns None, where `past_key_values` already holds a
+            forward pass, which is also taken where the function returns None, where a given cache already holds a
             part of the text, and by "auto" where `generate` was given more inputs.
         trace: Keep every step in `last_stats.trace`.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
@@ -115,6 +116,7 @@ class DiffuSpec:
         attention_mask: Int[Tensor, "B M"] | None = None,
         position_ids: Int[Tensor, "b P"] | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         streamer: Any = None,
         tokenizer: Any = None,
         **inputs: Any,
@@ -126,7 +128,8 @@ class DiffuSpec:
         for settled in ("use_cache", "logits_to_keep", "synced_gpus"):
             inputs.pop(settled, None)
         check_options(model, config, assistant)
-        held = 0 if past_key_values is None else check_cache(past_key_values, input_ids, attention_mask)
+        past = the_one(past_key_values, cache)
+        held = 0 if past is None else check_cache(past, input_ids, attention_mask)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_inputs(inputs, own_target=callable(self.make_target))
         context = check_prompts(model, input_ids, mask, position_ids)
@@ -146,7 +149,7 @@ class DiffuSpec:
         if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
             room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
-            target = HfTarget(model, capacity=room, inputs=inputs, past=past_key_values if held else None)
+            target = HfTarget(model, capacity=room, inputs=inputs, past=past if held else None)
         engine = Engine(
             target=target,
             drafter=self.drafter,
@@ -175,16 +178,16 @@ class DiffuSpec:
         new = sequences.shape[1] - input_ids.shape[1]
         export = getattr(target, "export", None)
         if export is None:
-            past_key_values = None
-        elif past_key_values is not None and (returns or getattr(past_key_values, "_is_user_defined", False)):
-            export(past_key_values)
+            past = None
+        elif past is not None and (returns or getattr(past, "_is_user_defined", False)):
+            export(past)
         self.last_result = sequences
         if returns:
             self.last_result = GenerateDecoderOnlyOutput(
                 sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
                 scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
                 logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
-                past_key_values=past_key_values,
+                **for_return(past),
             )
 
     def _fast_target(self, model: Any, inputs: dict[str, Any]) -> Target | None:
@@ -291,7 +294,7 @@ def check_cache(cache: Cache, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B M"] 
     held, length = int(cache.get_seq_length()), ids.shape[1]
     if held and (held >= length or (mask is not None and mask.shape[1] != length)):
         raise ZerodraftError(
-            f"past_key_values holds {held} tokens and input_ids has {length}; give the whole text with its attention "
+            f"The cache holds {held} tokens and input_ids has {length}; give the whole text with its attention "
             "mask, the tokens in the cache and at least one more."
         )
     return held

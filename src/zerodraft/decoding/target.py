@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
+from zerodraft.caches import argument_of
 from zerodraft.decoding.cache import DraftCache, check_readable
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.errors import ZerodraftError
@@ -61,6 +62,7 @@ class HfTarget:
                 f"{type(model).__name__} takes no position_ids (ALiBi or recurrent?), so a draft tree cannot be "
                 "placed; choose a model with rotary or learned positions."
             )
+        self._cache_argument = argument_of(model)
         self._keeps_logits = "logits_to_keep" in parameters
         # Which columns are text; beyond the cache's end of a row they are false.
         self._text = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
@@ -163,10 +165,10 @@ class HfTarget:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache if cached else None,
             use_cache=cached,
             output_hidden_states=bool(taps),
             return_dict=True,
+            **{self._cache_argument: self.cache if cached else None},
             **more,
             **self._inputs,
         )

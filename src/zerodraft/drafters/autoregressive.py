@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from zerodraft.caches import argument_of
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.vocabulary import check_vocabulary_size
@@ -63,6 +64,7 @@ class AutoregressiveDrafter:
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         eos = getattr(model.generation_config, "eos_token_id", None)
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.cache_argument = argument_of(model)
         self.head_options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
 
     def check(self, config: Any) -> None:
@@ -160,8 +162,8 @@ class DraftRow:
         ids = torch.tensor([tokens], device=model.device).clamp(max=self.drafter.own_size - 1)
         out = model(
             input_ids=ids,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.drafter.cache_argument: self.cache},
             **self.drafter.head_options,
         )
         self.cached += tokens

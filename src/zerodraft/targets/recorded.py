@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import StaticLayer
 
+from zerodraft.caches import argument_of
 from zerodraft.decoding.cache import DraftCache
 from zerodraft.decoding.target import FULL, SLIDING, attention_kinds
 
@@ -155,10 +156,10 @@ class Recording:
             input_ids=step.ids,
             attention_mask=self._masks(step, positions[0]),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             output_hidden_states=bool(taps),
             return_dict=True,
+            **{argument_of(model): cache},
         )
         return out.logits, torch.stack([out.hidden_states[i] for i in taps], 2) if taps else None
 

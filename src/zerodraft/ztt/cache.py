@@ -1,6 +1,6 @@
 """Views over a transformers `Cache` that give every (cycle, layer) its own KV slot.
 
-A layer writes to `past_key_values.update(k, v, layer_idx)` with its stored index; `SlotView` sends that to the slot of
+A layer writes to its cache, `update(k, v, layer_idx)`, with its stored index; `SlotView` sends that to the slot of
 the execution, whatever kind of cache is behind it. For early exit `KvMemory` keeps the keys and values of *all* tokens
 of the forward pass by layer, so that a compacted step still writes and attends to every token: those of an exited token
 come from its frozen state (the same in all remaining cycles, as the weights are shared) or from its latest cycle.

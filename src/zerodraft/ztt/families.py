@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from zerodraft.caches import argument_of, cache_argument
 from zerodraft.errors import ZerodraftError
 
 # Where the residual branch of the FFN ends, first match wins: post-norm families, most families, OPT.
@@ -29,12 +30,14 @@ class DecoderParts:
     Attributes:
         path: Dotted name of the list of decoder layers.
         cache_argument: Name of the layers' cache argument.
+        model_cache_argument: Name of the model's own.
         arguments: Names of the layers' arguments after the hidden states, in order.
         layer_types: Type of each stored layer where the rotary module wants it (Gemma 3), else None.
     """
 
     path: str
     cache_argument: str
+    model_cache_argument: str
     arguments: tuple[str, ...]
     layer_types: tuple[str, ...] | None
 
@@ -68,11 +71,11 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
     path = found[0]
     layer = model.get_submodule(f"{path}.0")
     parameters = inspect.signature(layer.forward).parameters
-    cache_argument = next((n for n in ("past_key_values", "layer_past") if n in parameters), None)
+    cache = cache_argument(layer.forward)
     takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     attention = [child for child in layer.children() if _is_attention(child)]
     problems = {
-        "its layers take no past_key_values": cache_argument is None,
+        "its layers take no key-value cache": cache is None,
         "its layers hand no **kwargs to the attention": not takes_kwargs,
         f"its layers have {len(attention)} self-attention modules instead of one": len(attention) != 1,
         "its attention does not go through transformers' AttentionInterface": not _uses_interface(layer),
@@ -81,13 +84,14 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
     for problem, present in problems.items():
         if present:
             raise ZerodraftError(f"{family} cannot be cycled: {problem}.")
-    assert cache_argument is not None
+    assert cache is not None
     positional = tuple(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
     rotary = rotary_module(model, path)
     by_type = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
     return DecoderParts(
         path=path,
-        cache_argument=cache_argument,
+        cache_argument=cache,
+        model_cache_argument=argument_of(model),
         arguments=positional[1:],
         layer_types=tuple(model.config.layer_types) if by_type else None,
     )

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from zerodraft.caches import for_return, the_one
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cycling import CycleOptions, CycleRun
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
@@ -101,6 +102,7 @@ class ZttModel(ZttPreTrainedModel):
         exit_depth: Int[Tensor, "b t"] | None = None,
         exit_rule: ExitRule | None = None,
         exit_policy: ExitPolicy = "propagate",
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm, `(b, t, d)`; the arguments are those of `ZttForCausalLM.forward`."""
@@ -109,16 +111,16 @@ class ZttModel(ZttPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=the_one(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         return BaseModelOutputWithPast(
             last_hidden_state=out.last_hidden_state,
-            past_key_values=run.cache,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            **for_return(run.cache),
         )
 
 
@@ -175,6 +177,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         exit_rule: ExitRule | None = None,
         exit_policy: ExitPolicy = "propagate",
         output_zero_mass: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ZttCausalLMOutput:
         """Logits of the next token.
@@ -183,7 +186,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             input_ids: Tokens; or `inputs_embeds`.
             attention_mask: `(b, s)` with 0 for padding, or what the family takes beyond that.
             position_ids: Positions, counted from the cache's length unless given.
-            past_key_values: Any transformers cache with `config.num_hidden_layers` slots.
+            past_key_values: Any transformers cache with `config.num_hidden_layers` slots; `cache` is the same.
             inputs_embeds: Embeddings instead of tokens.
             labels: Targets, shifted here; -100 is ignored.
             use_cache: Fill a cache (default: `config.use_cache`, and not in training).
@@ -218,7 +221,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=the_one(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=False if cycle_weights is not None else use_cache,
             logits_to_keep=logits_to_keep,
@@ -237,12 +240,12 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         return ZttCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=run.cache,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             cycle_losses=cycle_losses,
             zero_mass=self._stack_mass(run),
             exit_depth=run.exit_depth,
+            **for_return(run.cache),
         )
 
     def _shallower_logits(self, run: CycleRun, logits_to_keep: int | Tensor) -> list[Tensor]:

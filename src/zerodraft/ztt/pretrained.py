@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from zerodraft.caches import KNOWN
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.cycling import CycledLayers, CycleOptions, CycleRun, Readout
@@ -71,7 +72,7 @@ class ZttPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*KNOWN]
 
     base: nn.Module
     last_exit: Int[Tensor, "b t"] | None = None
@@ -211,26 +212,26 @@ class ZttPreTrainedModel(PreTrainedModel):
         self,
         options: CycleOptions,
         *,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         **inputs: Any,
     ) -> tuple[Any, CycleRun]:
         """Run the family's forward pass over the cycled layers; its output, and the run with what it collected."""
         length = _length_of(inputs)
-        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        start = 0 if cache is None else int(cache.get_seq_length())
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         if not use_cache:
-            past_key_values = None
-        elif past_key_values is None and not options.every_cycle:
-            past_key_values = DynamicCache(config=self.config)
+            cache = None
+        elif cache is None and not options.every_cycle:
+            cache = DynamicCache(config=self.config)
         generation = current_generation.get()
         if generation is not None and generation.model is self:
             options = replace(options, rule=generation.rule, policy=generation.policy)
         options.check(self._plan)
         cycles = self._plan.cycles if options.cycles is None else options.cycles
-        if past_key_values is not None:
-            self._check_cache(past_key_values, options, cycles)
+        if cache is not None:
+            self._check_cache(cache, options, cycles)
         run = CycleRun(
             options=options,
             plan=self._plan,
@@ -239,7 +240,7 @@ class ZttPreTrainedModel(PreTrainedModel):
             zero_keys={} if self.zero_tokens is None else self.zero_tokens(),
             gates=None if self.cycle_gates is None else self.cycle_gates(),
             rotary=rotary_module(self.family, self._parts.path),
-            cache=past_key_values,
+            cache=cache,
             cycles=cycles,
             real=_real_tokens(inputs.get("attention_mask"), start, length),
             readout=self.readout,
@@ -249,11 +250,11 @@ class ZttPreTrainedModel(PreTrainedModel):
             self._check_attentions()
         with run.drives():
             out = self.family(
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
+                use_cache=cache is not None,
                 output_hidden_states=bool(states),
                 output_attentions=bool(attentions),
                 return_dict=True,
+                **{self._parts.model_cache_argument: cache},
                 **inputs,
             )
         if states and not isinstance(states, bool):
