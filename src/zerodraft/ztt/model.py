@@ -45,11 +45,13 @@ class ZttCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ZttForCausalLM`.
 
     Attributes:
+        hidden_states: None in place of those that `output_hidden_states` did not choose.
         cycle_losses: `(cycles,)`, loss of each cycle's readout, with `cycle_weights`.
         zero_mass: `(b, t, cycles with zero tokens, shared layers, heads)`, with `output_zero_mass`.
         exit_depth: `(b, t)`, cycles that each token ran (0: padding), with an exit rule.
     """
 
+    hidden_states: tuple[Tensor | None, ...] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # as theirs
     cycle_losses: Float[Tensor, " cycles"] | None = None
     zero_mass: Float[Tensor, "b t cycles layers heads"] | None = None
     exit_depth: Int[Tensor, "b t"] | None = None
