@@ -10,6 +10,8 @@ Idea: Li et al., "Efficient Transformer Parameter Reuse via Zero-Token Mechanism
 
 import copy
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,6 +21,11 @@ from zerodraft.errors import ZerodraftError
 
 Schedule = Literal["block", "layer"]
 ZeroRope = Literal["origin", "none", "relative"]
+
+
+# What config.json tells transformers' Auto classes to load, from the file that is saved beside it.
+LOADER = "zerodraft_loader"
+AUTO_CLASSES = {"AutoConfig": "ZttConfig", "AutoModel": "ZttModel", "AutoModelForCausalLM": "ZttForCausalLM"}
 
 
 class Step(NamedTuple):
@@ -107,6 +114,22 @@ class ZttConfig(PreTrainedConfig):
         check_counts(self)  # first: transformers asks for the unrolled depth
         super().__post_init__(**kwargs)
         check_cycling(self)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, and a file by which programs that did not import this package find it, with
+        `trust_remote_code=True`."""
+        self.__dict__["auto_map"] = {name: f"{LOADER}.{target}" for name, target in AUTO_CLASSES.items()}
+        directory = Path(save_directory)
+        if not directory.is_file():  # which transformers complains about
+            directory.mkdir(parents=True, exist_ok=True)
+            names = ", ".join(sorted(AUTO_CLASSES.values()))
+            line = f"from zerodraft import {names}  # noqa: F401  # pip install zerodraft\n"
+            (directory / f"{LOADER}.py").write_text(line, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: saved models name the package, they do not take copies of its files along."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
