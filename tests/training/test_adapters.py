@@ -38,6 +38,8 @@ def test_adapters_train_and_come_back(tune):
     start = build_from_start(recipe.model)
     shared = sum(p.numel() for part in (start.zero_tokens, start.cycle_gates) for p in part.parameters())
     assert shared < results["trained_parameters"] < results["parameters"] / 2
+    own = {part: sum(p.numel() for p in getattr(start, part).parameters()) for part in ("zero_tokens", "cycle_gates")}
+    assert results["trained"] == {**own, "adapters": results["trained_parameters"] - shared}
     untrained = logits(start)
     adapted = load_adapters(build_from_start(recipe.model), Path(recipe.output) / "model" / "adapter")
     torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-5, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Runs from recipe to model: results, exact resume after a kill, refusals."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -197,3 +198,23 @@ def test_finetune_goes_on_where_pretrain_ended(make_recipe, tmp_path):
 def test_finetune_needs_a_start(make_recipe):
     with pytest.raises(ZerodraftError, match=r"needs model\.start"):
         finetune(make_recipe())
+
+
+def test_reporters(make_recipe, tmp_path):
+    """Names go to transformers; a name or a package that is not there is told before anything is written."""
+    with pytest.raises(ZerodraftError, match=r"'wand' is unknown \(did you mean 'wandb'\?\)"):
+        pretrain(make_recipe("training.report_to=[wand]"), callbacks=[])
+    missing = [name for name in ("wandb", "comet_ml") if importlib.util.find_spec(name) is None]
+    for name in missing:
+        with pytest.raises(ZerodraftError, match=f"training.report_to '{name}' cannot be used: .* installed"):
+            pretrain(make_recipe(f"training.report_to=[{name}]"), callbacks=[])
+    recipe = make_recipe("training.report_to=[tensorboard]", "training.steps=2")
+    assert not Path(recipe.output).exists()
+    pytest.importorskip("tensorboard")
+    pretrain(recipe, callbacks=[])
+    assert list(Path(recipe.output).glob("**/events.out.tfevents.*"))
+
+
+def test_less_text_than_a_batch(make_recipe):
+    with pytest.raises(ZerodraftError, match="blocks of 32 tokens, a batch takes 4000"):
+        pretrain(make_recipe("training.batch_size=4000"), callbacks=[])

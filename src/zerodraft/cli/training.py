@@ -21,13 +21,17 @@ class TrainingCommand(Command):
     """Continue from the last checkpoint in the recipe's `output`."""
     overrides: dict[str, Any] = overrides_of(Recipe)
 
+    def settings(self) -> Recipe:
+        """The recipe with the flags that win over it."""
+        return load_recipe(self.recipe, self.overrides)
+
     def check(self) -> None:
         """Reads the recipe."""
-        load_recipe(self.recipe, self.overrides)
+        self.settings()
 
     def run(self, console: Console) -> Result:
         """Trains and reports what was measured."""
-        recipe = load_recipe(self.recipe, self.overrides)
+        recipe = self.settings()
         results = self.train(recipe)
         training_report(console, recipe.output, results)
         return results
@@ -39,8 +43,10 @@ class TrainingCommand(Command):
 
 def training_report(console: Console, output: str, results: dict[str, Any]) -> None:
     """Speed, and loss and perplexity after each number of cycles for every evaluation text."""
+    trained, parts = results["trained_parameters"], results["trained"]
+    named = ", ".join(f"{part.replace('_', ' ')} {count:,}" for part, count in parts.items())
     console.print(
-        f"trained {results['parameters']:,} parameters on {results['tokens']:,} tokens in {results['seconds']:.0f} s "
+        f"trained {trained:,} parameters ({named}) on {results['tokens']:,} tokens in {results['seconds']:.0f} s "
         f"({results['tokens_per_second']:,.0f} tokens/s)"
     )
     table = Table("text", "cycles", "loss", "perplexity", box=None, pad_edge=False)

@@ -46,6 +46,17 @@ def add_adapters(model: nn.Module, recipe: PeftRecipe) -> Any:
         raise ZerodraftError(f"peft.target_modules: no linear module of the model is called {names}") from error
 
 
+def trained_parts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters that are trained: zero tokens, gates, per-cycle LoRA, adapters, and all other weights."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            other = "adapters" if ".lora_" in name else "weights"
+            part = next((own for own in OWN_PARTS if own in name.split(".")), other)
+            parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
+
+
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> Any:
     """The model with the adapters, zero tokens and gates that a fine-tuning run wrote to `model/adapter`.
 

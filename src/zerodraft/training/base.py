@@ -9,6 +9,7 @@ What differs from the Trainer, and why:
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -21,12 +22,14 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, why
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.optim import build_optimizer, learning_rate_scale
 from zerodraft.training.recipe import TrainingRecipe
+from zerodraft.training.strict import did_you_mean
 
 PARTIAL = ".partial"
 
@@ -195,5 +198,23 @@ def training_arguments(recipe: TrainingRecipe, output: str, seed: int, **kwargs:
         dataloader_pin_memory=torch.accelerator.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
+        report_to=reporters(recipe),
         **kwargs,
     )
+
+
+def reporters(recipe: TrainingRecipe) -> list[str]:
+    """Names of what the Trainer reports to.
+
+    Raises:
+        ZerodraftError: transformers does not know a name, or its package is not there.
+    """
+    has_tensorboard = recipe.tensorboard and importlib.util.find_spec("tensorboard") is not None
+    for name in recipe.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ZerodraftError(f"training.report_to '{name}' is unknown{did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise ZerodraftError(f"training.report_to '{name}' cannot be used: {why(error)}") from error
+    return list(dict.fromkeys([*(["tensorboard"] if has_tensorboard else []), *recipe.report_to]))

@@ -202,7 +202,7 @@ def prepared(recipe: Any, resume: bool) -> Iterator[DrafterRun]:
 
 def _prepare(recipe: Any, folder: Path, checkpoint: str | None) -> DrafterRun:
     completions = read_completions([os.path.expandvars(path) for path in recipe.data])
-    arguments = training_arguments(recipe.training, str(folder), recipe.seed, report_to=[])
+    arguments = training_arguments(recipe.training, str(folder), recipe.seed)
     target: Any = load_pretrained(AutoModelForCausalLM, resolve(recipe.target), dtype=torch.float32)
     check_vocabulary(completions, target.get_input_embeddings().weight.shape[0])
     train, held_back = split_completions(completions, recipe.held_back.sequences, recipe.seed)

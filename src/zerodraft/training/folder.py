@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "save_every",
     "keep_checkpoints",
     "tensorboard",
+    "report_to",
 )
 """Fields of `training` that a resumed run may have other values of."""
 

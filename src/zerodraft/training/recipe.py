@@ -189,6 +189,8 @@ class TrainingRecipe:
     """Train on the CPU even if there is an accelerator."""
     tensorboard: bool = True
     """Write TensorBoard logs if tensorboard is installed."""
+    report_to: tuple[str, ...] = ()
+    """Report to these too, by transformers' names (wandb, mlflow, ...); the package must be installed."""
 
     def __post_init__(self) -> None:
         counts = {"steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1, "keep_checkpoints": 1}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ import zerodraft
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import user_path
 from zerodraft.targets.resolve import resolve
-from zerodraft.training.adapters import add_adapters
+from zerodraft.training.adapters import add_adapters, trained_parts
 from zerodraft.training.base import RecipeTrainer, training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.data import TextData, build_data, read_documents, split_documents
@@ -117,12 +116,13 @@ def _train(
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     trainer.write_losses()
-    trained: Any = trainer.model
+    trained = trained_parts(trainer.model)  # type: ignore[arg-type]  # the Trainer always has one
     steps = trainer.state.global_step
     seen, new = trainer.passes_before(steps), trainer.passes_before(steps) - trainer.passes_before(resumed_step)
     results = {
         "parameters": parameters,
-        "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        "trained_parameters": sum(trained.values()),
+        "trained": trained,
         "steps": steps,
         "tokens": seen * tokens,
         "seconds": seconds,
@@ -198,9 +198,8 @@ def _evaluations(data: TextData) -> dict[str, Any]:
 
 
 def _environment(recipe: Recipe, model: Any) -> dict[str, Any]:
-    """Arguments that depend on what is installed and how the processes were started."""
-    has_tensorboard = recipe.training.tensorboard and importlib.util.find_spec("tensorboard") is not None
-    arguments: dict[str, Any] = {"report_to": ["tensorboard"] if has_tensorboard else []}
+    """Arguments that depend on how the processes were started."""
+    arguments: dict[str, Any] = {}
     if recipe.training.fsdp:
         if "WORLD_SIZE" not in os.environ:
             raise ZerodraftError("training.fsdp needs several processes: start with `accelerate launch` or `torchrun`")
