@@ -9,7 +9,7 @@ class ZerodraftError(ValueError):
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, outcome: str = "could not be loaded") -> Iterator[None]:
     """Around another library's reading of a user's file: whatever it raises becomes one sentence.
 
     Libraries raise all kinds over a damaged file (`TypeError`, `IndexError`, `ZeroDivisionError`, a panic of Rust code,
@@ -17,13 +17,14 @@ def reading(what: str) -> Iterator[None]:
 
     Args:
         what: The subject of the sentence, such as "The tokenizer in 'x'".
+        outcome: Its verb.
     """
     try:
         yield
     except (ZerodraftError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise ZerodraftError(f"{what} could not be loaded: {why(error)}.") from error
+        raise ZerodraftError(f"{what} {outcome}: {why(error)}.") from error
 
 
 def why(error: BaseException) -> str:
@@ -43,6 +44,9 @@ def why(error: BaseException) -> str:
         return "it needs code of its own, which is not run here"
     # "Validation error for field 'x':" is followed by what is wrong with it
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if isinstance(error, (ArithmeticError, AttributeError, IndexError, TypeError, AssertionError)):
+        # "integer modulo by zero" alone tells little
+        text = f"a value in it does not fit ({type(error).__name__}: {text})"
     return printable(text if len(text) <= LONGEST else f"{text[:LONGEST]}...").rstrip(".: ")
 
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from zerodraft import ZttForCausalLM
 from zerodraft.cli.main import main
-from zerodraft.cli.output import save_whole
 
 
 def test_deepen_writes_a_model_with_the_same_logits_and_the_tokenizer(
@@ -60,17 +59,3 @@ def test_bad_input_writes_nothing(
 def test_an_existing_output_is_left_alone(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "anything", "--output", str(plain_dir)]) == 2
     assert "exists already" in capsys.readouterr().err
-
-
-class Failing:
-    """Writes half of itself and stops."""
-
-    def save_pretrained(self, save_directory: Path) -> object:
-        (save_directory / "half").write_text("x")
-        raise OSError(28, "No space left on device")
-
-
-def test_a_failed_save_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space"):
-        save_whole(str(tmp_path / "model"), Failing())
-    assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,9 @@ class Echo(Command):
         if self.fail == "input":
             raise ZerodraftError("a sentence\nover two lines")
         if self.fail == "disk":
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", "a/b")
+        if self.fail == "network":
+            raise ConnectionError("the line is dead")
         if self.fail == "interrupt":
             raise KeyboardInterrupt
         logging.getLogger("zerodraft.targets.resolve").info("getting something")
@@ -54,7 +56,8 @@ def _with_echo(monkeypatch: pytest.MonkeyPatch) -> None:
         (["echo"], 0, ""),
         (["echo", "--fail", "input"], 2, "zerodraft: a sentence over two lines\n"),
         (["echo", "--fail", "check"], 2, "zerodraft: told before anything slow\n"),
-        (["echo", "--fail", "disk"], 1, "zerodraft: [Errno 28] No space left on device\n"),
+        (["echo", "--fail", "disk"], 2, "zerodraft: 'a/b': No space left on device\n"),
+        (["echo", "--fail", "network"], 1, "zerodraft: the line is dead\n"),
         (["echo", "--fail", "interrupt"], 130, "zerodraft: interrupted\n"),
         (["echo", "--fial", "x"], 2, "zerodraft: unknown flag '--fial' (did you mean '--fail'?)\n"),
         (["ehco"], 2, "zerodraft: unknown command 'ehco' (did you mean 'echo'?)\n"),

@@ -239,7 +239,7 @@ def test_commands_name_what_later_kinds_have(tmp_path: Path, capsys: pytest.Capt
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     _, drafter = make()
     export_dflash(drafter, tmp_path / "out")
-    with pytest.raises(ZerodraftError, match="is there already"):
+    with pytest.raises(ZerodraftError, match="exists already"):
         export_dflash(drafter, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     whole = file.read_bytes()

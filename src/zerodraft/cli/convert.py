@@ -8,8 +8,8 @@ from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import load_tokenizer, load_ztt
-from zerodraft.cli.output import check_free, save_whole
 from zerodraft.errors import ZerodraftError
+from zerodraft.outputs import check_free, new_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,10 @@ class Convert(Command):
         """Converts, saves the model with its tokenizer, and reports both sizes."""
         source, result, path = self._to_base() if self.mode == "to-base" else self._from_base()
         tokenizer = load_tokenizer(path) if (path / "tokenizer_config.json").is_file() else None
-        save_whole(self.output, result, *([] if tokenizer is None else [tokenizer]))
+        with new_directory(self.output) as folder:
+            result.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         before, after = source.num_parameters(), result.num_parameters()
         console.print(
             f"{self.model} ({source.config.num_hidden_layers} layers deep, {before:,} parameters) -> {self.output} "

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Result
-from zerodraft.cli.loading import Dtype, check_tokens, default_device, load_tokenizer, model_type
+from zerodraft.cli.loading import Dtype, check_tokens, load_model, load_tokenizer, model_type
 from zerodraft.cli.trace import trace, trace_legend
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import user_path
@@ -71,11 +71,9 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from zerodraft.targets import resolve
-    from zerodraft.ztt.loading import load_pretrained
 
     path = resolve(name)
-    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(default_device()).eval()
-    return model, load_tokenizer(path)
+    return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
 
 
 def shipped_drafter(target: str) -> Path | None:

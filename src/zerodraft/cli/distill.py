@@ -59,14 +59,13 @@ class Distill(Command):
         """Loads the target, writes and reports."""
         from transformers import AutoModelForCausalLM
 
-        from zerodraft.cli.loading import default_device, load_tokenizer
+        from zerodraft.cli.loading import load_model, load_tokenizer
         from zerodraft.targets import resolve
         from zerodraft.training.run import versions
         from zerodraft.training.writer import HfWriter
-        from zerodraft.ztt.loading import load_pretrained
 
         path, prompts = resolve(self.target), self._read()
-        model = load_pretrained(AutoModelForCausalLM, path, dtype=self.dtype).to(default_device()).eval()
+        model = load_model(AutoModelForCausalLM, path, self.dtype)
         tokenizer = load_tokenizer(path)
         provenance = {
             "target_name": self.target,

@@ -8,6 +8,7 @@ from rich.console import Console
 from zerodraft.cli.command import Command, Result, positional
 from zerodraft.cli.loading import model_type
 from zerodraft.errors import ZerodraftError
+from zerodraft.outputs import check_free
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,10 @@ class ExportDrafter(Command):
     """New or empty directory to write to."""
     layout: Literal["transformers", "z-lab"] = "transformers"
     """transformers: for transformers 5.23 and vLLM; z-lab: for vLLM and SGLang."""
+
+    def check(self) -> None:
+        """The output must be free."""
+        check_free(self.output)
 
     def run(self, console: Console) -> Result:
         """Reads, writes and says how to use it."""

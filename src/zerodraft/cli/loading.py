@@ -1,22 +1,70 @@
 """Getting a model and its tokenizer for a command; whatever is wrong with them is one clear sentence."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json
 
+logger = logging.getLogger(__name__)
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What a model computes in; auto: what its checkpoint is stored in."""
+
+
+TEXT_SETTINGS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "sequence_bias", "min_length",
+    "min_new_tokens", "renormalize_logits", "remove_invalid_values",
+)  # fmt: skip
+"""What of a model's `generation_config.json` these commands follow: what decides which token comes next,
+beside what the commands have flags for."""
+
+IGNORED = ("num_beams", "num_beam_groups", "num_return_sequences", "penalty_alpha", "guidance_scale", "stop_strings")
+"""What would make another text, and is spoken of where it is set; the rest is about how a text is computed."""
 
 
 def load_ztt(name: str) -> tuple[Any, Path]:
     """The Zero Token Transformer at a path, hub id or short name, ready to run, and its directory."""
     from zerodraft import ZttForCausalLM
-    from zerodraft.ztt.loading import load_pretrained
 
     path = find_ztt(name)
-    return load_pretrained(ZttForCausalLM, path).to(default_device()).eval(), path
+    return load_model(ZttForCausalLM, path), path
+
+
+def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto") -> Any:
+    """The model in a directory, on the accelerator if there is one, ready to write.
+
+    Raises:
+        ZerodraftError: it cannot be loaded, or does not run: many a wrong value in its files shows only then.
+    """
+    import torch
+
+    from zerodraft.errors import reading
+    from zerodraft.ztt.loading import load_pretrained
+
+    model: Any = load_pretrained(auto_class, path, dtype=dtype)
+    with reading(f"The model '{path}'", "does not run"):
+        model = model.to(default_device()).eval()
+        model.generation_config = text_settings(model.generation_config)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            # logits that are no numbers have a sentence of their own where they are met
+            if model(input_ids=ids).logits.isfinite().all():
+                model.generate(input_ids=ids, attention_mask=ids + 1, max_new_tokens=1, do_sample=True)
+    return model
+
+
+def text_settings(config: Any) -> Any:
+    """A generation configuration with what decides the text alone (see `TEXT_SETTINGS`)."""
+    from transformers import GenerationConfig
+
+    if ignored := [name for name in IGNORED if getattr(config, name, None) not in (None, 1)]:
+        logger.warning("the model's generation_config.json sets %s, which is not followed here", ", ".join(ignored))
+    values = {name: getattr(config, name, None) for name in TEXT_SETTINGS}
+    return GenerationConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def find_ztt(name: str) -> Path:

@@ -4,6 +4,7 @@
 it goes to stderr and the last line of stdout is one JSON object.
 """
 
+import errno
 import io
 import json
 import logging
@@ -43,6 +44,12 @@ COMMANDS = {
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+PLACES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL,
+)  # fmt: skip
+"""Errors of the system over a place that cannot be read or written."""
+
 
 def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambda: None) -> int:
     """Runs one command.
@@ -68,7 +75,10 @@ def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambd
             # the reader has gone (`zerodraft ... | head`); keep the interpreter from complaining about it at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
-        return _complain(str(error), FAILED, as_json)
+        place = f"'{error.filename}': " if error.filename else ""
+        # where an output goes is input too
+        code = BAD_INPUT if error.errno in PLACES else FAILED
+        return _complain(f"{place}{error.strerror or error}", code, as_json)
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED, as_json)
 

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, printable
 from zerodraft.files import user_path
 
 BATCH = 64
@@ -144,13 +145,14 @@ class Ngram(Command):
         grams = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(table.counts, 1) if n > 1)
         console.print(f"order {table.order}, vocabulary of {table.vocab_size:,} tokens{', ' + grams if grams else ''}")
         for key, value in table.about.items():
-            console.print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
+            # it is as it stands in the file, which may be a stranger's
+            console.print(Text(printable(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")))
         return {
+            **table.about,
             "order": table.order,
             "vocab_size": table.vocab_size,
             "counts": list(table.counts),
             "bytes": user_path(self.files[0]).stat().st_size,
-            **table.about,
         }
 
     def _documents(self, path: Path, folder: Path, progress: "CountProgress") -> "TokenFiles":

@@ -30,7 +30,7 @@ from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32, UInt64
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.scorers import LatticeScores
 from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
+from zerodraft.files import check_regular, user_path
 
 MAGIC = b"ZDNGRAM\n"
 VERSION = 1
@@ -44,6 +44,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """Fibonacci hashing: the top bits of the product are well mixed."""
 NEVER = 1 << 60
 """Stands in for the last token where there is none: larger than all keys, and stays so when a context is added."""
+DEEPEST = 1 << 10
+"""Neighbours that a lookup compares at most; a whole table has a dozen."""
 LARGEST_LATTICE = 1 << 22
 """Scores that are computed at once at the most."""
 
@@ -232,6 +234,8 @@ def open_table(path: str | os.PathLike[str]) -> NgramTable:
         ZerodraftError: no such file, not a table, of another version, cut short or damaged.
     """
     file = user_path(path)
+    if file.exists() and not file.is_dir():
+        check_regular(file, "n-gram table")
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -256,30 +260,56 @@ def open_table(path: str | os.PathLike[str]) -> NgramTable:
         raise ZerodraftError(
             f"The n-gram table '{path}' cannot be read ({reason}): build one with 'zerodraft ngram build'."
         ) from error
-    table = _from_header(json.loads(header), body, vocab_size)
-    if any(level.start.max() > len(level.keys) for level in table.levels):
-        raise damaged
-    return table
+    try:
+        return _from_header(json.loads(header), body, vocab_size)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise damaged from error
+
+
+KINDS = {"keys": ("<u4", "<i8"), "log_p": ("<f4",), "backoff": ("<f4",), "start": ("<u4",), "bitmap": ("|u1",)}
+"""What numpy calls the types of the arrays."""
 
 
 def _from_header(header: dict[str, Any], body: mmap.mmap, vocab_size: int) -> NgramTable:
-    arrays = {
-        name: np.frombuffer(body, np.dtype(kind), count, offset)
-        for name, (kind, count, offset) in header["arrays"].items()
-    }
+    """The table that a header describes. Raises all kinds of errors where it describes none: a checksum tells that the
+    header is as it was written, not that who wrote it meant well."""
+    arrays = {}
+    for name, (kind, count, offset) in header["arrays"].items():
+        if kind not in KINDS[name.partition(".")[2]]:
+            raise ValueError(f"{name} of type {kind}")
+        arrays[name] = np.frombuffer(body, np.dtype(kind), range(count + 1)[-1], range(offset + 1)[-1])
+    order, about = range(header["order"] + 1)[-1], {str(key): value for key, value in header["about"].items()}
     levels = tuple(
         Level(
             keys=arrays[f"{n}.keys"],
             log_p=arrays[f"{n}.log_p"],
-            backoff=arrays.get(f"{n}.backoff"),
+            backoff=arrays[f"{n}.backoff"] if n < order else None,
             start=arrays[f"{n}.start"],
             bitmap=arrays[f"{n}.bitmap"],
-            depth=header["depths"][n - 2],
+            depth=depth,
         )
-        for n in range(2, header["order"] + 1)
+        for n, depth in enumerate(header["depths"], 2)
     )
-    assert len(arrays["1.log_p"]) == vocab_size
-    return NgramTable(arrays["1.log_p"], arrays["1.backoff"], levels, header["about"])
+    log_p, backoff = arrays["1.log_p"], arrays["1.backoff"]
+    if not len(log_p) == len(backoff) == vocab_size > 0 or order != 1 + len(levels):
+        raise ValueError("lengths that do not fit")
+    contexts = vocab_size
+    for level in levels:
+        _check_level(level, contexts, vocab_size)
+        contexts = len(level.keys)
+    return NgramTable(log_p, backoff, levels, about)
+
+
+def _check_level(level: Level, contexts: int, vocab_size: int) -> None:
+    """Raises unless no lookup in this level can leave it, overflow, or take memory that the file does not have."""
+    steps, count = np.diff(level.start.astype(np.int64)), len(level.keys)
+    indexed = level.start[0] == 0 and level.start[-1] <= count and steps.min() >= 0
+    hashes = all(size >= 2 and not size & (size - 1) for size in (len(steps), len(level.bitmap)))
+    parts = [len(part) for part in (level.log_p, level.backoff) if part is not None]
+    if not (indexed and hashes and level.depth == max(1, steps.max()) <= DEEPEST and set(parts) == {count}):
+        raise ValueError("an index that is none")
+    if contexts * vocab_size >= NEVER or (count == 0 and level.bitmap.any()):
+        raise ValueError("keys that are none")
 
 
 def save_table(table: NgramTable, path: str | os.PathLike[str]) -> int:

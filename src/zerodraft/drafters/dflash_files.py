@@ -18,7 +18,6 @@ transformers scales them as the target does, z-lab by `input_embedding_scale` al
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -32,6 +31,7 @@ from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashM
 from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json
+from zerodraft.outputs import new_directory
 from zerodraft.ztt.loading import check_finite, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -178,9 +178,7 @@ def export_dflash(model: DFlashModel, folder: str | PathLike[str], layout: Layou
     Raises:
         ZerodraftError: the directory holds something, or the layout cannot hold this drafter.
     """
-    config, out = model.config, Path(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ZerodraftError(f"'{out}' is there already and not an empty directory: choose another place to export to.")
+    config = model.config
     if layout == "transformers" and config.attention_bias:
         raise ZerodraftError("transformers' DFlash layers have no biases, this drafter's have: export it as z-lab.")
     if layout == "transformers" and config.causal_sliding and config.layer_types != [FULL] * len(config.layer_types):
@@ -202,15 +200,10 @@ def export_dflash(model: DFlashModel, folder: str | PathLike[str], layout: Layou
     tensors = {
         names.get(name, name): value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()
     }
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, out / "model.safetensors")
     text = json.dumps(published_config(config, layout, tensors["norm.weight"].dtype), indent=2) + "\n"
-    # last: a directory without it is not taken for a drafter
-    partial = out / "config.json.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, out / "config.json")
+    with new_directory(folder) as out:
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        (out / "config.json").write_text(text, encoding="utf-8")
 
 
 def published_config(config: DFlashConfig, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

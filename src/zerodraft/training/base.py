@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints
 
-from zerodraft.errors import ZerodraftError, why
+from zerodraft.errors import ZerodraftError, reading, why
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.optim import build_optimizer, learning_rate_scale
 from zerodraft.training.recipe import TrainingRecipe
@@ -152,7 +152,8 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with reading(f"The checkpoint in '{folder}'", "could not be written"):
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()

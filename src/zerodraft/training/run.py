@@ -17,7 +17,7 @@ import transformers
 from transformers import TrainerCallback, default_data_collator, set_seed
 
 import zerodraft
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, reading
 from zerodraft.files import user_path
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.adapters import add_adapters, trained_parts
@@ -219,16 +219,17 @@ def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, a
     partial, final = folder / ".model", folder / "model"
     shutil.rmtree(partial, ignore_errors=True) if trainer.args.should_save else None
     trainer.accelerator.wait_for_everyone()
-    if adapters:
-        trainer.save_model(str(partial / "adapter"))
-        if trainer.args.should_save:
-            (partial / "adapter" / "training_args.bin").unlink()
-            model.merge_and_unload().save_pretrained(partial)
-    else:
-        trainer.save_model(str(partial))
-    if trainer.args.should_save:
-        if tokenizer is not None:
+    with reading(f"The model in '{folder}'", "could not be written"):
+        if adapters:
+            trainer.save_model(str(partial / "adapter"))
+            if trainer.args.should_save:
+                (partial / "adapter" / "training_args.bin").unlink()
+                model.merge_and_unload().save_pretrained(partial)
+        else:
+            trainer.save_model(str(partial))
+        if trainer.args.should_save and tokenizer is not None:
             tokenizer.save_pretrained(partial)
+    if trainer.args.should_save:
         # a pickle of the Trainer's arguments, which nothing of ours reads
         (partial / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(final, ignore_errors=True)

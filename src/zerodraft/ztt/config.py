@@ -220,6 +220,10 @@ class ZttConfig(PreTrainedConfig):
         return self.head_layers <= layer < self.head_layers + self.shared_layers
 
 
+DEEPEST = 4096
+"""Layers of an unrolled model: every one has a step, and a slot in the cache."""
+
+
 def check_counts(config: ZttConfig) -> None:
     """Raise `ZerodraftError` unless the numbers of layers and cycles are such numbers at all."""
     for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("cycle_lora_rank", 0)):
@@ -244,6 +248,11 @@ def check_cycling(config: ZttConfig) -> None:
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:
             raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
+    if config.num_hidden_layers > DEEPEST:
+        raise ZerodraftError(
+            f"cycles={config.cycles} make the model {config.num_hidden_layers} layers deep; at most {DEEPEST} are "
+            "supported."
+        )
     if not 1 <= config.zero_token_start <= config.cycles + 1:
         raise ZerodraftError(
             f"zero_token_start={config.zero_token_start} must lie between 1 and cycles + 1 = {config.cycles + 1}."

@@ -7,6 +7,7 @@ computed here.
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,7 @@ def model_info(model: ZttForCausalLM | ZttConfig, *, context: int = 1024) -> Mod
         depth=config.num_hidden_layers,
         parameters=count_parameters(model),
         context=context,
-        flops_per_token=tuple(costs.token(cycles, context) for cycles in range(1, config.cycles + 1)),
+        flops_per_token=costs.tokens(context),
         kv_bytes_per_token=config.num_hidden_layers * 2 * kv_heads * head_dim * model.dtype.itemsize,
         dtype=str(model.dtype).removeprefix("torch."),
     )
@@ -166,13 +167,13 @@ class Costs:
         zero = 2 * self.attention_width * queries if step in self.zero_steps else 0
         return 4 * self.attention_width * queries * keys + zero
 
-    def token(self, cycles: int, context: int) -> int:
-        """Of one decoded token that runs so many cycles; a layer with a sliding window sees no more than that."""
-        total = self.lm_head + self.around
+    def tokens(self, context: int) -> tuple[int, ...]:
+        """Of one decoded token that runs 1, 2, ... cycles; a layer with a sliding window sees no more than that."""
+        cycles = [0] * self.config.cycles
+        cycles[0] = self.lm_head + self.around
         for step in self.config.steps():
-            if step.cycle < cycles:
-                total += self.projections(step) + self.attention(step, 1, self.seen(step, context - 1) + 1)
-        return total
+            cycles[step.cycle] += self.projections(step) + self.attention(step, 1, self.seen(step, context - 1) + 1)
+        return tuple(accumulate(cycles))
 
     def seen(self, step: Step, past: int) -> int:
         """How many of the past tokens a layer's cache holds: with a sliding window, no more than that reaches."""

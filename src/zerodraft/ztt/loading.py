@@ -6,6 +6,7 @@ run code; both are refused here. Sizes in `config.json` are compared with what t
 allocated by them.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,11 @@ from zerodraft.files import check_regular, read_json
 
 Name = str | PathLike[str]
 
+MOST_LAYERS = 4096
+"""More layers than any model has; each would be built, whatever the weight files hold."""
+ROOM = 1 << 20
+"""Parameters that may be missing from a checkpoint; the message then names them."""
+
 
 def load_config(name: Name) -> PreTrainedConfig:
     """The configuration of a model.
@@ -30,7 +36,13 @@ def load_config(name: Name) -> PreTrainedConfig:
     """
     check_files(name)
     with reading(f"The configuration of {str(name)!r}"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        layers = int(getattr(config.get_text_config(), "num_hidden_layers", None) or 0)
+    if layers > MOST_LAYERS:
+        raise ZerodraftError(
+            f"The configuration of {str(name)!r} has num_hidden_layers={layers}; a model has at most {MOST_LAYERS}."
+        )
+    return config
 
 
 def load_tokenizer_files(name: Name, loader: Any = AutoTokenizer, **options: Any) -> Any:
@@ -56,6 +68,9 @@ def load_pretrained(auto_class: Any, name: Name, **kwargs: Any) -> PreTrainedMod
         ZerodraftError: nothing to load there, a corrupted file, weights missing or of another shape, NaN or infinite.
     """
     check_files(name)
+    # GGUF files have their sizes inside, weights of a few bits are not of the sizes that the configuration says
+    if Path(name).is_dir() and not kwargs.get("gguf_file"):
+        check_sizes(auto_class, Path(name))
     options = {"dtype": "auto", "use_safetensors": True} | kwargs
     with reading(f"The model {str(name)!r}"):
         loaded = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
@@ -69,6 +84,33 @@ def load_pretrained(auto_class: Any, name: Name, **kwargs: Any) -> PreTrainedMod
             )
     check_finite(model.named_parameters(), str(name))
     return model
+
+
+def check_sizes(auto_class: Any, folder: Path) -> None:
+    """Raise where a model of the directory's `config.json` is far larger than what its weight files hold: what is
+    missing in them would be allocated first and missed afterwards."""
+    files = [file for file in weight_files(folder) if file.exists()]
+    config = load_config(folder)
+    if not files or getattr(config, "quantization_config", None) is not None:
+        return
+    stored = sum(_stored_numbers(file) for file in files)
+    with reading(f"The model {str(folder)!r}"), torch.device("meta"):
+        if hasattr(auto_class, "from_config"):
+            model = auto_class.from_config(config, trust_remote_code=False)
+        else:
+            model = auto_class(config)
+        wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > 2 * stored + ROOM:
+        raise ZerodraftError(
+            f"The checkpoint {str(folder)!r} holds {stored:,} numbers, a model of its config.json has {wanted:,}: they "
+            "do not belong together."
+        )
+
+
+def _stored_numbers(file: Path) -> int:
+    """How many numbers a safetensors file holds, by the shapes in its header."""
+    with reading(f"The weight file '{file}'"), safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118  # no mapping
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], owner: str) -> None:
