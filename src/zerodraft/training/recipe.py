@@ -233,8 +233,6 @@ class Recipe:
     peft: PeftRecipe = field(default_factory=PeftRecipe)
 
     def __post_init__(self) -> None:
-        if not self.output:
-            raise ZerodraftError("output is empty; it must name a folder")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ZerodraftError(f"seed is {self.seed}; it must be from 0 to {LARGEST_SEED}")
 

@@ -220,8 +220,8 @@ class ZttConfig(PreTrainedConfig):
         return self.head_layers <= layer < self.head_layers + self.shared_layers
 
 
-DEEPEST = 4096
-"""Layers of an unrolled model: every one has a step, and a slot in the cache."""
+DEEPEST = 1 << 12
+"""Layers of an unrolled model at the most: every one has a step, and a slot in the cache."""
 
 
 def check_counts(config: ZttConfig) -> None:
@@ -230,6 +230,12 @@ def check_counts(config: ZttConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < least:
             raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")
+    base = config.base_config
+    stored = base.get("num_hidden_layers") if isinstance(base, dict) else getattr(base, "num_hidden_layers", None)
+    if config.cycles * (max(stored, 1) if isinstance(stored, int) else 1) > DEEPEST:
+        raise ZerodraftError(
+            f"cycles={config.cycles} of {stored} layers are more than {DEEPEST:,} layers, as deep as models are made."
+        )
 
 
 def check_cycling(config: ZttConfig) -> None:
@@ -248,11 +254,6 @@ def check_cycling(config: ZttConfig) -> None:
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:
             raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
-    if config.num_hidden_layers > DEEPEST:
-        raise ZerodraftError(
-            f"cycles={config.cycles} make the model {config.num_hidden_layers} layers deep; at most {DEEPEST} are "
-            "supported."
-        )
     if not 1 <= config.zero_token_start <= config.cycles + 1:
         raise ZerodraftError(
             f"zero_token_start={config.zero_token_start} must lie between 1 and cycles + 1 = {config.cycles + 1}."

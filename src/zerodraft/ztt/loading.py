@@ -37,7 +37,8 @@ def load_config(name: Name) -> PreTrainedConfig:
     check_files(name)
     with reading(f"The configuration of {str(name)!r}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        layers = int(getattr(config.get_text_config(), "num_hidden_layers", None) or 0)
+        text = config.get_text_config()
+        layers = int(getattr(text, "stored_layers", getattr(text, "num_hidden_layers", None)) or 0)
     if layers > MOST_LAYERS:
         raise ZerodraftError(
             f"The configuration of {str(name)!r} has num_hidden_layers={layers}; a model has at most {MOST_LAYERS}."
