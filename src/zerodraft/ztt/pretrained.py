@@ -72,6 +72,7 @@ class ZttPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _skip_keys_device_placement = [*KNOWN]
 
     base: nn.Module
