@@ -139,7 +139,7 @@ def test_help_all_explains_every_key_of_a_recipe(name: str, capsys: pytest.Captu
     assert main([name, "--help-all"]) == 0
     text = capsys.readouterr().out
     for flag in flags_of(program._load(name)):
-        assert flag.positional or flag.name in text or flag.negation in text
+        assert flag.positional or flag.name in text or flag.both in text
 
 
 def test_no_words_means_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,3 +177,18 @@ def test_there_are_no_bars_in_a_pipe() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_flag_that_is_on_is_explained_under_both_its_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its text says what it does, so it must not stand under the name alone that switches it off."""
+    assert main([name, "--help-all"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    for flag in flags_of(program._load(name)):
+        if flag.hint is bool and not flag.positional:
+            assert not any(line.split()[:1] == [flag.negation] for line in lines)
+            (at,) = (
+                at for at, line in enumerate(lines) if line.split()[:1] == [flag.both if flag.default else flag.name]
+            )
+            if flag.default:
+                assert "[on]" in " ".join(lines[at : at + 4])

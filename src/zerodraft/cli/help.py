@@ -113,13 +113,15 @@ def _explain(flag: Flag) -> list[str]:
     if flag.positional:
         left = flag.metavar
     elif flag.hint is bool:
-        left = flag.negation if flag.default is True else flag.name
+        left = flag.both if flag.default is True else flag.name
     else:
         left = f"{flag.name} {flag.metavar}"
     doc, default = flag.doc, _default(flag.default)
     if flag.default is dataclasses.MISSING and not flag.positional:
         doc = f"{doc} (required)"
-    elif default and flag.hint is not bool:
+    elif flag.hint is bool:
+        doc = f"{doc} [on]" if flag.default is True else doc
+    elif default:
         doc = f"{doc} [{default}]"
     return _row(left, doc)
 
