@@ -17,8 +17,7 @@ from zerodraft.cli.decoding import make_decoder
 from zerodraft.decoding.protocols import Target
 from zerodraft.targets import best
 from zerodraft.targets.best import best_target
-from zerodraft.targets.lean import LeanTarget
-from zerodraft.targets.lean_weights import lean_weights
+from zerodraft.targets.lean import LeanTarget, lean_target
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 
@@ -77,10 +76,10 @@ def test_memory_is_given_back() -> None:
     model, prompt, spec = tiny_plain("llama"), tokens(1, 7), DiffuSpec(PromptLookupDrafter())
     plain = model.generate(prompt, **OPTIONS)
     model.generate(prompt, custom_generate=spec, **OPTIONS)
-    weights = lean_weights(model)
-    assert weights is not None
-    packed = weakref.ref(weights.final_gain)
-    del weights
+    target = lean_target(model)
+    assert target is not None
+    packed = weakref.ref(target._weights.final_gain)
+    del target
     zerodraft.release(model)
     gc.collect()
     assert packed() is None

@@ -1,25 +1,23 @@
-"""The kernels are compiled once, under a lock, for this machine, and there are none without a compiler.
+"""The kernels compute what they should for other processors than the one at hand too, and over all of the floats.
 
-That they compute what they should is tested where they are used (packed linear layers, the lean path); here for other
-processors than the one at hand.
+Elsewhere they are tested where they are used (packed linear layers, the lean path).
 """
 
-import logging
-import multiprocessing
 import platform
 import shutil
-import subprocess
-from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.ztt.tiny import gap, tiny_plain, tokens
-from zerodraft.targets import compiled
-from zerodraft.targets.compiled import FLAGS, Kernels, build, kernels, to_panels
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.compiled import After, Kernels, to_panels
 from zerodraft.targets.lean import lean_target
-from zerodraft.targets.lean_weights import lean_weights
+from zerodraft.targets.library import FLAGS, build
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -61,10 +59,9 @@ def test_layers_for_other_processors(
     monkeypatch.setattr("zerodraft.targets.packed.kernels", lambda: functions)
     monkeypatch.setattr("zerodraft.targets.lean_compiled.kernels", lambda: functions)
     model, prompt = tiny_plain(family, head_dim=32), tokens(1, 30)
-    target, weights = lean_target(model), lean_weights(model)
+    target = lean_target(model)
     assert target is not None
-    assert weights is not None
-    assert weights.compiled is not None
+    assert target._weights.compiled is not None
     found = target.prefill(prompt, prompt >= 0, ()).logits[0, -1]
     with torch.no_grad():
         assert gap(found, model(prompt).logits[0, -1]) < 2e-5
@@ -77,8 +74,97 @@ def library(flags: tuple[str, ...], folders: pytest.TempPathFactory) -> Kernels:
     """Compiled once for all tests."""
     assert COMPILER is not None
     if flags not in _built:
-        _built[flags] = Kernels(build(COMPILER, flags, folders.mktemp("kernels")))
+        _built[flags] = Kernels(build([COMPILER], flags, folders.mktemp("kernels")))
     return _built[flags]
+
+
+def all_kinds_of_floats() -> Tensor:
+    """Every float whose lower half is zero, among them both zeros, infinities, NaN of all kinds and denormal numbers;
+    their neighbours; and those around which the exponential function begins and ends to be a number."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    patterns = torch.cat([upper, upper + 1, upper - 1])
+    ends = torch.cat([sign * torch.linspace(80, 110, 30001) for sign in (1.0, -1.0)])
+    return torch.cat([patterns.view(torch.float32), ends])
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("outputs", [16, 15])
+def test_silu_of_all_kinds_of_floats(processor: str, outputs: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A vector at a time (16 outputs), and one number at a time."""
+    functions, x = library(PROCESSORS[processor], tmp_path_factory), all_kinds_of_floats()
+    found = functions.linear(x[:, None], to_panels(torch.ones(outputs, 1)), None, outputs, "silu")
+    wanted = F.silu(x.double()).float()
+    # e to the power of more than what a float holds is infinite, for torch too
+    wanted = torch.where(x < -88.7228, F.silu(x), wanted)
+    assert found.isnan().equal(wanted.isnan()[:, None].expand_as(found))
+    torch.testing.assert_close(found, wanted[:, None].expand_as(found), rtol=1e-6, atol=1e-37, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("after", ["", "add", "times"])
+def test_products_of_all_kinds_of_floats(after: After, tmp_path_factory: pytest.TempPathFactory) -> None:
+    functions, x = library(FLAGS, tmp_path_factory), all_kinds_of_floats()[::7].contiguous()[:, None]
+    other = x.flip(0).contiguous().expand(-1, 16).contiguous()
+    found = functions.linear(x, to_panels(torch.full((16, 1), -0.5)), None, 16, after, other if after else None)
+    product = (x * -0.5).expand(-1, 16)
+    wanted = {"": product, "add": product + other, "times": product * other}[after]
+    # 0 and -0 are equal
+    assert torch.equal(found.nan_to_num(123.0, torch.inf, -torch.inf), wanted.nan_to_num(123.0, torch.inf, -torch.inf))
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 30.0, 1e3, 1e6])
+def test_layers_of_scaled_weights(
+    processor: str, scale: float, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax over scores that lie far from each other, gates far from zero, norms of small and large states."""
+    functions = library(PROCESSORS[processor], tmp_path_factory)
+    monkeypatch.setattr("zerodraft.targets.packed.kernels", lambda: functions)
+    monkeypatch.setattr("zerodraft.targets.lean_compiled.kernels", lambda: functions)
+    model, prompt = tiny_plain("llama", head_dim=16), tokens(2, 20)
+    # what the scaled part gives must not depend on rounding alone: one part, the first layer
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    for part in (attention.q_proj, mlp.gate_proj, model.model.embed_tokens):
+        with torch.no_grad():
+            before = part.weight.clone()
+            part.weight.mul_(scale)
+            wanted = model(prompt).logits[:, -1]
+        target = lean_target(model)
+        assert target is not None
+        found = target.prefill(prompt, prompt >= 0, ()).logits[:, 0]
+        assert gap(found, wanted) < 1e-4 * float(wanted.abs().max())
+        with torch.no_grad():
+            part.weight.copy_(before)
+
+
+@needs_compiler
+def test_tensors_that_kernels_cannot_read_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    functions, x = library(FLAGS, tmp_path_factory), torch.randn(3, 8)
+    panels = to_panels(torch.randn(20, 8))
+    fits: dict[str, Any] = {"x": x, "panels": panels, "bias": torch.randn(20), "outputs": 20, "after": "add"}
+    fits["other"] = torch.randn(3, 20)
+    functions.linear(**fits)
+    for name, wrong in (
+        ("x", x.double()),
+        ("x", x.bfloat16()),
+        ("x", torch.randn(8, 3).T),
+        ("x", x.to("meta")),
+        ("x", torch.randn(3, 9)),
+        ("panels", panels.half()),
+        ("panels", panels[:1]),
+        ("panels", panels[:, :7]),
+        ("bias", torch.randn(16)),
+        ("bias", torch.randn(20).double()),
+        ("outputs", 33),
+        ("outputs", 16),
+        ("other", torch.randn(3, 1).expand(3, 20)),
+        ("other", torch.randn(2, 20)),
+    ):
+        # jaxtyping's check of shapes under tests, or ours
+        with pytest.raises((ZerodraftError, jaxtyping.TypeCheckError)):
+            functions.linear(**{**fits, name: wrong})
 
 
 @needs_compiler
@@ -89,50 +175,3 @@ def test_numbers_that_are_not_finite_stay_so(tmp_path_factory: pytest.TempPathFa
     found = functions.linear(x, to_panels(weight), None, 16, "silu")
     assert found[0, 3].isnan()
     assert not found[1].isfinite().all()
-
-
-@needs_compiler
-def test_compiled_once_and_nothing_else_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert COMPILER is not None
-    with caplog.at_level(logging.INFO, logger="zerodraft"):
-        build(COMPILER, FLAGS, tmp_path)
-        build(COMPILER, FLAGS, tmp_path)
-    assert [record.message for record in caplog.records] == ["compiling kernels for this machine (a few seconds, once)"]
-    assert sorted(path.suffix for path in tmp_path.iterdir()) in ([".so"], [".lock", ".so"])
-
-
-@needs_compiler
-def test_two_processes_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    both = [context.Process(target=_build_there, args=(tmp_path,)) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(280)
-    assert [process.exitcode for process in both] == [0, 0]
-    assert len(list(tmp_path.glob("*.so"))) == 1
-
-
-def _build_there(folder: Path) -> None:
-    assert COMPILER is not None
-    build(COMPILER, FLAGS, folder)
-
-
-@needs_compiler
-def test_what_does_not_compile_leaves_nothing(tmp_path: Path) -> None:
-    assert COMPILER is not None
-    with pytest.raises(subprocess.CalledProcessError):
-        build(COMPILER, (*FLAGS, "-include", "no-such-file.h"), tmp_path)
-    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-
-
-@pytest.mark.parametrize("why", ["switched off", "no compiler", "broken compiler"])
-def test_without_kernels(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if why == "switched off":
-        monkeypatch.setenv("ZERODRAFT_COMPILE", "0")
-    elif why == "no compiler":
-        monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    else:
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    assert kernels.__wrapped__() is None

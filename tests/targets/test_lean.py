@@ -19,7 +19,7 @@ from zerodraft.caches import CACHE
 from zerodraft.targets import resolve
 from zerodraft.targets.compiled import kernels
 from zerodraft.targets.lean import LeanTarget, lean_target
-from zerodraft.targets.lean_weights import lean_weights, release_lean
+from zerodraft.targets.lean_weights import release_lean
 from zerodraft.targets.packed import HalvesLinear
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,8 +65,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
         if request.param.endswith(WITHOUT):
             patch.setattr("zerodraft.targets.packed.kernels", lambda: None)
             patch.setattr("zerodraft.targets.lean_compiled.kernels", lambda: None)
-        weights = lean_weights(made)
-        assert weights is not None
+        weights = lean(made)._weights
         assert (weights.compiled is None) == (request.param.endswith(WITHOUT) or kernels() is None)
         assert all(isinstance(layer.gate, HalvesLinear) == halves for layer in weights.layers)
         yield made
@@ -193,8 +192,7 @@ def test_scores_do_not_carry_gradients_and_the_model_is_unchanged() -> None:
 def test_packed_weights_are_shared_and_do_not_keep_the_model() -> None:
     model = tiny_plain("llama")
     first, second = lean(model), lean(model)
-    weights = lean_weights(model)
-    assert first._weights is second._weights is weights
+    assert first._weights is second._weights
     alive = weakref.ref(model)
     del model
     gc.collect()
@@ -206,13 +204,12 @@ def test_packed_weights_are_shared_and_do_not_keep_the_model() -> None:
 def test_release_gives_the_memory_back() -> None:
     model = tiny_plain("llama")
     target, other = lean(model), lean(model)
-    packed = weakref.ref(target._weights.embedding)
-    weights = lean_weights(model)
+    packed, weights = weakref.ref(target._weights.embedding), target._weights
     target.release()
     release_lean(model)
     prompt = tokens(1, 4)
     assert other.prefill(prompt, prompt >= 0, ()).logits.isfinite().all()
-    assert lean_weights(model) is not weights
+    assert lean(model)._weights is not weights
     del weights, other
     gc.collect()
     assert packed() is None

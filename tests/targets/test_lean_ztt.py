@@ -15,7 +15,6 @@ from tests.ztt.tiny import gap, tiny, tiny_plain, tokens
 from zerodraft import FixedExit, ZttForCausalLM, ZttModel
 from zerodraft.decoding.target import HfTarget
 from zerodraft.targets.lean import LeanTarget, lean_target
-from zerodraft.targets.lean_weights import lean_weights
 
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "ztt-tiny"
 
@@ -62,8 +61,9 @@ def test_states_are_numbered_as_transformers_numbers_them(attention: str) -> Non
 
 def test_executions_of_a_layer_share_its_packed_weights() -> None:
     model = over("qwen3", cycle_gates=True, edge_zero_tokens=True)
-    weights = lean_weights(model)
-    assert weights is not None
+    target = lean_target(model)
+    assert target is not None
+    weights = target._weights
     steps = model.config.steps()
     assert len(weights.layers) == len(steps) == 8
     first = {step.layer: weights.layers[step.slot] for step in reversed(steps)}

@@ -95,5 +95,5 @@ class Convert(Command):
     def _to_base(self) -> tuple[Any, Any, Path]:
         from zerodraft.ztt.convert import to_base
 
-        source, path = load_ztt(self.model)
+        source, path = load_ztt(self.model, as_stored=True)
         return source, to_base(source, unroll=self.unroll), path

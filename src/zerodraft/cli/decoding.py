@@ -91,7 +91,10 @@ def _is_called(short: str, name: str) -> bool:
     from zerodraft.targets.cache import default_cache_dir
     from zerodraft.targets.resolve import SHORT_NAMES
 
-    directory = default_cache_dir() / short
+    try:
+        directory = default_cache_dir() / short
+    except ZerodraftError:  # then nothing has been resolved to it
+        return name in (short, SHORT_NAMES[short].hub_id)
     return name in (short, SHORT_NAMES[short].hub_id) or user_path(name).resolve() == directory.resolve()
 
 

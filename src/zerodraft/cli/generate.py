@@ -46,7 +46,7 @@ class Generate(Command):
     target: str = metavar("DIR|NAME", default="")
     """Any causal language model, to decode with drafts."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: what its weights are stored in."""
+    """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""
     drafter: str = metavar("DIR|NAME", default="")
     """Who drafts for --target; by default its own in models/ where there is one, else lookup."""
     drafter_steps: int = 1

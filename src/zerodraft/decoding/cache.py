@@ -139,7 +139,7 @@ class DraftCache(Cache):
         if len(kept) == 1:
             columns = list(kept[0])
             if columns != list(range(len(columns))):
-                source = torch.tensor(columns) + start
+                source = torch.tensor(columns, device="cpu") + start
                 for layer in self.written:
                     layer.move(None, source, slice(start, start + len(columns)))
         else:
@@ -150,7 +150,7 @@ class DraftCache(Cache):
                 if start + column != lengths[row] + at
             ]
             if moves:
-                rows, source, target = torch.tensor(moves).unbind(1)
+                rows, source, target = torch.tensor(moves, device="cpu").unbind(1)
                 for layer in self.written:
                     layer.move(rows, source, target)
         self.lengths = [length + len(columns) for length, columns in zip(lengths, kept, strict=True)]

@@ -233,7 +233,7 @@ class Streaming:
             if text.stopped_at is None or not pads:
                 end = min(end, text.length)
         for column in zip(*(self._row(text, self._next, end) for text in texts), strict=True):
-            self.streamer.put(torch.tensor(column))
+            self.streamer.put(torch.tensor(column, device="cpu"))
         self._next = max(end, self._next)
 
     def end(self) -> None:

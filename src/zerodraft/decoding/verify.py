@@ -75,13 +75,13 @@ class Dice:
             ) from None
 
     def accept(self, p: Float[Tensor, ""], q: float) -> bool:
-        return bool(torch.rand((), generator=self.generator, device=p.device) * q < p)
+        return bool(torch.rand((), generator=self.generator, dtype=torch.float32, device=p.device) * q < p)
 
     def pick(self, q: Float64[np.ndarray, "k m"]) -> Int64[np.ndarray, " k"]:
-        u = torch.rand(len(q), 1, generator=self.generator, device=self.device).cpu().double().numpy()
+        u = torch.rand(len(q), 1, generator=self.generator, dtype=torch.float32, device=self.device)
         edges = q.cumsum(1)
         # scaled by the last edge, so that rounding never lands on padding
-        return (edges > u * edges[:, -1:]).argmax(1)
+        return (edges > u.cpu().double().numpy() * edges[:, -1:]).argmax(1)
 
 
 def greedy(logits: Float[Tensor, "B n V"]) -> Callable[[int, int], int]:
@@ -154,7 +154,7 @@ def residual(p: Float[Tensor, " V"], ids: Int64[np.ndarray, " m"], q: Float64[np
     """(p - q)+, normalised: what p has left where q proposed too much."""
     real = q > 0
     at = torch.as_tensor(ids[real], device=p.device)
-    rest = p.index_add(0, at, torch.as_tensor(-q[real], dtype=p.dtype).to(p.device)).clamp_min(0)
+    rest = p.index_add(0, at, torch.as_tensor(-q[real], dtype=p.dtype, device=p.device)).clamp_min(0)
     total = rest.sum()
     # p = q leaves nothing; a rejection is then a matter of rounding, and p itself is the right answer
     return torch.where(total > 0, rest / total, p)

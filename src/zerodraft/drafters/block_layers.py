@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
 from zerodraft.drafters.tapped import PackedLayer
-from zerodraft.targets.compiled import kernels
+from zerodraft.targets.compiled import CPU, kernels
 from zerodraft.targets.int8 import Int8Linear
 from zerodraft.targets.lean_compiled import CompiledLayers
 from zerodraft.targets.lean_weights import pack_layer, rotations
@@ -73,7 +73,7 @@ class CompiledBlock:
         """See `BlockLayers`."""
         new = len(taps)
         rows = torch.cat([taps[:, -1], x])
-        turns = rotations(torch.arange(start, start + len(rows)), self.frequencies, self.scale)
+        turns = rotations(torch.arange(start, start + len(rows), device=CPU), self.frequencies, self.scale)
         kv = cache.flatten(1, 2)[:, None]
         self.layers(rows, turns, kv, start, {None: None}, context=taps if new else None)
         return rows[new:]

@@ -206,7 +206,7 @@ class DFlashModel(DrafterModel):
             self.config.embedding_scale = float(getattr(_embedding(target), "embed_scale", 1.0))
         self.embedding_scale = self.config.embedding_scale
         self.config.vocab_size = target.config.get_text_config().vocab_size
-        mask = torch.tensor(self.config.mask_token_id)
+        mask = torch.tensor(self.config.mask_token_id, device="cpu")
         self.mask_embedding = (self.embedding_scale * embed(target, mask)).to(self.norm.weight)
         return self
 

@@ -245,7 +245,7 @@ def denoise(
         Log-probabilities and tokens.
     """
     is_open = torch.ones(length, dtype=torch.bool, device=block.device)
-    log_q = torch.zeros(length, candidates, device=block.device)
+    log_q = torch.zeros(length, candidates, dtype=torch.float32, device=block.device)
     ids = torch.zeros(length, candidates, dtype=torch.long, device=block.device)
     for step in range(steps):
         scores, tokens = score(block, length).topk(candidates)

@@ -52,7 +52,7 @@ class TappedRow(ABC):
 
     def __init__(self) -> None:
         self.length = 0
-        self.newest = torch.zeros((), dtype=torch.long)
+        self.newest = torch.zeros((), dtype=torch.long, device="cpu")
         self.pending: list[Tensor] = []
 
     def take_pending(self, like: Tensor) -> Float[Tensor, "M F H"]:

@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,25 @@ PROVENANCE = "provenance.json"
 
 
 def default_cache_dir() -> Path:
-    """`$ZERODRAFT_CACHE`, else `zerodraft` in the platform's cache directory."""
-    if chosen := os.environ.get("ZERODRAFT_CACHE"):
-        return Path(chosen).expanduser()
+    """`$ZERODRAFT_CACHE`, else `zerodraft` in the platform's cache directory.
+
+    Raises:
+        ZerodraftError: it is in the home directory, and there is none.
+    """
+    chosen = os.environ.get("ZERODRAFT_CACHE")
     if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        root = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
+        root = "~/Library/Caches"
     else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "zerodraft"
+        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return user_path(chosen) if chosen else user_path(root) / "zerodraft"
+    except ZerodraftError as error:
+        raise ZerodraftError(
+            f"There is no home directory for what is kept ('{chosen or root}'): set ZERODRAFT_CACHE to a directory, "
+            "written without '~'."
+        ) from error
 
 
 def sha256_of(*paths: Path) -> str:

@@ -1,37 +1,34 @@
-"""`kernels.cpp`, compiled once for this machine by the C++ compiler at hand, and its functions for torch's tensors.
+"""The compiled functions of `kernels.cpp` for torch's tensors, which are checked here: C++ reads what it is pointed to.
 
-Without a compiler, with another OpenMP than torch's, or with `ZERODRAFT_COMPILE=0` there are none, and callers do
-without them. The library lies in the cache directory (`$ZERODRAFT_CACHE`) under a name made of the source, the flags,
-the compiler and the processor, so that one directory serves several machines.
+Without a compiler, with another OpenMP than torch's, with nowhere to keep the library (`library.py`) or with
+`ZERODRAFT_COMPILE=0` there are none, and callers do without them.
 """
 
 import ctypes
-import hashlib
 import logging
+import math
 import os
-import platform
-import shutil
 import subprocess
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from zerodraft.targets.cache import default_cache_dir
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.library import build, compiler_words
 
 logger = logging.getLogger(__name__)
 
 PANEL = 16
 """Outputs of a panel of weights."""
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 After = Literal["", "silu", "add", "times"]
 """What `linear` can do to its products, in the order of kernels.cpp."""
+
+CPU = torch.device("cpu")
+"""Stated wherever something is allocated for the kernels: a caller's default device may be another."""
 
 _AFTER = get_args(After)
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
@@ -84,28 +81,42 @@ class Kernels:
         other: Tensor | None = None,
     ) -> Float[Tensor, "*s O"]:
         """x @ weight.T + bias, and what comes after."""
-        out = x.new_empty(*x.shape[:-1], outputs)
-        k, narrow = x.shape[-1], panels.dtype == torch.bfloat16
+        *lead, k = x.shape
+        narrow = panels.dtype == torch.bfloat16
+        out = torch.empty(*lead, outputs, dtype=torch.float32, device=CPU)
+        at = address(panels, (-(-outputs // PANEL), k, PANEL), torch.bfloat16 if narrow else torch.float32)
         self._linear(
-            x.data_ptr(), panels.data_ptr(), narrow, pointer(bias), pointer(other), out.data_ptr(),
-            x.numel() // k, k, outputs, _AFTER.index(after), torch.get_num_threads(),
+            address(x, x.shape), at, narrow, bias if bias is None else address(bias, (outputs,)),
+            other if other is None else address(other, out.shape), out.data_ptr(),
+            math.prod(lead), k, outputs, _AFTER.index(after), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def forward(
         self, shape: Shape, layers: Any, run: Pass, masks: Sequence[Any], taps: Sequence[Any], feeds: Sequence[Any]
     ) -> None:
-        """All layers of a pass; the last three hold a pointer or None for each layer. Scratch is found here."""
+        """All layers of a pass; the last three hold an address or None for each layer. Scratch is found here."""
         run.threads = torch.get_num_threads()
-        scratch = torch.empty(self._scratch_floats(ctypes.byref(shape), ctypes.byref(run)))
+        floats = self._scratch_floats(ctypes.byref(shape), ctypes.byref(run))
+        scratch = torch.empty(floats, dtype=torch.float32, device=CPU)
         run.scratch = scratch.data_ptr()
         many = _Pointer * len(masks)
         self._forward(ctypes.byref(shape), layers, ctypes.byref(run), many(*masks), many(*taps), many(*feeds))
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor's elements begin."""
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Where a tensor's elements begin, if they lie as the kernels read them.
+
+    Raises:
+        ZerodraftError: another shape, dtype or device, or elements that do not follow each other.
+    """
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
+        state = "contiguous" if tensor.is_contiguous() else "strided"
+        raise ZerodraftError(
+            f"The compiled kernels read a contiguous {dtype} tensor of shape {tuple(shape)} on the CPU, not a {state} "
+            f"{tensor.dtype} one of shape {tuple(tensor.shape)} on {tensor.device}."
+        )
+    return tensor.data_ptr()
 
 
 def to_panels(weight: Float[Tensor, "O K"], gain: Float[Tensor, "K"] | None = None) -> Float[Tensor, "P K 16"]:
@@ -126,59 +137,18 @@ def kernels() -> Kernels | None:
     """The functions, compiled if they are not there yet (a few seconds); None where there can be none."""
     if os.environ.get("ZERODRAFT_COMPILE", "1") == "0":
         return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        logger.info("no C++ compiler: the lean path does without compiled kernels")
-        return None
     try:
+        compiler = compiler_words()
+        if not compiler:
+            logger.info("no C++ compiler: the lean path does without compiled kernels")
+            return None
         return Kernels(build(compiler))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.info("the lean path does without compiled kernels: %s", str(reason).strip().split("\n")[0])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        logger.warning("decoding does without compiled kernels, at about half the speed: %s", _first_line(error))
         return None
 
 
-def build(compiler: str, flags: Sequence[str] = FLAGS, folder: Path | None = None) -> ctypes.CDLL:
-    """Compile, unless that was done before, and load.
-
-    Args:
-        compiler: the command.
-        flags: its flags.
-        folder: where libraries are kept; None: in the cache directory.
-
-    Raises:
-        OSError: no such compiler, nowhere to write, or a library that cannot be loaded.
-        subprocess.SubprocessError: the compiler failed.
-    """
-    folder = default_cache_dir() / "kernels" if folder is None else folder
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), *flags, version, platform.machine(), _processor())
-    path = folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            logger.info("compiling kernels for this machine (a few seconds, once)")
-            _compile(compiler, flags, path)
-    return ctypes.CDLL(str(path))
-
-
-def _compile(compiler: str, flags: Sequence[str], path: Path) -> None:
-    """Compile to another name first. OpenMP is not linked: its functions are those that torch has loaded, so that both
-    share one team of threads; two would wait for each other."""
-    unit, partial = path.with_suffix(".o"), path.with_suffix(".partial")
-    try:
-        for words in ([*flags, "-c", str(SOURCE), "-o", str(unit)], ["-shared", str(unit), "-o", str(partial)]):
-            subprocess.run([compiler, *words], capture_output=True, text=True, check=True, timeout=300)
-        os.replace(partial, path)
-    finally:
-        unit.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
-
-
-def _processor() -> str:
-    """What the processor can do, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-    except OSError:
-        return platform.processor()
-    return "|".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
+def _first_line(error: Exception) -> str:
+    """What went wrong; of a compiler's complaints the first that it calls an error."""
+    lines = str(getattr(error, "stderr", None) or error).strip().split("\n")
+    return next((line for line in lines if "error" in line), lines[0]).strip()

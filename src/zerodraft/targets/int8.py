@@ -41,7 +41,7 @@ class Int8Linear:
         weight = weight.detach().float()
         # a row of zeros has no scale of its own
         scales = weight.abs().amax(1).clamp_min(1e-8).double() / 127
-        zeros = torch.zeros(len(weight), dtype=torch.long)
+        zeros = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
         with warnings.catch_warnings():
             # the way to make such tensors is deprecated, but their kernels have no other
             warnings.simplefilter("ignore")

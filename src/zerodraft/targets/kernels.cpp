@@ -44,10 +44,12 @@ inline Vector load(const uint16_t* p) {
   return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Ints) << 16);
 }
 
-// Relative error below 3e-7; 0 below -87, minus infinity included. Taylor's series around the nearest multiple of ln 2.
+// Relative error below 3e-7; 0 below -87 (minus infinity included), infinity from where floats end, NaN for NaN. Taylor's
+// series around the nearest multiple of ln 2.
 inline Vector exp(Vector x) {
-  const Ints tiny = x < -87.0f;
-  x = tiny ? Vector{} : x;
+  const Ints tiny = x < -87.0f, huge = x > 88.72283f, fits = (x >= -87.0f) & ~huge;
+  const Vector beyond = tiny ? Vector{} : huge ? Vector{} + INFINITY : x;  // NaN is none of the three
+  x = fits ? x : Vector{};
   const Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
   const Vector n = shifted - 12582912.0f;
   const Vector r = (x - n * 0.693145751953125f) - n * 1.42860682e-6f;
@@ -58,7 +60,7 @@ inline Vector exp(Vector x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Ints scaled = (Ints)p + ((Ints)shifted << 23);
-  return tiny ? Vector{} : (Vector)scaled;
+  return fits ? (Vector)scaled : beyond;
 }
 
 inline float sum(Vector v) {

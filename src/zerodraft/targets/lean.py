@@ -9,17 +9,19 @@ Legend: B rows of the batch, T tokens of one call, N = B*T, H hidden size, D hea
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.ztt.interface import Once
 
+from .check import scores_as_model
+from .compiled import CPU
 from .lean_weights import LeanWeights, lean_weights, release_lean, rotations
 
 _FIRST_SLOTS = 256
@@ -30,30 +32,40 @@ def lean_target(model: nn.Module) -> "LeanTarget | None":
     another family, dtype or device, quantised layers, adapters, hooks, frequencies that depend on the length, dropout;
     of Zero Token Transformers those with per-cycle LoRA, and within a `generate` that was given an exit rule.
 
-    The first call packs the weights (a second copy of them in memory); it is kept for later calls until the weights
-    change, the model is gone, or `release` is called.
+    The first call packs the weights (a second copy of them in memory) and compares them with the model's own forward
+    pass on a few tokens; they are kept for later calls until the model changes, is gone, or `release` is called. Where
+    the two differ, a warning says so, and the answer is None.
     """
-    weights = lean_weights(model)
+    weights = lean_weights(model, _accept)
     return None if weights is None else LeanTarget(weights, model)
+
+
+def _accept(model: nn.Module, weights: LeanWeights) -> bool:
+    windows = [layer.window for layer in weights.layers if layer.window is not None]
+    return scores_as_model(model, LeanTarget(weights, model), min(windows, default=None))
 
 
 class LeanTarget:
     """`zerodraft.decoding.protocols.Target` over packed weights.
 
     A row's cached tokens lie in the slots 0, 1, ... of the buffer without holes, so a slot is a position. The tokens of
-    the last call lie behind the longest row until `keep` moves those that stay.
+    the last call lie behind the longest row until `keep` moves those that stay. Where a prompt's mask has holes, they
+    count for sliding windows: a token's *place* is its slot and the holes before it.
     """
 
     def __init__(self, weights: LeanWeights, model: nn.Module) -> None:
-        self.device = torch.device("cpu")
+        self.device = CPU
         self._model = weakref.ref(model)
         self._weights = weights
         self._lengths: list[int] = []
         self._padding: list[int] = []
-        self._rows = torch.empty(0, 1, dtype=torch.int64)
+        self._rows = torch.empty(0, 1, dtype=torch.int64, device=CPU)
+        # holes before each slot (B, S) and in the whole row (B, 1); None as long as no mask has one
+        self._gaps: Tensor | None = None
+        self._holes = self._rows
         self._slots = 0
-        self._kv = torch.empty(0)
-        self._rope = torch.empty(0, dtype=torch.complex64)
+        self._kv = torch.empty(0, dtype=torch.float32, device=CPU)
+        self._rope = torch.empty(0, dtype=torch.complex64, device=CPU)
 
     def release(self) -> None:
         """Give back the memory of the cache and of the model's packed weights. The target is of no use afterwards."""
@@ -67,19 +79,22 @@ class LeanTarget:
         batch, count = ids.shape
         self._make_room(batch, count)
         whole = bool(mask.all())
+        gaps = None if whole else self._new_gaps(mask)
         if whole and batch == 1:
-            depth, visible = torch.arange(count)[None], None
+            depth, visible = torch.arange(count, device=CPU)[None], None
         else:
             # padding sees itself, so that its scores stay finite; nobody else sees it
             depth = (mask.cumsum(-1) - 1).clamp_(min=0)
-            visible = (torch.ones(count, count, dtype=torch.bool).tril() & mask[:, None, :]).logical_or_(
-                torch.eye(count, dtype=torch.bool)
+            visible = (torch.ones(count, count, dtype=torch.bool, device=CPU).tril() & mask[:, None, :]).logical_or_(
+                torch.eye(count, dtype=torch.bool, device=CPU)
             )
-        output = self._forward(ids, depth, visible, taps, last_only=True)
+        output = self._forward(ids, depth, visible, taps, gaps, last_only=True)
         if whole:
             kept = [range(count)] * batch
         else:
             kept = [row.nonzero().flatten().tolist() for row in mask]
+        if gaps is not None:
+            self._note(gaps, mask)
         self._padding = [known + count - len(row) for known, row in zip(self._padding, kept, strict=True)]
         self.keep(kept)
         return output
@@ -102,22 +117,26 @@ class LeanTarget:
         for row, indices in enumerate(kept):
             count, end = len(indices), self._lengths[row]
             if count and (end != self._slots or indices[-1] != count - 1):
-                source = torch.tensor(indices) + self._slots
+                source = torch.tensor(indices, device=CPU) + self._slots
                 self._kv[:, row, :, end : end + count] = self._kv[:, row].index_select(2, source)
             self._lengths[row] = end + count
         self._slots = max(self._lengths)
         if len(kept) > 1:
-            self._rows = torch.tensor(self._lengths)[:, None]
+            self._rows = torch.tensor(self._lengths, device=CPU)[:, None]
 
     def export(self, cache: Cache) -> None:
         """Put the text's keys and values into an empty cache of transformers, at the columns that `generate` would give
-        them: behind the padding."""
+        them: behind the padding, with the holes that the prompt's mask has."""
         weights = self._weights
-        ends = [pad + length for pad, length in zip(self._padding, self._lengths, strict=True)]
+        width = max(pad + length for pad, length in zip(self._padding, self._lengths, strict=True))
+        places = []
+        for row, (pad, length) in enumerate(zip(self._padding, self._lengths, strict=True)):
+            place = torch.arange(pad, pad + length, device=CPU)
+            places.append(place if self._gaps is None else place + self._gaps[row, :length] - self._holes[row])
         for index, kv in enumerate(self._kv):
-            columns = kv.new_zeros(*kv.shape[:2], max(ends), kv.shape[3])
-            for row, (pad, end) in enumerate(zip(self._padding, ends, strict=True)):
-                columns[row, :, pad:end] = kv[row, :, : end - pad]
+            columns = kv.new_zeros(*kv.shape[:2], width, kv.shape[3])
+            for row, place in enumerate(places):
+                columns[row, :, place] = kv[row, :, : len(place)]
             keys, values = columns.split(weights.kv_heads, 1)
             keys = keys.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
             cache.update(keys, values.contiguous(), index)
@@ -127,16 +146,37 @@ class LeanTarget:
         weights = self._weights
         if not self._lengths:
             self._lengths, self._padding = [0] * batch, [0] * batch
-            self._rows = torch.zeros(batch, 1, dtype=torch.int64)
+            self._rows = self._holes = torch.zeros(batch, 1, dtype=torch.int64, device=CPU)
         needed, capacity = self._slots + count, self._rope.shape[0]
         if needed <= capacity:
             return
         capacity = max(2 * capacity, needed + _FIRST_SLOTS)
-        kv = torch.empty(len(weights.layers), batch, 2 * weights.kv_heads, capacity, weights.head_dim)
+        shape = len(weights.layers), batch, 2 * weights.kv_heads, capacity, weights.head_dim
+        kv = torch.empty(shape, dtype=torch.float32, device=CPU)
         if self._slots:
             kv[:, :, :, : self._slots] = self._kv[:, :, :, : self._slots]
         self._kv = kv
-        self._rope = rotations(torch.arange(capacity), weights.frequencies, weights.rope_scale)
+        self._rope = rotations(torch.arange(capacity, device=CPU), weights.frequencies, weights.rope_scale)
+        if self._gaps is not None:
+            self._gaps = torch.cat([self._gaps, self._holes.expand(-1, capacity - self._gaps.shape[1])], 1)
+
+    def _new_gaps(self, mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
+        """The holes of a row before each column of a piece of the prompts, those of former pieces included; None if no
+        row has any. What is before a row's first token is padding and no hole."""
+        begun = (mask.cumsum(-1) > 0) | (torch.tensor(self._lengths, device=CPU) > 0)[:, None]
+        gaps = (begun & ~mask).cumsum(-1) + self._holes
+        return gaps if bool(gaps.any()) else None
+
+    @torch.inference_mode()
+    def _note(self, gaps: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> None:
+        """Note the holes before the tokens of a piece of the prompts, which are about to be kept."""
+        if self._gaps is None:
+            self._gaps = torch.zeros(len(gaps), self._rope.shape[0], dtype=torch.int64, device=CPU)
+        self._holes = gaps[:, -1:]
+        for row, length in enumerate(self._lengths):
+            before = gaps[row, mask[row]]
+            self._gaps[row, length:] = self._holes[row]
+            self._gaps[row, length : length + len(before)] = before
 
     def _rotations(self, depth: Tensor) -> Tensor:
         """What multiplies each pair of elements of a position's queries and keys: (N, D/2)."""
@@ -146,40 +186,55 @@ class LeanTarget:
         """The same with ones for the values: (N, heads, D/2)."""
         weights = self._weights
         turning = weights.heads + weights.kv_heads
-        turns = torch.ones(depth.numel(), turning + weights.kv_heads, weights.head_dim // 2, dtype=torch.complex64)
+        shape = depth.numel(), turning + weights.kv_heads, weights.head_dim // 2
+        turns = torch.ones(shape, dtype=torch.complex64, device=CPU)
         turns[:, :turning] = self._rotations(depth)[:, None]
         return turns
 
-    def _bias(self, depth: Tensor, visible: Tensor | None, window: int | None) -> Tensor | None:
-        """What is added to the attention scores: (B, 1, T, S), 0 where a query sees a slot; None if it sees all, or
-        if `visible` is None and the attention is causal over nothing but these tokens."""
+    def _bias(
+        self, depth: Tensor, visible: Tensor | None, window: int | None, gaps: Tensor | None
+    ) -> Float[Tensor, "B 1 T S"] | None:
+        """What is added to the attention scores: 0 where a query sees a slot; None if it sees all, or if `visible` is
+        None and the attention is causal over nothing but these tokens. `gaps` are the holes before each token."""
         batch, count = depth.shape
         past = self._slots
-        if window is not None and past + count <= window:
+        if window is not None and past + count + (0 if gaps is None else int(gaps.max())) <= window:
             window = None
         if window is None and batch == 1 and (count == 1 or (visible is None and past == 0)):
             return None
-        bias = torch.zeros(batch, 1, count, past + count)
+        bias = torch.zeros(batch, 1, count, past + count, dtype=torch.float32, device=CPU)
         if visible is None:
-            visible = torch.ones(1, count, count, dtype=torch.bool).tril_()
+            visible = torch.ones(1, count, count, dtype=torch.bool, device=CPU).tril_()
         bias[..., past:].masked_fill_(~visible[:, None], -torch.inf)
-        slots = torch.arange(past)
+        slots = torch.arange(past, device=CPU)
         if batch > 1:
             bias[..., :past].masked_fill_((slots >= self._rows)[:, None, None], -torch.inf)
         if window is not None:
-            first = (depth + self._rows if batch > 1 else depth + past)[:, None, :, None] - window
-            bias[..., :past].masked_fill_(slots <= first, -torch.inf)
-            far = depth[:, :, None] - depth[:, None, :] >= window
+            places = depth if gaps is None else depth + gaps
+            first = (places + (self._rows if batch > 1 else past))[:, None, :, None] - window
+            cached = slots if self._gaps is None else (slots + self._gaps[:, :past])[:, None, None]
+            bias[..., :past].masked_fill_(cached <= first, -torch.inf)
+            far = places[:, :, None] - places[:, None, :] >= window
             bias[..., past:].masked_fill_(far[:, None], -torch.inf)
         return bias
 
     def _forward(
-        self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int], *, last_only: bool
+        self,
+        ids: Tensor,
+        depth: Tensor,
+        visible: Tensor | None,
+        taps: Sequence[int],
+        gaps: Tensor | None = None,
+        *,
+        last_only: bool,
     ) -> TargetOutput:
         weights = self._weights
+        if gaps is None and self._gaps is not None:
+            gaps = self._holes
         batch, count = ids.shape
         one_row = last_only and batch == 1 and len(weights.layers) not in taps
-        x, tapped = self._layers(ids, depth, visible, taps, last_only=one_row)
+        biases = {w: self._bias(depth, visible, w, gaps) for w in {layer.window for layer in weights.layers}}
+        x, tapped = self._layers(ids, depth, visible, biases, taps, last_only=one_row)
         # from here on outside of inference mode, so that callers may write into what they get
         wanted = None
         if taps:
@@ -194,7 +249,14 @@ class LeanTarget:
 
     @torch.inference_mode()
     def _layers(
-        self, ids: Tensor, depth: Tensor, visible: Tensor | None, taps: Sequence[int], *, last_only: bool
+        self,
+        ids: Tensor,
+        depth: Tensor,
+        visible: Tensor | None,
+        biases: Mapping[int | None, Tensor | None],
+        taps: Sequence[int],
+        *,
+        last_only: bool,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The residual stream behind the last layer (N, H), of which perhaps only the last row is right, and the tapped
         states."""
@@ -204,7 +266,6 @@ class LeanTarget:
         q_heads, all_heads, half = weights.heads, weights.heads + 2 * weights.kv_heads, weights.head_dim // 2
         turning, floor, scale = q_heads + weights.kv_heads, weights.floor, weights.score_scale
         alone = visible is None and past == 0 and count > 1
-        biases = {w: self._bias(depth, visible, w) for w in {layer.window for layer in weights.layers}}
         x = F.embedding(ids.flatten(), weights.embedding)
         if weights.compiled is not None:
             turns = self._rotations(depth)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from zerodraft.targets.compiled import PANEL, Kernels, LayerPointers, Pass, Shape, kernels, pointer
+from zerodraft.errors import ZerodraftError
+from zerodraft.targets.compiled import PANEL, Kernels, LayerPointers, Pass, Shape, address, kernels
 from zerodraft.targets.packed import PackedLinear
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class CompiledLayers:
 
     def __init__(self, functions: Kernels, layers: Sequence["LeanLayer"], shape: Shape) -> None:
         self._functions, self._layers, self._shape = functions, layers, shape
-        self._pointers = (LayerPointers * len(layers))(*map(_pointers, layers))
+        self._pointers = (LayerPointers * len(layers))(*(_pointers(layer, shape) for layer in layers))
 
     @staticmethod
     def of(
@@ -43,18 +44,26 @@ class CompiledLayers:
             scale: multiplies the attention scores.
         """
         functions = kernels()
-        if (
-            functions is None
-            or head_dim % PANEL
-            or any(layer.zero is not None for layer in layers)
-            or any(getattr(layer, name).panels is None for layer in layers for name in PRODUCTS)
-        ):
+        if functions is None or head_dim % PANEL or any(layer.zero is not None for layer in layers):
             return None
         first = layers[0]
+        hidden, inner, attended = first.qkv.in_features, first.gate.out_features, heads * head_dim
+        sizes = {
+            "qkv": (hidden, attended + 2 * kv_heads * head_dim),
+            "out": (attended, hidden),
+            "gate": (hidden, inner),
+            "up": (hidden, inner),
+            "down": (inner, hidden),
+        }
+        products = [(sizes[name], getattr(layer, name)) for layer in layers for name in PRODUCTS]
+        if any(
+            product.panels is None or size != (product.in_features, product.out_features) for size, product in products
+        ):
+            return None
         shape = Shape(
             layers=len(layers),
-            hidden=first.qkv.in_features,
-            inner=first.gate.out_features,
+            hidden=hidden,
+            inner=inner,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -92,35 +101,52 @@ class CompiledLayers:
                 leave keys and values; of x the rest is meant then.
             last_only: of x only the last row is wanted; for a single sequence.
         """
-        layers = self._layers
-        batch = kv.shape[1]
+        layers, shape = self._layers, self._shape
+        batch, capacity = kv.shape[1], kv.shape[3]
+        tokens, new = len(x) // batch, 0 if context is None else len(context)
+        if past + tokens > capacity or len(x) % batch or new > tokens:
+            raise ZerodraftError(
+                f"A pass of {len(x)} rows over {batch} texts does not fit behind {past} of {capacity} slots."
+            )
         tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers)}
+        tapped_at = [tapped[i].data_ptr() if i in tapped else None for i in range(len(layers))]
         # the mask of one text without a window says nothing about what is cached
         whole = batch > 1 or any(window is not None and bias is not None for window, bias in biases.items())
         run = Pass(
             sequences=batch,
-            tokens=len(x) // batch,
+            tokens=tokens,
             past=past,
-            capacity=kv.shape[3],
+            capacity=capacity,
             causal=causal,
             masked_from=0 if whole else past,
-            context=0 if context is None else len(context),
-            feed_step=0 if context is None else context.stride(0),
-            last_from=len(x) - 1 if last_only else 0 if context is None else len(context),
-            x=x.data_ptr(),
-            turns=turns.data_ptr(),
-            kv=kv.data_ptr(),
+            context=new,
+            feed_step=len(layers) * shape.hidden,
+            last_from=len(x) - 1 if last_only else new,
+            x=address(x, (len(x), shape.hidden)),
+            turns=address(turns, (len(x), shape.head_dim // 2), torch.complex64),
+            kv=address(kv, (len(layers), batch, 2 * shape.kv_heads, capacity, shape.head_dim)),
         )
-        masks = [pointer(biases[layer.window]) for layer in layers]
-        feeds = [None if context is None else pointer(context[:, i]) for i in range(len(layers))]
-        tapped_at = [pointer(tapped.get(i)) for i in range(len(layers))]
-        self._functions.forward(self._shape, self._pointers, run, masks, tapped_at, feeds)
+        seen = (batch, 1, tokens, past + tokens)
+        at = {window: None if bias is None else address(bias, seen) for window, bias in biases.items()}
+        masks = [at[layer.window] for layer in layers]
+        feeds: list[int | None] = [None] * len(layers)
+        if context is not None:
+            first, step = address(context, (new, len(layers), shape.hidden)), shape.hidden * context.element_size()
+            feeds = [first + i * step for i in range(len(layers))]
+        self._functions.forward(shape, self._pointers, run, masks, tapped_at, feeds)
         return tapped
 
 
-def _pointers(layer: "LeanLayer") -> LayerPointers:
-    pointers = {"qk_gain": pointer(layer.qk_gain), "before": pointer(layer.qkv.gain), "after": pointer(layer.gate.gain)}
+def _pointers(layer: "LeanLayer", shape: Shape) -> LayerPointers:
+    gains = {"before": layer.qkv.gain, "after": layer.gate.gain}
+    pointers = {name: None if gain is None else address(gain, (shape.hidden,)) for name, gain in gains.items()}
+    if layer.qk_gain is not None:
+        pointers["qk_gain"] = address(layer.qk_gain, (shape.heads + shape.kv_heads, shape.head_dim))
+    dtype = torch.bfloat16 if shape.narrow else torch.float32
     for name in PRODUCTS:
         product: PackedLinear = getattr(layer, name)
-        pointers |= {name: pointer(product.panels), f"{name}_bias": pointer(product.bias)}
+        panels, bias, outputs = product.panels, product.bias, product.out_features
+        assert panels is not None
+        pointers[name] = address(panels, (-(-outputs // PANEL), product.in_features, PANEL), dtype)
+        pointers[f"{name}_bias"] = None if bias is None else address(bias, (outputs,))
     return LayerPointers(**pointers)

@@ -10,9 +10,10 @@ division by a hypotenuse), and an order of each query and key head's elements in
 number.
 """
 
+import logging
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,15 +22,21 @@ import torch
 from jaxtyping import Complex64, Float, Int
 from torch import Tensor, nn
 
+from zerodraft.ztt.config import Plan
 from zerodraft.ztt.interface import PREFIX
 
+from .compiled import CPU
 from .lean_compiled import CompiledLayers
 from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, LeanZero, executions, exits_early, family_model
 from .modules import VARYING_ROPE, has_plain_parameters, is_untouched
 from .packed import HalvesLinear, PackedLinear, is_bfloat16
 
+logger = logging.getLogger(__name__)
+
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+SAMPLES, SMALL = 64, 1024
+"""Numbers of a matrix that are compared to see whether it changed, and of a tensor that is compared as a whole."""
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
 
 
@@ -50,13 +57,31 @@ class LeanLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class LeanSettings:
+    """All that the lean path reads of a model beside its tensors, so that a change of any of it is noticed.
+
+    **Fields:** `windows` are those of the stored layers, as in `LeanLayer`; `kept` is how much the cache of `generate`
+    keeps of some layers, None for all; `eps` is that of all norms; `rope_scale`
+    multiplies rotary turns, `score_scale` attention scores; `plan` is a Zero Token Transformer's.
+    """
+
+    windows: tuple[int | None, ...]
+    kept: int | None
+    head_dim: int
+    eps: float
+    rope_scale: float
+    score_scale: float
+    plan: Plan | None
+
+
+@dataclass(frozen=True, slots=True)
 class LeanWeights:
     """All that the lean path needs of a model.
 
     **Fields:** `layers` are in the order in which they run, each as often as it runs; `floor` and `head_floor` are
     sqrt(width * eps), what a norm's hypotenuse has beside the vector's length; `frequencies` and `rope_scale` give the
-    rotary angles; `score_scale` multiplies the attention scores; `mark` changes when the model's weights do; `compiled`
-    is all layers in one call, None where they cannot be.
+    rotary angles; `score_scale` multiplies the attention scores; `compiled` is all layers in one call, None where they
+    cannot be.
     """
 
     embedding: Tensor
@@ -72,31 +97,50 @@ class LeanWeights:
     heads: int
     kv_heads: int
     head_dim: int
+    compiled: CompiledLayers | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """What became of a model as `mark` describes it: its packed weights, or None where these do not do."""
+
     mark: tuple[Any, ...]
-    compiled: CompiledLayers | None = None
+    weights: LeanWeights | None
 
 
-_packed: "WeakKeyDictionary[nn.Module, LeanWeights]" = WeakKeyDictionary()
+_packed: "WeakKeyDictionary[nn.Module, _Packed]" = WeakKeyDictionary()
 _lock = threading.Lock()
 
+Accept = Callable[[Any, LeanWeights], bool]
+"""Whether decoding with a model's packed weights gives what the model gives."""
 
-def lean_weights(model: nn.Module) -> LeanWeights | None:
-    """The packed weights of a model, shared by all calls until its weights change; None if the lean path cannot
-    compute it exactly.
 
-    Changes are noticed by the tensors' addresses and version counters, which optimizers and `load_state_dict` move.
-    An edit through `.data` moves neither: call `release_lean` after it.
+def lean_weights(model: nn.Module, accept: Accept) -> LeanWeights | None:
+    """The packed weights of a model, shared by all calls until the model changes; None if the lean path cannot compute
+    it exactly, as its parts say or as `accept` says, which is asked once.
+
+    Changed weights are noticed by the tensors' addresses and version counters, which optimizers and `load_state_dict`
+    move. An edit through `.data` moves neither: it is noticed by the numbers on a diagonal of every matrix and by all
+    of a small tensor's. So what changes a matrix as a whole is noticed, as merging an adapter does; after an edit of
+    single rows call `release_lean`.
     """
     if not _qualifies(model):
         return None
-    mark = _mark(model)
+    settings = _settings(model)
+    mark = (settings, *_mark(model))
     with _lock:
         found = _packed.get(model)
         if found is None or found.mark != mark:
-            found = None
+            found = None  # two copies of the weights may be one too many
             _packed.pop(model, None)
-            found = _packed[model] = _pack(model, mark)
-    return found
+            weights = None
+            if why := _obstacle(model, settings):
+                logger.warning("%s is run by its own forward pass alone: %s", type(model).__name__, why)
+            else:
+                weights = _pack(model, settings)
+            found = _Packed(mark, weights if weights is not None and accept(model, weights) else None)
+            _packed[model] = found
+    return found.weights
 
 
 def rotations(
@@ -114,17 +158,38 @@ def release_lean(model: nn.Module) -> None:
 
 
 def _mark(model: nn.Module) -> tuple[Any, ...]:
+    """Where a model's tensors are, how often they were changed, and some of their numbers."""
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    with torch.no_grad():
+        some = torch.cat([_some(t) for t in tensors if t.dtype == torch.float32])
+    return places, some.numpy().tobytes()  # bytes: a NaN is equal to itself
 
 
-def _qualifies(model: Any) -> bool:
+def _some(tensor: Tensor) -> Tensor:
+    """All numbers of a small tensor; of a matrix a diagonal, so that no more than one is in the same row or column."""
+    if tensor.numel() <= SMALL or tensor.ndim != 2:
+        return tensor.reshape(-1)[:SMALL]
+    (rows, columns), (down, right) = tensor.shape, tensor.stride()
+    count = min(SAMPLES, rows, columns)
+    return tensor.as_strided((count,), (rows // count * down + columns // count * right,))
+
+
+def halves_of(model: Any) -> torch.dtype | None:
+    """The 16-bit type of weights in which alone a model differs from one that the lean path takes; None if it does not,
+    or in more than that."""
+    dtypes = {p.dtype for p in model.parameters()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return dtype if dtype in (torch.bfloat16, torch.float16) and _qualifies(model, dtype) else None
+
+
+def _qualifies(model: Any, dtype: torch.dtype = torch.float32) -> bool:
     plain = family_model(model)
     family = _FAMILIES.get(getattr(getattr(plain, "config", None), "model_type", ""))
     return (
         family is not None
         and _made_of_known_parts(model, plain.config.model_type, family)
-        and _plain_float32(model)
+        and _plain_on_cpu(model, dtype)
         and _computes_as_known(plain)
         and not exits_early(model)
         and not torch.is_autocast_enabled("cpu")
@@ -148,9 +213,9 @@ def _made_of_known_parts(model: nn.Module, model_type: str, family: str) -> bool
     return True
 
 
-def _plain_float32(model: nn.Module) -> bool:
+def _plain_on_cpu(model: nn.Module, dtype: torch.dtype) -> bool:
     return has_plain_parameters(model) and all(
-        p.dtype == torch.float32 and p.device.type == "cpu" and p.layout == torch.strided for p in model.parameters()
+        p.dtype is dtype and p.is_cpu and p.layout is torch.strided for p in model.parameters()
     )
 
 
@@ -167,48 +232,72 @@ def _computes_as_known(model: Any) -> bool:
         and rotary.rope_type not in VARYING_ROPE
         and all(2 * rotary.inv_freq.numel() == a.head_dim and a.scaling == attention[0].scaling for a in attention)
         and len({norm.variance_epsilon for norm in norms}) == 1
+        and getattr(config, "is_causal", True)
+        and all(a.is_causal and a.head_dim == attention[0].head_dim for a in attention)
         and decoder.embed_tokens.max_norm is None
+        and len(getattr(config, "layer_types", None) or layers) >= len(layers)
+    )
+
+
+def _obstacle(model: Any, settings: LeanSettings) -> str:
+    """Why a model that qualifies by its parts is not packed, if there is a reason."""
+    plain = family_model(model)
+    shapes = [[p.shape for p in layer.parameters()] for layer in plain.model.layers[: len(settings.windows)]]
+    if any(shape != shapes[0] for shape in shapes):
+        return "its layers have weights of different shapes"
+    if settings.kept not in (None, *settings.windows):
+        return f"its cache keeps {settings.kept} tokens, as its configuration says, where its layers look at all"
+    return ""
+
+
+def _settings(model: Any) -> LeanSettings:
+    plain = family_model(model)
+    first = plain.model.layers[0].self_attn
+    return LeanSettings(
+        windows=_windows(plain),
+        kept=getattr(plain.config, "sliding_window", None) if plain.config.model_type == "llama" else None,
+        head_dim=first.head_dim,
+        eps=plain.model.norm.variance_epsilon,
+        rope_scale=float(plain.model.rotary_emb.attention_scaling),
+        score_scale=float(first.scaling),
+        plan=None if plain is model else model._plan,
     )
 
 
 @torch.no_grad()
-def _pack(model: Any, mark: tuple[Any, ...]) -> LeanWeights:
+def _pack(model: Any, settings: LeanSettings) -> LeanWeights:
     plain = family_model(model)
-    config, decoder = plain.config, plain.model
-    layers = decoder.layers[: config.num_hidden_layers]
+    decoder, head_dim, eps = plain.model, settings.head_dim, settings.eps
+    layers = decoder.layers[: len(settings.windows)]
     first = layers[0].self_attn
-    head_dim, eps = first.head_dim, decoder.norm.variance_epsilon
     hidden = decoder.embed_tokens.embedding_dim
     frequencies = decoder.rotary_emb.inv_freq.detach().float().clone()
     linear = _linear(layers)
-    packed = [pack_layer(layer, head_dim, _window(config, index), linear) for index, layer in enumerate(layers)]
+    packed = [
+        pack_layer(layer, head_dim, window, linear) for layer, window in zip(layers, settings.windows, strict=True)
+    ]
     if plain is not model:
         packed = [replace(packed[step.layer], zero=zero) for step, zero in executions(model, frequencies)]
-    weights = LeanWeights(
+    heads, kv_heads = (len(part.weight) // head_dim for part in (first.q_proj, first.k_proj))
+    compiled = CompiledLayers.of(
+        packed, heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=eps, scale=settings.score_scale
+    )
+    return LeanWeights(
         embedding=decoder.embed_tokens.weight.detach(),
         layers=tuple(packed),
         final_gain=decoder.norm.weight.detach(),
         eps=eps,
         head=_linear([plain.lm_head]).of(plain.lm_head, _gain(decoder.norm)),
-        floor=torch.tensor(math.sqrt(hidden * eps)),
-        head_floor=torch.tensor(math.sqrt(head_dim * eps)),
+        floor=torch.tensor(math.sqrt(hidden * eps), dtype=torch.float32, device=CPU),
+        head_floor=torch.tensor(math.sqrt(head_dim * eps), dtype=torch.float32, device=CPU),
         frequencies=frequencies,
-        rope_scale=float(decoder.rotary_emb.attention_scaling),
-        score_scale=float(first.scaling),
-        heads=first.q_proj.out_features // head_dim,
-        kv_heads=first.k_proj.out_features // head_dim,
+        rope_scale=settings.rope_scale,
+        score_scale=settings.score_scale,
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        mark=mark,
+        compiled=compiled,
     )
-    compiled = CompiledLayers.of(
-        weights.layers,
-        heads=weights.heads,
-        kv_heads=weights.kv_heads,
-        head_dim=head_dim,
-        eps=eps,
-        scale=weights.score_scale,
-    )
-    return replace(weights, compiled=compiled)
 
 
 def _linear(modules: Iterable[nn.Module]) -> type[PackedLinear]:
@@ -251,7 +340,11 @@ def _pairs(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def _window(config: Any, index: int) -> int | None:
-    layer_types = getattr(config, "layer_types", None)
-    sliding = layer_types is None or layer_types[index] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if sliding else None
+def _windows(plain: Any) -> tuple[int | None, ...]:
+    """How far each layer's attention looks back: what the family's code makes of its configuration, and no more."""
+    config, layers = plain.config, len(plain.model.layers[: plain.config.num_hidden_layers])
+    if config.model_type == "llama":
+        return (None,) * layers
+    if config.model_type == "mistral":
+        return (config.sliding_window,) * layers
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types[:layers])

@@ -110,7 +110,7 @@ class Recording:
             return
         size = padded(count)
         step = next(step for (other, _), step in self._passes.items() if other == size)
-        step.order.copy_(torch.tensor([*columns, *range(len(columns), size)]))
+        step.order.copy_(torch.tensor([*columns, *range(len(columns), size)], device="cpu"))
         step.reorder()
 
     def _states(self) -> list[Tensor]:

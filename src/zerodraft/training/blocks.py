@@ -6,6 +6,7 @@ whole distribution there.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from zerodraft.training.drafter_recipe import Label
 from zerodraft.training.features import FeatureCache
+
+Label = Literal["tokens", "distribution", "both"]
 
 
 @dataclass(frozen=True, slots=True)
