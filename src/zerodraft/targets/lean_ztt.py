@@ -17,10 +17,9 @@ from zerodraft.ztt.attention import AdditiveMask, zero_attention_lse
 from zerodraft.ztt.config import Step
 from zerodraft.ztt.cycling import CycledLayers
 from zerodraft.ztt.gates import CycleGates
-from zerodraft.ztt.interface import Once
+from zerodraft.ztt.interface import Once, current
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.pool import ZeroTokenPool
-from zerodraft.ztt.pretrained import current_generation
 
 CYCLED_PARTS = (ZttForCausalLM, CycledLayers, ZeroTokenPool, CycleGates)
 """The modules that a Zero Token Transformer has beside its family's and that are computed here: no per-cycle LoRA."""
@@ -79,7 +78,7 @@ def family_model(model: Any) -> Any:
 
 def exits_early(model: nn.Module) -> bool:
     """Whether `generate` was given an exit rule for this model and is under way."""
-    generation = current_generation.get()
+    generation = current.generation
     return generation is not None and generation.model is model
 
 

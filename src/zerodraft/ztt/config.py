@@ -153,9 +153,10 @@ class ZttConfig(PreTrainedConfig):
         base = self.__dict__.get("base_config")
         if name.startswith("_") or not isinstance(base, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name == "layer_types":
-            return [base.layer_types[step.layer] for step in self.steps()]
-        return getattr(base, name)
+        values = getattr(base, name)
+        if name in ("layer_types", "kv_sharing_modes") and values is not None:  # one entry for each slot of a cache
+            return [values[step.layer] for step in self.steps()]
+        return values
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base_config")
@@ -250,6 +251,11 @@ def check_cycling(config: ZttConfig) -> None:
         raise ZerodraftError(
             f"head_layers={config.head_layers} and tail_layers={config.tail_layers} leave no layer to cycle in a model "
             f"of {stored} stored layers; choose them so that their sum is below {stored}."
+        )
+    if "reuse" in (getattr(config.family, "kv_sharing_modes", None) or ()):
+        raise ZerodraftError(
+            f"Layers of this {config.family.model_type!r} model attend to the keys and values of earlier ones "
+            "(num_kv_shared_layers), which cycles do not support; only models without such layers can be cycled."
         )
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:

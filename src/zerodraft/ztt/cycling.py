@@ -12,7 +12,6 @@ tokens that still run.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,9 +25,7 @@ from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
 from zerodraft.ztt.config import Plan, Step
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import DecoderParts, rotary_of
-from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current_call
-
-_active: ContextVar["Recorder | None"] = ContextVar("active_run", default=None)
+from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 
 # Layer arguments that have one entry per token and follow the tokens of a compacted step.
 _PER_TOKEN = ("position_embeddings", "position_ids")
@@ -43,7 +40,7 @@ class CycledLayers(nn.ModuleList):
         return [layer for layer in self._modules.values() if layer is not None]
 
     def _walk(self) -> list[Any]:
-        run = _active.get()
+        run = current.run
         return self.stored if run is None else [partial(run.record, i) for i in range(len(self))]
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,12 +59,11 @@ class Recorder:
     @contextmanager
     def drives(self) -> Iterator[None]:
         """Within this context the walk over the layers goes to this object."""
-        token = _active.set(self)
+        outer, current.run = current.run, self
         try:
             yield
         finally:
-            _active.reset(token)
-            current_call.set(None)
+            current.run, current.call = outer, None
 
 
 class Readout(Recorder):
@@ -143,10 +139,13 @@ class CycleRun(Recorder):
     readout: Callable[[Tensor], Tensor]
 
     inputs: list[dict[str, Any]] = field(default_factory=list)
-    attention_masks: Once = field(default_factory=Once)
+    attention_masks: Once = field(init=False)
     masses: list[Tensor | None] = field(default_factory=list)
     shallower: list[Tensor] = field(default_factory=list)
     exit_depth: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.attention_masks = Once()  # no default_factory, which torch.compile cannot trace
 
     def record(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs.update(zip(self.parts.arguments, args, strict=False))
@@ -158,6 +157,11 @@ class CycleRun(Recorder):
 
     def execute(self, hidden: Tensor) -> Tensor:
         """Head, cycles and tail over the hidden states `(b, t, d)` that the family's embedding made."""
+        if hidden.ndim != 3 and (self.options.rule is not None or self.options.every_cycle):
+            raise ZerodraftError(
+                f"{type(self.layers[0]).__name__} passes on more than one state for each token, which early exit and "
+                "losses over cycles do not support; leave out exit_rule and cycle_weights."
+            )
         shared = [step for step in self.plan.shared if step.cycle < self.cycles]
         for step in self.plan.head:
             hidden = self.run_layer(step, hidden)
@@ -333,8 +337,13 @@ class CycleRun(Recorder):
             return key
         rotate = rotary_of(self.layers[step.layer])
         embeddings = self.inputs[step.layer].get("position_embeddings")
-        if rotate is None or embeddings is None:
+        if rotate is None:
             return key
+        if embeddings is None:
+            raise ZerodraftError(
+                f"{type(self.layers[step.layer]).__name__} is not handed the rotation of its positions, which "
+                f'zero_rope="{self.plan.zero_rope}" needs; use "origin".'
+            )
         if self.plan.zero_rope == "relative":
             embeddings = self.rotary_at(step.layer, hidden, self.inputs[step.layer]["position_ids"] - 1)
         cos, sin = embeddings

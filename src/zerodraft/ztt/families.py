@@ -8,11 +8,13 @@ A family that lacks one of them is refused with a sentence that says what is mis
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -126,15 +128,15 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return next(child for child in layer.children() if _is_attention(child))
 
 
-def ffn_output_of(layer: nn.Module) -> nn.Module:
-    """The module whose output a decoder layer adds to the residual stream as its FFN's.
+def ffn_output_of(layer: nn.Module) -> str:
+    """Name of the module whose output a decoder layer adds to the residual stream as its FFN's.
 
     Raises:
         ZerodraftError: none of the known places exists.
     """
     for name in _FFN_OUTPUTS:
-        if isinstance(module := getattr(layer, name, None), nn.Module):
-            return module
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return name
     raise ZerodraftError(
         f"{type(layer).__name__} has none of {', '.join(_FFN_OUTPUTS)}, so its FFN cannot be gated; set ffn_gate=False."
     )
@@ -145,12 +147,48 @@ def rotary_of(layer: nn.Module) -> Callable | None:
     attention = attention_of(layer)
     if not getattr(attention, "use_rope", True):
         return None
-    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    width = getattr(attention, "rotary_ndims", None)
+    # Some families cut the rotated part of a head out themselves, before they call the function (Phi, StableLM).
+    return rotate if rotate is None or width is None else partial(_rotate_part, rotate, width)
+
+
+def check_zero_rope(zero_rope: str, layer: nn.Module) -> None:
+    """Raise `ZerodraftError` for a zero key that is to move along where heads are not rotated from their start."""
+    if zero_rope != "origin" and hasattr(attention_of(layer), "qk_rope_head_dim"):
+        raise ZerodraftError(
+            f"{type(layer).__name__} has latent attention, in whose keys only the end is rotated: "
+            f'zero_rope="{zero_rope}" is not supported for it; use "origin".'
+        )
+
+
+def _rotate_part(rotate: Callable, width: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    turned = rotate(q[..., :width], k[..., :width], cos, sin)
+    return torch.cat([turned[0], q[..., width:]], -1), torch.cat([turned[1], k[..., width:]], -1)
 
 
 def kv_shape(config: PreTrainedConfig, layer: nn.Module) -> tuple[int, int]:
-    """KV heads and head size of a family's attention."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    """Number and size of the keys that the attention function gets from a layer, for each token."""
+    attention, heads = attention_of(layer), config.num_attention_heads
+    latent = getattr(attention, "qk_head_dim", None)
+    if latent is not None:  # latent attention (DeepSeek): keys are made for every query head, whatever the config says
+        return heads, latent
+    head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     # Asked of the layer: families without grouped queries ignore a num_key_value_heads in their configuration.
-    return heads // getattr(attention_of(layer), "num_key_value_groups", 1), head_dim
+    return heads // getattr(attention, "num_key_value_groups", 1), head_dim
+
+
+def shared_kv_shape(config: PreTrainedConfig, layers: Sequence[nn.Module]) -> tuple[int, int]:
+    """`kv_shape` of layers that all have the same.
+
+    Raises:
+        ZerodraftError: they have not.
+    """
+    shapes = {kv_shape(config, layer) for layer in layers}
+    if len(shapes) != 1:
+        raise ZerodraftError(
+            f"The layers of {type(config).__name__} have keys of different numbers or sizes "
+            f"({', '.join(f'{kv} of {d}' for kv, d in sorted(shapes))}), which zero tokens do not support; set "
+            "zero_tokens=False for this family."
+        )
+    return shapes.pop()

@@ -7,12 +7,13 @@ row, and the attention puts their queries back in their places in the batch.
 """
 
 import sys
+import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -30,14 +31,15 @@ class Once:
     """What all layers of a forward pass share and would each make again: made for the first that asks."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Any, Any]] = {}
+        self._made: list[tuple[Any, Any]] = []
 
     def __call__(self, value: Any, make: Callable[[Any], Any]) -> Any:
         """`make(value)`; every value has one maker."""
-        if id(value) not in self._made:
-            # The value is kept as well: as long as it lives, nothing else has its id.
-            self._made[id(value)] = value, make(value)
-        return self._made[id(value)][1]
+        for known, made in self._made:
+            if known is value:
+                return made
+        self._made.append((value, make(value)))
+        return self._made[-1][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +101,29 @@ class LayerCall:
         self.attended = False
 
 
-# The call whose attention module ran last: the parts of a layer that get no kwargs (FFN gate, per-cycle LoRA) read it.
-current_call: ContextVar["LayerCall | None"] = ContextVar("current_call", default=None)
+class Current(threading.local):
+    """What is under way in this thread, for those parts of a model that no argument of ours reaches.
+
+    No ContextVar: `torch.compile` loses what is set in one, and cannot trace a whole graph through it.
+
+    Attributes:
+        call: The call whose attention module ran last; the FFN gate and the per-cycle LoRA read it.
+        run: The forward pass, which the walk over the layers goes to.
+        generation: The `generate` call with early exit: its options must not travel through kwargs that an assistant
+            model also gets.
+    """
+
+    call: LayerCall | None = None
+    run: Any = None
+    generation: Any = None
+
+
+current = Current()
 
 
 def announce_call(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook of an attention module. It also runs when gradient checkpointing recomputes a layer."""
-    current_call.set(kwargs.get("layer_call"))
+    current.call = kwargs.get("layer_call")
 
 
 def _attend(
@@ -142,6 +160,11 @@ def _attend(
         if causal and key.shape[2] > query.shape[2]:
             # An empty static cache: only the first keys are written, and the square mask is the whole mask.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        if (key.shape[1], key.shape[3]) != (call.key.shape[-2 if call.key.ndim == 2 else 1], call.key.shape[-1]):
+            raise ZerodraftError(
+                f"{type(module).__name__} attends to {key.shape[1]} keys of size {key.shape[3]} a token, which is not "
+                "what its configuration says; set zero_tokens=False for this family."
+            )
         out, mass, weights = _zero_attention(backend, call, query, key, value, attention_mask, causal, scale, dropout)
         out, call.mass = out.transpose(1, 2), None if mass is None else mass.transpose(1, 2)
     if call.grid is not None:
@@ -186,6 +209,13 @@ def _fused(
 ) -> tuple[Tensor, Tensor | None]:
     """Output and mass without the weights of all keys, where there is a way around them."""
     assert call.key is not None
+    if q.shape[-1] != v.shape[-1]:
+        # Latent attention: kernels want one size for keys and values. Zeros change no score, and come out as zeros.
+        width = max(q.shape[-1], v.shape[-1])
+        padded = LayerCall(call.cycle, F.pad(call.key, (0, width - q.shape[-1])), None, call.need_mass, call.masks)
+        q, k, wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        out, mass = _fused(backend, padded, q, k, wide, mask, causal, scale, dropout)
+        return out[..., : v.shape[-1]], mass
     if backend == "flex_attention":
         return zero.zero_attention_flex(q, k, v, zero.zero_scores(q, call.key, scale), block_mask=mask, scale=scale)
     if q.device.type == "cpu" and backend == "sdpa" and dropout == 0:

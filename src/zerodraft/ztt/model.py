@@ -34,7 +34,8 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cycling import CycleOptions, CycleRun
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import build_family
-from zerodraft.ztt.pretrained import OWN_PARTS, ExitRecord, ZttPreTrainedModel, current_generation
+from zerodraft.ztt.interface import current
+from zerodraft.ztt.pretrained import OWN_PARTS, ExitRecord, ZttPreTrainedModel
 
 # Arguments of the loss alone; the family would hand them down to the attention of every layer.
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -85,6 +86,7 @@ class ZttModel(ZttPreTrainedModel):
         self.base = nn.ModuleDict({self._base_name: model.base.get_submodule(self._base_name)})
         for name in OWN_PARTS:
             setattr(self, name, getattr(model, name))
+        self._slot_hooks = model._slot_hooks
         self.training = model.training
 
     @property
@@ -264,12 +266,11 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             yield
             return
         check_policy(policy)
-        generation = ExitRecord(self, rule, policy)
-        token = current_generation.set(generation)
+        outer, current.generation = current.generation, ExitRecord(self, rule, policy)
         try:
             yield
         finally:
-            current_generation.reset(token)
+            current.generation = outer
 
     def generate(
         self, *args: Any, exit_rule: ExitRule | None = None, exit_policy: ExitPolicy = "propagate", **kwargs: Any

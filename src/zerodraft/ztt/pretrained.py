@@ -6,7 +6,6 @@ besides that there are the zero tokens, the cycle gates, the per-cycle LoRA and 
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,9 +20,17 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.cycling import CycledLayers, CycleOptions, CycleRun, Readout
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict
-from zerodraft.ztt.families import attention_of, ffn_output_of, find_parts, kv_shape, rotary_module
+from zerodraft.ztt.families import (
+    attention_of,
+    check_zero_rope,
+    ffn_output_of,
+    find_parts,
+    rotary_module,
+    shared_kv_shape,
+)
 from zerodraft.ztt.gates import CycleGates
-from zerodraft.ztt.interface import announce_call, attention_name, current_call
+from zerodraft.ztt.hooks import SlotHook
+from zerodraft.ztt.interface import announce_call, attention_name, current
 from zerodraft.ztt.lora import CycleLora, projections
 from zerodraft.ztt.pool import ZeroTokenPool
 
@@ -50,13 +57,9 @@ class ExitRecord:
         self.model.last_exit = self.depth
 
 
-# The `generate` call that is under way: its options must not travel through kwargs that an assistant model also gets.
-current_generation: ContextVar[ExitRecord | None] = ContextVar("current_generation", default=None)
-
-
 def _gate_ffn(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
     """Forward hook on an FFN: scale its output by one minus the layer's zero-token mass (mean over heads)."""
-    call = current_call.get()
+    call = current.call
     if call is None or call.mass is None:
         return None
     return output * (1 - call.mass.mean(-1)).reshape(*output.shape[:-1], 1).to(output.dtype)
@@ -95,28 +98,32 @@ class ZttPreTrainedModel(PreTrainedModel):
         self.base = base
         self._parts, self._plan = parts, config.plan()
         self._cycled_path = next(path for path, m in self.named_modules() if isinstance(m, CycledLayers))
-        kv_heads, head_dim = kv_shape(config.family, self.layers[0])
-        self.zero_tokens = ZeroTokenPool(config, kv_heads, head_dim) if config.zero_tokens else None
-        self.cycle_gates = CycleGates(config) if config.cycle_gates and config.cycles > 1 else None
         shared = self.layers[config.head_layers : config.head_layers + config.shared_layers]
+        zeroed = self.layers if config.edge_zero_tokens else shared  # those that may attend to a zero token
+        self.zero_tokens = None
+        if config.zero_tokens:
+            check_zero_rope(config.zero_rope, self.layers[0])
+            self.zero_tokens = ZeroTokenPool(config, *shared_kv_shape(config.family, zeroed or self.layers[:1]))
+        self.cycle_gates = CycleGates(config) if config.cycle_gates and config.cycles > 1 else None
         self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
-        if self.cycle_lora is not None:
-            for place, layer in enumerate(shared):
-                for projection_name, projection in projections(layer):
-                    projection.register_forward_hook(partial(self._add_delta, place, projection_name))
         if config.ffn_gate or config.cycle_lora_rank:
             for layer in self.layers:
                 attention_of(layer).register_forward_pre_hook(announce_call, with_kwargs=True)
+        self._slot_hooks: list[SlotHook] = []
+        if config.cycle_lora_rank:
+            for place, layer in enumerate(shared):
+                for name, _ in projections(layer):
+                    self._slot_hooks.append(SlotHook(layer, name, partial(self._add_delta, place, name)))
         if config.ffn_gate and config.zero_tokens:
-            for layer in self.layers if config.edge_zero_tokens else shared:
-                ffn_output_of(layer).register_forward_hook(_gate_ffn)
+            for layer in zeroed:
+                self._slot_hooks.append(SlotHook(layer, ffn_output_of(layer), _gate_ffn))
         self.post_init()
 
     def _add_delta(
         self, place: int, name: str, projection: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
         """Forward hook on a shared layer's projection: add the running cycle's delta."""
-        call = current_call.get()
+        call = current.call
         if call is None or self.cycle_lora is None:  # the layer runs by itself, outside the cycles
             return output
         return output + self.cycle_lora(place, name, args[0], call.cycle)
@@ -219,20 +226,24 @@ class ZttPreTrainedModel(PreTrainedModel):
     ) -> tuple[Any, CycleRun]:
         """Run the family's forward pass over the cycled layers; its output, and the run with what it collected."""
         length = _length_of(inputs)
-        start = 0 if cache is None else int(cache.get_seq_length())
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True)) and not self.training
         if not use_cache:
             cache = None
         elif cache is None and not options.every_cycle:
             cache = DynamicCache(config=self.config)
-        generation = current_generation.get()
+        generation: ExitRecord | None = current.generation
         if generation is not None and generation.model is self:
             options = replace(options, rule=generation.rule, policy=generation.policy)
         options.check(self._plan)
         cycles = self._plan.cycles if options.cycles is None else options.cycles
-        if cache is not None:
+        if cache is not None and not torch.compiler.is_compiling():  # no graph branches on a cache's length
             self._check_cache(cache, options, cycles)
+        start = 0
+        if options.rule is not None and cache is not None:
+            start = int(cache.get_seq_length())
+        for hook in self._slot_hooks:
+            hook.follow()
         run = CycleRun(
             options=options,
             plan=self._plan,
@@ -243,7 +254,7 @@ class ZttPreTrainedModel(PreTrainedModel):
             rotary=rotary_module(self.family, self._parts.path),
             cache=cache,
             cycles=cycles,
-            real=_real_tokens(inputs.get("attention_mask"), start, length),
+            real=None if options.rule is None else _real_tokens(inputs.get("attention_mask"), start, length),
             readout=self.readout,
         )
         states = inputs.pop("output_hidden_states", self.config.output_hidden_states)
