@@ -303,16 +303,76 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "a.html").exists()
 
 
+HOSTILE = "</script><script>alert(1)</script><!--<script>$x_{$ `b` | <img src=x onerror=alert(1)>"
+
+
+def hostile(value: Any) -> Any:
+    """Every text in a result replaced by one that breaks out where it is not escaped; names of fields stay."""
+    if isinstance(value, dict):
+        return {key: item if key == "benchmark" else hostile(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("out", ["a.html", "a.md"])
+def test_nothing_of_a_file_gets_out_of_its_place(
+    result: dict[str, Any], kernels: dict[str, Any], out: str, tmp_path: Path
+) -> None:
+    renamed = json.loads(json.dumps(result).replace('"no_tree"', '"<b>$a_{$"'))
+    told = {"versions": {"<i>": "1"}, "commit": HOSTILE, "command": HOSTILE}
+    settings = hostile(renamed["settings"]) | {"temperature": 0.0}
+    bad = {**renamed, "subject": "<b>$a_{$", "settings": settings, "provenance": told}
+    parts = {**hostile(kernels), "sections": kernels["sections"]}
+    other = {"benchmark": "early_exit", "command": HOSTILE}
+    text = report(tmp_path, out, {"<img src=x>": bad, "parts": parts, "o<p>": other})
+    inside = re.sub(r"(?<!`)`[^`]*`", "", text) if out.endswith("md") else text
+    for tag in ("<script>alert", "<img src=x", "<b>$", "<i>", "<!--", "<p>|"):
+        assert tag not in inside
+    if out.endswith("html"):
+        assert HOSTILE in Page(text).cells
+        assert json.loads(Page(text).data)["<img src=x>"]["provenance"] == told
+
+
+@pytest.mark.parametrize("out", ["a.html", "a.md"])
+def test_a_result_that_lacks_something_is_one_sentence(
+    result: dict[str, Any], kernels: dict[str, Any], out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.json"
+    refused = 0
+    for whole in (result, kernels):
+        for key in whole.keys() - {"benchmark"}:
+            for change in ({}, {key: "text"}):
+                file.write_text(json.dumps({k: v for k, v in whole.items() if k != key} | change), encoding="utf-8")
+                code = main(["bench", "report", str(file), "--out", str(tmp_path / out)])
+                said = capsys.readouterr().err
+                assert code in (0, 2)
+                assert (code == 2) == ("The result 'r' is not as 'zerodraft bench' writes it: " in said)
+                refused += code == 2
+    assert refused > 10
+
+
+def test_what_other_commands_measured_is_listed(result: dict[str, Any], tmp_path: Path) -> None:
+    other = {
+        "benchmark": "early_exit",
+        "provenance": {"command": "zerodraft calibrate x", "commit": "0123456789abcdef"},
+    }
+    for out in ("a.html", "a.md"):
+        text = report(tmp_path, out, {"decode": result, "exits": other})
+        assert "zerodraft calibrate x" in text.replace("\N{NO-BREAK SPACE}", " ")
+        assert "0123456789" in text
+
+
 def test_results_are_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("decode", "decode-parts", "a"):
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text('{"benchmark": "memory"}')
     files = sorted(map(str, tmp_path.glob("*.json")))
     assert files[1].endswith("decode-parts.json")
-    assert list(read_results(files, ours_only=False)) == ["a", "decode", "decode-parts"]
+    assert list(read_results(files)) == ["a", "decode", "decode-parts"]
 
 
 def test_the_documentation_is_that_of_the_committed_results(tmp_path: Path) -> None:
-    results = read_results(sorted(map(str, (ROOT / "results").glob("*.json"))), ours_only=False)
+    results = read_results(sorted(map(str, (ROOT / "results").glob("*.json"))))
     drawn = write_plots(results, tmp_path)
     links = {name: {title: f"figures/{file.name}" for title, file in files.items()} for name, files in drawn.items()}
     assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == markdown(results, links)

@@ -27,7 +27,8 @@ from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked import MaskedDrafter, denoise
 from zerodraft.drafters.masked_formats import is_masked, load_masked
-from zerodraft.drafters.masked_model import MaskedModel, layers_to_take, masked_from_target
+from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
+from zerodraft.drafters.taking import layers_to_take
 from zerodraft.errors import ZerodraftError
 
 

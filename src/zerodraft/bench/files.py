@@ -7,17 +7,16 @@ from typing import Any
 
 from zerodraft.bench.measure import write_bytes
 from zerodraft.bench.report import plots_of
-from zerodraft.bench.tables import KINDS
+from zerodraft.bench.tables import KINDS, complete
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json, user_path
 
 
-def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str, Any]]:
+def read_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Results by the names of their files, in the order of the names: shells differ in that.
 
     Args:
-        files: Of `zerodraft bench`, `--output`.
-        ours_only: Refuse what another command measured.
+        files: Of `zerodraft bench`, `--output`; at least one of them. Of the others only their commands are reported.
 
     Raises:
         ZerodraftError: a file that cannot be read or is no such result, or two files with one name.
@@ -26,13 +25,13 @@ def read_results(files: Sequence[str], *, ours_only: bool) -> dict[str, dict[str
     for file in files:
         path = user_path(file)
         result = read_json(path, "result")
-        if ours_only and result.get("benchmark") not in KINDS:
-            raise ZerodraftError(
-                f"'{file}' is no result of 'zerodraft bench decode', 'memory' or 'kernels': name what they wrote."
-            )
         if path.stem in results:
             raise ZerodraftError(f"Two results are called '{path.stem}': give them different names.")
         results[path.stem] = result
+    if not any(result.get("benchmark") in KINDS for result in results.values()):
+        raise ZerodraftError(
+            f"'{files[0]}' is no result of 'zerodraft bench decode', 'memory' or 'kernels': name what they wrote."
+        )
     return dict(sorted(results.items()))
 
 
@@ -42,7 +41,9 @@ def write_plots(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[
     for name, result in results.items():
         if result.get("benchmark") not in KINDS:
             continue
-        for title, image in plots_of(result).items():
+        with complete(name):
+            images = plots_of(result)
+        for title, image in images.items():
             path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower())}.png"
             write_bytes(image, path)
             written.setdefault(name, {})[title] = path

@@ -2,8 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
-from zerodraft.bench.tables import KINDS, Result, Table, number, provenance_table, result_tables
+from zerodraft.bench.tables import (
+    KINDS,
+    Result,
+    Table,
+    complete,
+    number,
+    other_results,
+    provenance_table,
+    result_tables,
+)
 
 HEAD = """# Benchmarks
 
@@ -21,7 +31,8 @@ def markdown(results: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Mappi
     parts = [HEAD]
     ours = {name: result for name, result in results.items() if result.get("benchmark") in KINDS}
     for name, result in ours.items():
-        parts += _section(name, result, dict((plots or {}).get(name, {})))
+        with complete(name):
+            parts += _section(name, result, dict((plots or {}).get(name, {})))
     others = {name: result for name, result in results.items() if name not in ours}
     if others:
         parts += _others(others)
@@ -29,7 +40,7 @@ def markdown(results: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Mappi
 
 
 def _section(name: str, result: Result, plots: dict[str, str]) -> Iterator[str]:
-    yield f"## {name}\n"
+    yield f"## {_text(name)}\n"
     if result["benchmark"] == "decode":
         yield _headline(result)
     for table in result_tables(result):
@@ -48,7 +59,7 @@ def _headline(result: Result) -> str:
     else:
         speed = (
             f" {number(result['speedup_over_hf_plain'])}x as fast as transformers' plain decoding, "
-            f"{number(result['speedup_over_hf_best'])}x as its best own method ({result['hf_best']})"
+            f"{number(result['speedup_over_hf_best'])}x as its best own method ({_text(result['hf_best'])})"
         )
         if result["speedup_over_own_plain"] is not None:
             speed += f", {number(result['speedup_over_own_plain'])}x as our own plain decoding"
@@ -59,30 +70,27 @@ def _headline(result: Result) -> str:
         False: "**Not all our methods wrote the tokens of plain decoding.**",
         None: "Tokens were not compared.",
     }[result["equal"]]
-    return (
-        f"`{result['subject']}` on {result['prompts_measured']} prompts:{speed} MAT {number(result['mat'])}. {equal}\n"
-    )
+    prompts, mat = result["prompts_measured"], number(result["mat"])
+    return f"{_code(result['subject'])} on {prompts} prompts:{speed} MAT {mat}. {equal}\n"
 
 
 def _others(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "## Other measurements\n"
     yield "| file | command | commit |\n| --- | --- | --- |"
-    for name, result in results.items():
-        told = result.get("provenance", result)
-        command, commit = str(told.get("command", "-")), str(told.get("commit") or "-")
-        yield f"| [{name}](../results/{name}.json) | `{_cell(command)}` | {commit[:10]} |"
+    for name, command, commit in other_results(results).rows:
+        yield f"| [{_text(name)}](../results/{quote(name)}.json) | {_code(command)} | {_cell(commit)} |"
     yield ""
 
 
 def _table(table: Table) -> str:
     header = [name or " " for name in table.header]
-    lines = [f"### {table.title}\n"] + ([table.note + "\n"] if table.note else [])
+    lines = [f"### {_text(table.title)}\n"] + ([_text(table.note) + "\n"] if table.note else [])
     lines += [_row(header), _row(["---"] * len(header)), *(_row(row) for row in table.rows)]
     return "\n".join(lines) + "\n"
 
 
 def _figure(title: str, link: str) -> str:
-    return f"![{title}]({link})\n"
+    return f"![{_text(title)}]({quote(link)})\n"
 
 
 def _row(cells: Any) -> str:
@@ -90,4 +98,14 @@ def _row(cells: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _text(text).replace("|", "\\|")
+
+
+def _text(text: str) -> str:
+    """Markdown lets HTML through, so nothing of a file may look like it."""
+    return " ".join(str(text).splitlines()).replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    """In backticks, where nothing but a backtick ends."""
+    return f"`{' '.join(str(text).splitlines()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -51,17 +51,20 @@ def kernel_plots(result: Result) -> dict[str, bytes]:
 
 def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
     check_matplotlib()
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.8), dpi=140, layout="constrained")
-    axes = figure.add_subplot()
-    draw(measured, axes)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
+    # names out of a file may hold dollar signs
+    with rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(8.4, 3.8), dpi=140, layout="constrained")
+        axes = figure.add_subplot()
+        draw(measured, axes)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        FigureCanvasAgg(figure).print_png(image)
     return image.getvalue()
 
 

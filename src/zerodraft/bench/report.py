@@ -12,9 +12,12 @@ from typing import Any
 
 from zerodraft.bench.plots import decode_plots, kernel_plots
 from zerodraft.bench.tables import (
+    KINDS,
     Result,
     Table,
+    complete,
     number,
+    other_results,
     prompt_tables,
     provenance_table,
     result_tables,
@@ -57,17 +60,23 @@ def page(results: Mapping[str, Result], costs: Costs = EXAMPLE) -> str:
     """The HTML of results by their names, and what they would mean on a machine with these costs to begin with."""
     body, links = [], []
     for at, (name, result) in enumerate(results.items()):
-        links.append((f"r{at}", name))
-        body.append(f'<section id="r{at}">{"".join(_section(name, result))}</section>')
-    modelled = [(name, result) for name, result in results.items() if result.get("steps")]
+        if result.get("benchmark") in KINDS:
+            links.append((f"r{at}", name))
+            with complete(name):
+                body.append(f'<section id="r{at}">{"".join(_section(name, result))}</section>')
+    others = {name: result for name, result in results.items() if result.get("benchmark") not in KINDS}
+    if others:
+        links.append(("others", "other measurements"))
+        body.append(f'<section id="others">{_table(other_results(others))}</section>')
+    modelled = [(name, result) for name, result in results.items() if name not in others and result.get("steps")]
     if modelled:
         links.append(("what-if", "what if"))
         body.append("".join(_what_if(modelled, costs)))
     body.append("".join(_appendix(results)))
     links.append(("appendix", "every prompt"))
     nav = "".join(f'<a href="#{anchor}">{html.escape(text)}</a>' for anchor, text in links)
-    # "</" would end the script element early
-    data = json.dumps(results).replace("</", "<\\/")
+    # "</" would end the script element, "<!--" with "<script" would hide its end
+    data = json.dumps({name: result for name, result in results.items() if name not in others}).replace("<", "\\u003c")
     script = f"<script>\n{SCRIPT.read_text(encoding='utf-8')}</script>" if modelled else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -109,9 +118,10 @@ def _headline(result: Result) -> Iterator[str]:
     }
     settings = result["settings"]
     chosen = "greedy" if not settings["temperature"] else f"temperature {settings['temperature']:g}"
+    target, drafter, longest = (html.escape(str(settings[key])) for key in ("target", "drafter", "max_new_tokens"))
     yield (
-        f"<p>{html.escape(settings['target'])} with drafts by {html.escape(settings['drafter'])}, {chosen}, up to "
-        f"{settings['max_new_tokens']} new tokens. The figures are those of <code>{result['subject']}</code>.</p>"
+        f"<p>{target} with drafts by {drafter}, {chosen}, up to "
+        f"{longest} new tokens. The figures are those of <code>{html.escape(str(result['subject']))}</code>.</p>"
     )
     tiles = "".join(f'<div class="tile"><b>{html.escape(v)}</b>{html.escape(k)}</div>' for k, v in said.items())
     yield f'<div class="tiles">{tiles}</div>'
@@ -128,7 +138,8 @@ def _what_if(results: Sequence[tuple[str, Result]], costs: Costs) -> Iterator[st
     )
     yield from _fields(costs)
     for name, result in results:
-        table = _table(what_if_table(result, costs), result["subject"])
+        with complete(name):
+            table = _table(what_if_table(result, costs), result["subject"])
         yield f'<div data-acceptance="{html.escape(name)}"><p>Acceptance from: {html.escape(name)}</p>{table}</div>'
     yield "</section>"
 
@@ -150,9 +161,10 @@ def _fields(costs: Costs) -> Iterator[str]:
 def _appendix(results: Mapping[str, Result]) -> Iterator[str]:
     yield '<section class="appendix" id="appendix"><h2>Every prompt</h2>'
     for name, result in results.items():
-        if result["benchmark"] == "decode":
+        if result.get("benchmark") == "decode":
             yield f"<h3>{html.escape(name)}</h3>"
-            yield from (_table(table) for table in prompt_tables(result))
+            with complete(name):
+                yield from (_table(table) for table in prompt_tables(result))
     yield "</section>"
 
 

@@ -1,11 +1,13 @@
 """The figures of results as tables of text, for every form of report."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 from zerodraft.bench.whatif import Costs, break_even, modelled_speedup
+from zerodraft.errors import ZerodraftError, why
 
 Result = Mapping[str, Any]
 KINDS = ("decode", "memory", "kernels")
@@ -29,6 +31,33 @@ class Table:
     note: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
+
+
+@contextmanager
+def complete(name: str) -> Iterator[None]:
+    """Around what reads a result: one that lacks something, or has it in another form, becomes one sentence.
+
+    Raises:
+        ZerodraftError: the result is not as `zerodraft bench` writes them.
+    """
+    try:
+        yield
+    except ZerodraftError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ZerodraftError(
+            f"The result '{name}' is not as 'zerodraft bench' writes it: {why(error)}; measure it again."
+        ) from error
+
+
+def other_results(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What other commands measured, and how."""
+    rows = []
+    for name, result in results.items():
+        told = result.get("provenance", result)
+        told = told if isinstance(told, Mapping) else {}
+        rows.append((name, str(told.get("command", "-")), str(told.get("commit") or "-")[:10]))
+    return Table("Other measurements", "", ("file", "command", "commit"), rows)
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:

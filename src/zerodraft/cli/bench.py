@@ -295,7 +295,7 @@ class Bench(Command):
         as_html = Path(self.out).suffix == ".html"
         if as_html or self.plots:
             check_matplotlib()
-        results = read_results(self.files, ours_only=as_html)
+        results = read_results(self.files)
         out = user_path(self.out)
         plots = write_plots(results, user_path(self.plots)) if self.plots else {}
         links = {

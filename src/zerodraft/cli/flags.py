@@ -48,6 +48,12 @@ class Flag:
         return "--" + self.key.replace("_", "-")
 
     @property
+    def both(self) -> str:
+        """The flag of a boolean that is on unless it is switched off: `--training.[no-]bf16`."""
+        section, dot, last = self.key.replace("_", "-").rpartition(".")
+        return f"--{section}{dot}[no-]{last}"
+
+    @property
     def negation(self) -> str:
         """The flag that switches a boolean off: `--training.no-bf16`."""
         section, dot, last = self.key.replace("_", "-").rpartition(".")

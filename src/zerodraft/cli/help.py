@@ -4,13 +4,16 @@ A recipe has more keys than a screen has lines; its command shows them by sectio
 explains each of them.
 """
 
+import ast
 import dataclasses
 import inspect
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zerodraft.cli.command import Command
 from zerodraft.cli.flags import Flag, flags_of
+
+if TYPE_CHECKING:
+    from zerodraft.cli.command import Command
 
 WIDTH = 100
 COLUMN = 32
@@ -19,7 +22,27 @@ INDENT = 16
 """Where the keys of a section start, behind its name."""
 
 
-def overview(commands: dict[str, type[Command]]) -> str:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sketch:
+    """What the source of a command says about it, without the imports that the module itself would cost."""
+
+    summary: str
+    """The first line of the docstring."""
+    example: str
+
+    @classmethod
+    def of(cls, source: str, name: str) -> "Sketch":
+        """The class `name` in a module's source."""
+        body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+        examples = (
+            ast.literal_eval(part.value)
+            for part in body.body
+            if isinstance(part, ast.AnnAssign) and ast.unparse(part.target) == "example" and part.value
+        )
+        return cls((ast.get_docstring(body) or "").split("\n")[0], next(examples, ""))
+
+
+def overview(commands: dict[str, Sketch]) -> str:
     """The text of `zerodraft --help`."""
     width = max(map(len, commands)) + 2
     lines = [
@@ -28,7 +51,7 @@ def overview(commands: dict[str, type[Command]]) -> str:
         "Zero Token Transformers (layers reused in cycles) and lossless decoding with drafts (DiffuSpec).",
         "",
         "commands",
-        *(f"  {name:<{width}}{summary(command)}" for name, command in commands.items()),
+        *(f"  {name:<{width}}{command.summary}" for name, command in commands.items()),
         "",
         "  zerodraft COMMAND --help explains a command; zerodraft --version tells the version.",
         "",
@@ -39,12 +62,7 @@ def overview(commands: dict[str, type[Command]]) -> str:
     return "\n".join(lines)
 
 
-def summary(cls: type) -> str:
-    """The first line of the docstring."""
-    return inspect.cleandoc(cls.__doc__ or "").split("\n")[0]
-
-
-def command_help(name: str, cls: type[Command], *, complete: bool = False) -> str:
+def command_help(name: str, cls: "type[Command]", *, complete: bool = False) -> str:
     """The text of `zerodraft NAME --help`, or of `--help-all` when `complete`."""
     flags = flags_of(cls)
     own = [flag for flag in flags if flag.collector is None]
@@ -95,13 +113,15 @@ def _explain(flag: Flag) -> list[str]:
     if flag.positional:
         left = flag.metavar
     elif flag.hint is bool:
-        left = flag.negation if flag.default is True else flag.name
+        left = flag.both if flag.default is True else flag.name
     else:
         left = f"{flag.name} {flag.metavar}"
     doc, default = flag.doc, _default(flag.default)
     if flag.default is dataclasses.MISSING and not flag.positional:
         doc = f"{doc} (required)"
-    elif default and flag.hint is not bool:
+    elif flag.hint is bool:
+        doc = f"{doc} [on]" if flag.default is True else doc
+    elif default:
         doc = f"{doc} [{default}]"
     return _row(left, doc)
 

@@ -13,17 +13,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.logging import RichHandler
-
-from zerodraft.cli.command import Command
 from zerodraft.cli.flags import parse
-from zerodraft.cli.help import command_help, overview
+from zerodraft.cli.help import Sketch, command_help, overview
 from zerodraft.errors import ZerodraftError, printable
 from zerodraft.training.strict import did_you_mean
+
+if TYPE_CHECKING:
+    from zerodraft.cli.command import Command
 
 COMMANDS = {
     "pretrain": "Pretrain",
@@ -85,9 +84,11 @@ def main(words: Sequence[str] | None = None, prepare: Callable[[], None] = lambd
 
 def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        sys.stdout.write(overview({name: _load(name) for name in COMMANDS}) + "\n")
+        sys.stdout.write(overview({name: _sketch(name) for name in COMMANDS}) + "\n")
         return OK
     if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
         sys.stdout.write(f"zerodraft {version('zerodraft')}\n")
         return OK
     name, rest = words[0], words[1:]
@@ -101,10 +102,13 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
         return OK
     command = parse(cls, rest, name)
     command.check()
+    from rich.console import Console
+
     # of several processes (accelerate launch, torchrun) the first one speaks
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=command.json, highlight=False, soft_wrap=True, quiet=not first)
     log_to_stderr(logging.INFO if first else logging.WARNING)
+    no_bars_in_a_pipe()
     prepare()
     _quiet_transformers()
     result = command.run(console)
@@ -113,12 +117,23 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
     return OK
 
 
-def _load(name: str) -> type[Command]:
-    return getattr(import_module(f"zerodraft.cli.{name.replace('-', '_')}"), COMMANDS[name])
+def _load(name: str) -> "type[Command]":
+    return getattr(import_module(f"zerodraft.cli.{_module(name)}"), COMMANDS[name])
+
+
+def _sketch(name: str) -> Sketch:
+    return Sketch.of(Path(__file__).with_name(f"{_module(name)}.py").read_text(encoding="utf-8"), COMMANDS[name])
+
+
+def _module(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def log_to_stderr(level: int) -> None:
     """Our messages from this level on, others' warnings; downloads and other long work report this way."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
     # names out of files must not steer the terminal
     handler.addFilter(_make_printable)
@@ -129,6 +144,13 @@ def log_to_stderr(level: int) -> None:
 def _make_printable(record: logging.LogRecord) -> bool:
     record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
     return True
+
+
+def no_bars_in_a_pipe() -> None:
+    """Bars of libraries stay away where they would become hundreds of pieces of a line; tqdm reads this when it is
+    imported, and so do the processes that are started from here."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _quiet_transformers() -> None:

@@ -13,9 +13,8 @@ head size, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -24,10 +23,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from zerodraft.drafters.block_model import BlockMlp, DrafterModel
+from zerodraft.drafters.taking import Take, layers_to_take
 from zerodraft.errors import ZerodraftError
-
-Take = Literal["first", "last", "spread"]
-"""Which of a target's layers to start from."""
 
 ADAPTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Targets whose layers compute what ours do."""
@@ -279,23 +276,6 @@ def masked_from_target(
             ours[:-1] = theirs
             ours[-1] = theirs.mean(0)
     return model
-
-
-def layers_to_take(count: int, wanted: int, take: Take) -> list[int]:
-    """Numbers of `wanted` out of `count` layers (0: all), rising.
-
-    Raises:
-        ZerodraftError: there are fewer, or `take` is none of the ways.
-    """
-    if not 0 <= wanted <= count or take not in get_args(Take):
-        raise ZerodraftError(
-            f"The {take} {wanted} layers were asked for, the target has {count}: choose 1 to {count} (0: all) and "
-            f"one of {', '.join(get_args(Take))}."
-        )
-    wanted = wanted or count
-    if take == "spread":
-        return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
-    return list(range(wanted) if take == "first" else range(count - wanted, count))
 
 
 AutoConfig.register(MaskedConfig.model_type, MaskedConfig, exist_ok=True)

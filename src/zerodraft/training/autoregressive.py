@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
-from zerodraft.drafters.masked_model import Take, layers_to_take
+from zerodraft.drafters.taking import Take, layers_to_take
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.autoregressive_recipe import AutoregressiveDrafterRecipe, AutoregressiveRecipe

@@ -6,7 +6,6 @@ whole distribution there.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from zerodraft.training.drafter_recipe import Label
 from zerodraft.training.features import FeatureCache
-
-Label = Literal["tokens", "distribution", "both"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 LOG_NAME = "log.jsonl"
+SECONDS_BETWEEN_LINES = 10.0
+"""Where there is no terminal to draw a bar on."""
 
 
 class JsonLog:
@@ -48,6 +54,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 class ProgressBar(TrainerCallback):
     """One line on the terminal: steps, loss, tokens per second; instead of the Trainer's, which prints dictionaries.
+    Where there is no terminal, a line now and then.
 
     Args:
         items_per_step: what one optimizer step trains on.
@@ -64,8 +71,15 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Opens the bar where the run starts."""
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                unit="step",
+                disable=not sys.stderr.isatty(),
+            )
             self.start, self.first_step = time.perf_counter(), state.global_step
+            self.told = self.start
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the bar."""
@@ -83,7 +97,11 @@ class ProgressBar(TrainerCallback):
         if "loss" in logs:
             items = (state.global_step - self.first_step) * self.items_per_step
             rate = items / (time.perf_counter() - self.start)
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:,.0f} {self.unit}/s{self.evaluation}")
+            news = f"loss {logs['loss']:.3f}, {rate:,.0f} {self.unit}/s{self.evaluation}"
+            self.bar.set_postfix_str(news)
+            if self.bar.disable and time.perf_counter() - self.told > SECONDS_BETWEEN_LINES:
+                logger.info("step %d of %d: %s", state.global_step, state.max_steps, news)
+                self.told = time.perf_counter()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

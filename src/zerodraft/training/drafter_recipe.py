@@ -6,12 +6,14 @@ Field docstrings are the help texts of the command line.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from zerodraft.errors import ZerodraftError
-from zerodraft.training.blocks import Label
 from zerodraft.training.recipe import TrainingRecipe, read_recipe
 from zerodraft.training.strict import check_least
+
+Label = Literal["tokens", "distribution", "both"]
+"""What a drafter learns from: the target's tokens, its probabilities, or both."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

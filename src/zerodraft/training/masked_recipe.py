@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from zerodraft.drafters.masked_model import Take
+from zerodraft.drafters.taking import Take
 from zerodraft.errors import ZerodraftError
 from zerodraft.training.drafter_recipe import AdaptingRecipe, CompletionsRecipe
 from zerodraft.training.recipe import read_recipe
