@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.decoding.drafters import NoisyDrafter
 from tests.ztt.tiny import FAMILIES, VOCABULARY, left_padded, tiny, tiny_plain, tokens
+from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, FixedLength
 from zerodraft.decoding.search import SearchConfig
@@ -24,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "best_first": {"search": SearchConfig(expand="best_first", budget=9), "length": FixedLength(4)},
     "adaptive": {"length": AdaptiveLength(k_min=1, k_max=6)},
     "costs": {"length": CostAwareLength(k_max=6)},
+    "fallback": {"length": AdaptiveLength(k_min=1, k_max=6), "fallback": Fallback()},
 }
 
 
@@ -45,7 +47,8 @@ def spec_for(
     target is the model's own forward pass unless another is asked for."""
     starts = [0] * len(answers) if mask is None else (mask == 0).sum(1).tolist()
     texts = [row[start:].tolist() for row, start in zip(answers, starts, strict=True)]
-    return DiffuSpec(NoisyDrafter(texts, VOCABULARY, **noise), make_target=make_target, trace=True, **KINDS[kind])
+    options = {"fallback": False, **KINDS[kind]}
+    return DiffuSpec(NoisyDrafter(texts, VOCABULARY, **noise), make_target=make_target, trace=True, **options)
 
 
 def both(model: Any, batch: dict[str, Tensor], kind: str = "tree", noise: Any = None, **options: Any) -> tuple:

@@ -217,7 +217,7 @@ def test_trees_have_nearly_the_best_size(first: float, slope: float) -> None:
     best = max((tokens / (seconds + seconds[0] / 10)).max(), 1 / seconds[0])
     speeds = []
     for seed in range(8):
-        tree = CostAwareTree()
+        tree = CostAwareTree(rest=True)
         grow(tree, chances, seconds, 300, seed=seed)
         speeds.append(grow(tree.fresh(), chances, seconds, 600, seed=seed)[1])
     assert np.mean(speeds) >= 0.93 * best
@@ -225,11 +225,11 @@ def test_trees_have_nearly_the_best_size(first: float, slope: float) -> None:
 
 def test_trees_of_a_drafter_that_boasts_are_small_and_in_the_end_left_out() -> None:
     chances, seconds = np.linspace(0.9, 0.5, 12), 0.05 * (1 + 0.1 * np.arange(13))
-    sizes, _ = grow(CostAwareTree(), chances, seconds, 600)
+    sizes, _ = grow(CostAwareTree(rest=True), chances, seconds, 600)
     assert np.median(sizes[300:]) == 12
-    sizes, _ = grow(CostAwareTree(), chances, seconds, 600, honest=0.2)
+    sizes, _ = grow(CostAwareTree(rest=True), chances, seconds, 600, honest=0.2)
     assert np.median(sizes[300:]) <= 2
-    tree = CostAwareTree()
+    tree = CostAwareTree(rest=True)
     sizes, _ = grow(tree, chances, seconds, 600, honest=0.0)
     assert np.mean(np.array(sizes[300:]) == 0) > 0.9
     sizes, _ = grow(tree, chances, seconds, 3000)  # and back again
@@ -244,7 +244,7 @@ def test_a_tree_of_nothing_is_bad() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_rows_of_a_batch_try_the_same_in_the_same_step(rows: int) -> None:
-    chances, parent = 0.7 ** np.arange(1, 13), CostAwareTree(k=4, explore=8)
+    chances, parent = 0.7 ** np.arange(1, 13), CostAwareTree(k=4, explore=8, rest=True)
     trees = [parent.fresh() for _ in range(rows)]
     plain = np.zeros(rows)
     for _ in range(160):

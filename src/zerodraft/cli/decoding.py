@@ -340,7 +340,7 @@ def make_decoder(
     length = CostAwareLength(k_max=k)
     if search and tree:
         config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
-        length = CostAwareTree(k=k, rest=not isinstance(drafter, HybridDrafter), explore=48)
+        length = CostAwareTree(k=k, explore=48)
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,

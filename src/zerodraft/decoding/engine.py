@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from zerodraft.decoding.choice import TokenChoice
+from zerodraft.decoding.fallback import UNLIMITED, Fallback
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, TargetOutput
@@ -84,6 +85,7 @@ class Engine:
         chunk: Tokens of the prompt to read at once, or None for all.
         generator: Randomness of the drafter.
         trace: Keep every step in the statistics.
+        fallback: Makes steps plain while drafts do not pay; None: never.
     """
 
     target: Target
@@ -100,6 +102,7 @@ class Engine:
     chunk: int | None = None
     generator: torch.Generator | None = None
     trace: bool = False
+    fallback: Fallback | None = None
 
     texts: list[Text] = field(init=False)
     stats: DecodeStats = field(init=False)
@@ -113,22 +116,26 @@ class Engine:
         self._lengths = [self.length.fresh() for _ in real]
         self._proxies = [self.proxy.start() if self.proxy else None for _ in real]
         session = self.drafter.start(len(real), self.target.device, self.generator)
+        clock = self.fallback.clock if self.fallback else perf_counter
+        if self.fallback:
+            self.fallback.begin()
         with self.stats.timed("prefill"):
             out = self._prefill(prompts.to(self.target.device), mask.to(self.target.device))
             step = self._settle(out, [NOTHING] * len(real))
         self._finish(step, [0] * len(real), start, draft=False)
         yield step
-        known = [
-            Progress(torch.cat([prompt[own], prompt.new_tensor(row.tokens)]), None if out.taps is None else taps[own])
+        self._untold = [
+            [Progress(torch.cat([prompt[own], prompt.new_tensor(row.tokens)]), None if out.taps is None else taps[own])]
             for prompt, own, row, taps in zip(prompts, mask, step.rows, _rows(out.taps, len(real)), strict=True)
             if row is not None
         ]
         while any(self._goes_on(text) for text in self.texts):
-            self._tell(session, known)
+            began = clock()
+            unread = max(sum(len(news.tokens) for news in untold) for untold in self._untold)
             lattices, asked = self._draft(session)
+            drafted = perf_counter()
             with self.stats.timed("search"):
                 drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
-            began = perf_counter()
             with self.stats.timed("verify"):
                 trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
                 depths = [tree.depths() for tree in trees]
@@ -142,16 +149,25 @@ class Engine:
                 ]
                 self.target.keep(kept)
             if any(going):
-                seconds = perf_counter() - began
+                seconds = perf_counter() - drafted
                 self._lengths[0].observe_cost("verify", max(asked), seconds)
                 self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
             for at, row in enumerate(step.rows):
                 if row is not None and asked[at]:
                     filled = _generated(lattices[at], self.stopping.eos_ids)
                     self._lengths[at].update(asked[at], filled, len(row.accepted))
+            for untold, news in zip(self._untold, self._news(step, kept, out.taps), strict=True):
+                untold.append(news)
+            if any(asked):
+                self._tell(session)
             self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], start, draft=True)
+            self.stats.plain_steps += not any(asked)
+            if self.fallback:
+                brought = [len(row.tokens) for row in step.rows if row is not None]
+                self.fallback.learn(max(asked), sum(brought) / len(brought), clock() - began, unread)
+                if any(asked) and self.fallback.resting:
+                    self.stats.fallback = self.fallback.why()
             yield step
-            known = self._news(step, kept, out.taps)
 
     def width(self) -> int:
         """Length of the longest text, as `generate` counts it."""
@@ -171,7 +187,10 @@ class Engine:
             return outs[-1]
         return TargetOutput(outs[-1].logits, torch.cat([out.taps for out in outs if out.taps is not None], 1))
 
-    def _tell(self, session: DraftSession, known: list[Progress]) -> None:
+    def _tell(self, session: DraftSession) -> None:
+        """Hand on what became known since the last time: plain steps tell nobody, so that they cost no more."""
+        known = [_joined(news) for news in self._untold]
+        self._untold = [[] for _ in known]
         with self.stats.timed("draft"):
             session.observe(known)
         if self.proxy:
@@ -182,21 +201,25 @@ class Engine:
 
     def _draft(self, session: DraftSession) -> tuple[Sequence[Lattice], list[int]]:
         """A lattice for every row, and how many positions it was asked for."""
-        asked = [self._room(at) for at in range(len(self.texts))]
+        longest = self.fallback.longest() if self.fallback else UNLIMITED
+        asked = [self._room(at, longest) for at in range(len(self.texts))]
         if not any(asked):
             return [Lattice.empty()] * len(asked), asked
+        if any(self._untold):
+            self._tell(session)
         began = perf_counter()
         with self.stats.timed("draft"):
             lattices = session.propose(asked)
         self._lengths[0].observe_cost("draft", max(asked), perf_counter() - began)
         return lattices, asked
 
-    def _room(self, at: int) -> int:
-        """How many positions to draft for a row: never beyond the longest text or the last position."""
+    def _room(self, at: int, longest: int) -> int:
+        """How many positions to draft for a row: at most the longest, and never beyond the longest text or the last
+        position."""
         text = self.texts[at]
-        if not self._goes_on(text):
+        if not longest or not self._goes_on(text):
             return 0
-        k = min(self._lengths[at].next_length(), self.drafter.max_length)
+        k = min(self._lengths[at].next_length(), self.drafter.max_length, longest)
         if self.stopping.max_length is not None:
             k = min(k, self.stopping.max_length - text.length - 1)
         known = text.length - text.padding
@@ -316,9 +339,20 @@ class Engine:
         for at, row in enumerate(step.rows):
             # through numpy: torch takes ten times as long over a list
             tokens = torch.from_numpy(np.array([] if row is None else row.tokens, np.int64)).to(device)
+            if taps is None:
+                news.append(Progress(tokens, None))
+                continue
             places = torch.from_numpy(np.array(kept[at], np.int64)).to(device)
-            news.append(Progress(tokens, None if taps is None else taps[at].index_select(0, places)))
+            news.append(Progress(tokens, taps[at].index_select(0, places)))
         return news
+
+
+def _joined(news: Sequence[Progress]) -> Progress:
+    """What several steps brought, as one."""
+    if len(news) == 1:
+        return news[0]
+    taps = [part.taps for part in news if part.taps is not None]
+    return Progress(torch.cat([part.tokens for part in news]), torch.cat(taps) if taps else None)
 
 
 def _rows(taps: Tensor | None, rows: int) -> Sequence[Any]:

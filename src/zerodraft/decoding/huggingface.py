@@ -20,7 +20,8 @@ from zerodraft.decoding.cache import check_readable
 from zerodraft.decoding.choice import TokenChoice
 from zerodraft.decoding.door import PREFIX, RestoringSignature
 from zerodraft.decoding.engine import Engine, Text
-from zerodraft.decoding.lengths import AdaptiveLength, DraftLength
+from zerodraft.decoding.fallback import Fallback
+from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
 from zerodraft.decoding.protocols import Drafter, Target
 from zerodraft.decoding.scorers import CausalProxy
 from zerodraft.decoding.search import SearchConfig
@@ -52,6 +53,8 @@ class DiffuSpec:
             forward pass, which is also taken where the function returns None, where a given cache already holds a
             part of the text, and by "auto" where `generate` was given more inputs.
         trace: Keep every step in `last_stats.trace`.
+        fallback: Makes steps plain while drafts do not pay (see `Fallback`). None: one of its own, unless `length` is a
+            `FixedLength`, which is taken at its word. False: always draft, as the published method does.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
 
@@ -73,6 +76,7 @@ class DiffuSpec:
         sample_drafts: bool = False,
         make_target: MakeTarget | Literal["auto"] | None = "auto",
         trace: bool = False,
+        fallback: Fallback | Literal[False] | None = None,
         generator: torch.Generator | None = None,
         dice: Randomness | None = None,
     ) -> None:
@@ -81,6 +85,9 @@ class DiffuSpec:
         self.search = SearchConfig() if search is None else search
         self.tree, self.sample_drafts, self.trace = tree, sample_drafts, trace
         self.generator, self.dice = generator, dice
+        if fallback is None:
+            fallback = False if isinstance(self.length, FixedLength) else Fallback()
+        self.fallback = fallback or None
         self.last_stats: DecodeStats | None = None
         self.last_result: Result | None = None
 
@@ -166,6 +173,7 @@ class DiffuSpec:
             chunk=None if held else config.prefill_chunk_size,
             generator=self.generator,
             trace=self.trace,
+            fallback=self.fallback,
         )
         pad = getattr(config, "_pad_token_tensor", None)
         stream = Streaming(streamer, engine, 0 if pad is None else int(pad))

@@ -343,15 +343,15 @@ class CostAwareTree:
         explore: One step in so many scores another number of nodes, and one is plain (with `rest`: not what it would
             be). After the first few trials only one in eight is made, but for drafts while they rest.
         slack: How close to the best a promise must come, as a share of it.
-        rest: Plain steps while those with a draft bring fewer tokens per second. Not for a `HybridDrafter`, whose
-            copies cost nothing and which leaves its other drafter out by itself.
+        rest: Plain steps while those with a draft bring fewer tokens per second, where no `Fallback` sees to that. Not
+            for a `HybridDrafter`, whose copies cost nothing and which leaves its other drafter out by itself.
         keep: Factor by which old promises fade with each draft.
     """
 
     k: int = 8
     explore: int = 24
     slack: float = 0.03
-    rest: bool = True
+    rest: bool = False
     keep: float = 0.98
     _costs: Costs = field(default_factory=Costs, init=False)
     _promises: Promises = field(init=False)

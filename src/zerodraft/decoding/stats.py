@@ -45,6 +45,8 @@ class DecodeStats:
         new_tokens: Tokens generated.
         steps: Passes of the target after the prompt's.
         row_steps: The same, counted once for each row that took part.
+        plain_steps: Passes among them for which no draft was asked.
+        fallback: What drafts had cost and brought when they were last given up for a while; empty if they never were.
         drafted: Drafted tokens that the target scored (all nodes of the trees).
         accepted: Drafted tokens that became text.
         tried_at: Drafts that had a token at position 1, 2, ...
@@ -59,6 +61,8 @@ class DecodeStats:
     new_tokens: int = 0
     steps: int = 0
     row_steps: int = 0
+    plain_steps: int = 0
+    fallback: str = ""
     drafted: int = 0
     accepted: int = 0
     tried_at: list[int] = field(default_factory=list)
@@ -119,6 +123,8 @@ class DecodeStats:
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "steps": self.steps,
+            "plain_steps": self.plain_steps,
+            "fallback": self.fallback or None,
             "drafted": self.drafted,
             "accepted": self.accepted,
             "mat": self.mat,

@@ -2,7 +2,8 @@
 
 It drafts one token after another with a cache of its own, so its lattices are chains: each row is its distribution
 after the first candidates of the rows before. Every row of a batch has its own cache, since rows accept different
-numbers of tokens.
+numbers of tokens. Where the target would run on the lean path, so does the drafter: what it drafts decides about speed
+alone.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.vocabulary import check_vocabulary_size
 from zerodraft.errors import ZerodraftError
+from zerodraft.targets.lean import LeanTarget, lean_target
 
 
 class AutoregressiveDrafter:
@@ -108,7 +110,7 @@ class DraftRow:
     def __init__(self, drafter: AutoregressiveDrafter, generator: torch.Generator | None) -> None:
         self.drafter, self.generator = drafter, generator
         # without the model's config every layer keeps all its positions, so all of them can be rolled back
-        self.cache = DynamicCache()
+        self.cache: DynamicCache | LeanTarget = lean_target(drafter.model) or DynamicCache()
         self.cached: list[int] = []
         self.known: list[int] = []
 
@@ -123,17 +125,19 @@ class DraftRow:
         agree = before
         while agree < limit and self.cached[agree] == self.known[agree]:
             agree += 1
-        agree = min(agree, limit)
-        self.cache.crop(agree - len(self.cached))
-        del self.cached[agree:]
+        self._crop(min(agree, limit))
 
     def rewind(self, length: int) -> None:
         """Take back all but the first `length` known tokens."""
         del self.known[length:]
         # as in `observe`: the last token is always fed again
-        agree = min(len(self.cached), max(length - 1, 0))
-        self.cache.crop(agree - len(self.cached))
-        del self.cached[agree:]
+        self._crop(min(len(self.cached), max(length - 1, 0)))
+
+    def _crop(self, length: int) -> None:
+        """Roll the cache back to its first tokens."""
+        if length < len(self.cached):
+            self.cache.crop([length] if isinstance(self.cache, LeanTarget) else length - len(self.cached))
+            del self.cached[length:]
 
     @torch.no_grad()
     def propose(self, length: int) -> Lattice:
@@ -160,13 +164,16 @@ class DraftRow:
         model = self.drafter.model
         # a target can write what its own padding stands for
         ids = torch.tensor([tokens], device=model.device).clamp(max=self.drafter.own_size - 1)
+        self.cached += tokens
+        if isinstance(self.cache, LeanTarget):
+            out = self.cache.prefill(ids, torch.ones_like(ids, dtype=torch.bool), ())
+            return out.logits[0, -1, : self.drafter.vocab_size]
         out = model(
             input_ids=ids,
             use_cache=True,
             **{self.drafter.cache_argument: self.cache},
             **self.drafter.head_options,
         )
-        self.cached += tokens
         return out.logits[0, -1, : self.drafter.vocab_size]
 
     def _choose(self, logits: Float[Tensor, "v"]) -> tuple[Int64[np.ndarray, "m"], Float32[np.ndarray, "m"]]:

@@ -11,13 +11,13 @@ likely that another pass cannot pay for itself.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
+from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.drafters.lookup import GrowingText, matches
@@ -68,42 +68,6 @@ def copy(text: Int64[np.ndarray, " n"], length: int, max_ngram: int) -> tuple[In
     return text[start + np.arange(length) % (len(text) - start)], int(sizes[0])
 
 
-@dataclass(slots=True)
-class Trial:
-    """Whether the other drafter pays for its pass and for what it has verified: tokens and seconds of steps with it and
-    without, where copies are unlikely. Both are tried in turn at first (and the `cold` first steps of each, which pay
-    for its kernels, forgotten); then old steps fade, and one step in `explore` does what does not look best, fewer the
-    more there is to lose."""
-
-    keep: float = 0.98
-    explore: int = 16
-    cold: int = 2
-    tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    steps: list[int] = field(default_factory=lambda: [0, 0])
-    waited: int = 0
-
-    def choose(self) -> bool:
-        """Ask it in this step?"""
-        if min(self.steps) <= self.cold + 4:
-            return self.steps[True] <= self.steps[False]
-        without, with_it = (tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True))
-        self.waited += 1
-        # a step that is r times slower costs 1 - 1/r of a step's tokens
-        if self.waited < self.explore * (max(with_it, without) / min(with_it, without)) ** 2:
-            return with_it >= without
-        self.waited = 0
-        return with_it < without
-
-    def learn(self, asked: bool, tokens: int, seconds: float) -> None:
-        """Takes note of what a step brought."""
-        self.steps[asked] += 1
-        if self.steps[asked] <= self.cold:
-            return
-        self.tokens[asked] = self.keep * self.tokens[asked] + tokens
-        self.seconds[asked] = self.keep * self.seconds[asked] + seconds
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridDrafter:
     """Copies from the text, and another drafter's drafts where copies are not to be had or not to be trusted."""
@@ -117,8 +81,8 @@ class HybridDrafter:
     least_gain: float | None = None
     """Ask the other drafter where its tokens are expected to add at least this share to those of the copy; None: where
     steps that asked it have brought more tokens per second than steps that did not."""
-    trial: Trial = field(default_factory=Trial, init=False)
-    """What is known of that, kept from call to call."""
+    trial: Fallback = field(default_factory=lambda: Fallback(allowance=2.0, share=0.01), init=False)
+    """What is known of that, kept from call to call: its plain steps are those with copies alone."""
 
     @property
     def taps(self) -> Sequence[int]:
@@ -152,14 +116,17 @@ class HybridSession:
         self.rows = [_Row() for _ in range(batch)]
         self.gain = 0.8
         self._began = 0.0
-        # in this step; None where copies left nothing to gain, or nothing was drafted at all
-        self._asked: bool | None = None
+        # positions in this step; None where copies left nothing to gain, or nothing was drafted at all
+        self._asked: int | None = None
+        self._unread = self._read = 0
+        drafter.trial.begin()
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""
         if self._asked is not None:
-            brought = sum(len(news.tokens) for news in progress)
-            self.drafter.trial.learn(self._asked, brought, perf_counter() - self._began)
+            trial, brought = self.drafter.trial, [len(news.tokens) for news in progress if len(news.tokens)]
+            seconds = trial.clock() - self._began
+            trial.learn(self._asked, sum(brought) / len(brought), seconds, self._read)
         for row, news in zip(self.rows, progress, strict=True):
             tokens = news.tokens.cpu().numpy()
             if len(tokens):
@@ -170,11 +137,12 @@ class HybridSession:
             # the next step may be plain, and has nothing to teach then
             row.copied, row.drafted = row.copied[:0], False
         self._asked = None
+        self._unread += max(len(news.tokens) for news in progress)
         self.other.observe(progress)
 
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """A copy and a draft for each row, side by side, or one of them."""
-        self._began = perf_counter()
+        self._began = self.drafter.trial.clock()
         copies, open_rows = [], []
         for row, length in zip(self.rows, lengths, strict=True):
             row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
@@ -184,13 +152,16 @@ class HybridSession:
         if not any(open_rows):
             return copies
         # once: all rows share a pass of the other drafter
-        self._asked = self.drafter.least_gain is not None or self.drafter.trial.choose()
-        for row, is_open in zip(self.rows, open_rows, strict=True):
-            row.drafted = is_open and self._asked
         longest = self.drafter.other.max_length
-        asked = [min(length, longest) * row.drafted for length, row in zip(lengths, self.rows, strict=True)]
-        if not any(asked):
+        if self.drafter.least_gain is None:
+            longest = min(longest, self.drafter.trial.longest())
+        asked = [min(length, longest) * is_open for length, is_open in zip(lengths, open_rows, strict=True)]
+        for row, positions in zip(self.rows, asked, strict=True):
+            row.drafted = positions > 0
+        self._asked = max(asked)
+        if not self._asked:
             return copies
+        self._read, self._unread = self._unread, 0
         drafts = self.other.propose(asked)
         return [_beside(draft, copied) for draft, copied in zip(drafts, copies, strict=True)]
 

@@ -124,6 +124,12 @@ class LeanTarget:
         if len(kept) > 1:
             self._rows = torch.tensor(self._lengths, device=CPU)[:, None]
 
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget what rows have cached beyond so many tokens."""
+        self._lengths = [min(known, length) for known, length in zip(self._lengths, lengths, strict=True)]
+        self._slots = max(self._lengths, default=0)
+        self._rows = torch.tensor(self._lengths)[:, None]
+
     def export(self, cache: Cache) -> None:
         """Put the text's keys and values into an empty cache of transformers, at the columns that `generate` would give
         them: behind the padding, with the holes that the prompt's mask has."""

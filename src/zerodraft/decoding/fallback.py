@@ -1,0 +1,136 @@
+"""Plain steps while drafts do not pay: an account of the time that they cost and bring.
+
+Whether drafts pay depends on the target, the drafter, the machine and the text, so it is measured: the clock runs over
+whole steps (catching up, drafting, search, the target's pass, processors, bookkeeping), whatever they are made of. Time
+is counted in plain steps' time per token. A step with a draft that takes 1.5 of these and brings 2 tokens earns 0.5.
+Drafts may lose the allowance, and then a small share of the time of plain steps; what they earn is theirs to lose, up
+to a limit. So they cost at most a few percent of a few hundred tokens, however bad they are, and a drafter that was
+unlucky is soon tried again.
+
+Which steps are plain changes how fast a text comes, never what it is (see `verify`).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from zerodraft.errors import ZerodraftError
+
+FIRST_PLAIN = 2
+"""Plain steps before the first draft: without them there is nothing to compare with."""
+REST = 8
+"""Plain steps before the first new try; each further one in a row waits twice as long."""
+LONGEST_REST = 512
+READ = 64
+"""Tokens that a drafter reads in about the time of one draft. What it read in a step, the prompt above all, it reads
+once, and says nothing of drafts to come."""
+RECENT = 9
+"""Steps of either kind that say what one takes at present."""
+BUSY = 1.5
+"""A step counts for at most so many times the recent ones: whatever else it did is no matter of drafts."""
+UNLIMITED = 1 << 30
+
+
+@dataclass(kw_only=True, slots=True)
+class Fallback:
+    """Decides step by step whether to draft at all. It is told what steps took; the clock is there for those who tell
+    it, so that made-up times can drive it.
+
+    The first drafts are short ones: while nothing is known, a draft of one position is all that is risked, and then as
+    many as the account could pay for if the time grew with the length.
+
+    Attributes:
+        allowance: What drafts may lose before they have earned anything, in plain steps.
+        share: What they may lose after that, as a share of the plain steps made.
+        credit: The most that is kept of what they earned, in plain steps; beyond a call, at most the allowance.
+        measure: After so many drafts a plain step shows what one takes by now; this doubles up to eight times as many.
+        clock: Seconds.
+    """
+
+    allowance: float = 4.0
+    share: float = 0.02
+    credit: float = 8.0
+    measure: int = 48
+    clock: Callable[[], float] = perf_counter
+    _plain: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _taken: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _brought: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _balance: float = field(init=False)
+    _longest: int = field(default=1, init=False)
+    _tries: int = field(default=0, init=False)
+    _rest: int = field(default=0, init=False)
+    _drafts: int = field(default=0, init=False)
+    _until: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("allowance", "share", "credit"):
+            if not getattr(self, name) >= 0:
+                raise ZerodraftError(f"{name}={getattr(self, name)} is out of range; give 0 or more.")
+        if self.measure < 1:
+            raise ZerodraftError(f"measure={self.measure} is out of range; give at least 1.")
+        self._balance, self._until = self.allowance, self.measure
+
+    def begin(self) -> None:
+        """A new text, in which drafts may do better or worse than in the last."""
+        self._tries, self._rest = 0, min(self._rest, REST)
+        self._balance = min(self._balance, self.allowance)
+
+    @property
+    def resting(self) -> bool:
+        """Whether drafts have not paid lately."""
+        return self._rest > 0 or self._balance < min(self._needed(), self.allowance)
+
+    def longest(self) -> int:
+        """The most positions to draft in the next step; 0 for a plain one."""
+        if len(self._plain) < FIRST_PLAIN or self._drafts >= self._until:
+            return 0
+        return 0 if self.resting else self._longest
+
+    def learn(self, k: int, tokens: float, seconds: float, read: int = 0) -> None:
+        """Take note of a step that drafted k positions (0: none), and brought so many tokens to a row; before that the
+        drafter had to read so many that it did not know yet."""
+        if k == 0:
+            self._plain.append(seconds / tokens)
+            if self._drafts >= self._until:
+                self._until = min(2 * self._until, 8 * self.measure)
+            self._drafts = 0
+            self._rest = max(self._rest - 1, 0)
+            enough = min(max(self._needed(), 0.0) + 0.5, self.allowance)
+            self._balance = max(self._balance, min(self._balance + self.share, enough))
+            return
+        unit = _median(self._plain) if self._plain else seconds
+        more = (seconds / unit - 1) / (1 + read / READ)
+        self._drafts += 1
+        self._taken.append(1 + more)
+        self._brought.append(tokens)
+        if len(self._taken) > 2:
+            more = min(more, BUSY * _median(self._taken) - 1)
+        earned = tokens - 1 - more
+        self._balance = min(self._balance + earned, self.credit)
+        affordable = k * self._balance / more if more > 0 else UNLIMITED
+        self._longest = max(self._longest, int(min(affordable, UNLIMITED)))
+        if earned > 0 and self._balance >= 1:
+            self._tries = 0
+        elif self.resting:
+            self._rest = min(REST << self._tries, LONGEST_REST)
+            self._tries = min(self._tries + 1, 16)
+
+    def why(self) -> str:
+        """What drafts have lately cost and brought, in words."""
+        if not self._taken:
+            return ""
+        taken, brought = (sum(of) / len(of) for of in (self._taken, self._brought))
+        return f"a step with a draft takes as long as {taken:.2f} plain ones and brings {brought:.2f} tokens"
+
+    def _needed(self) -> float:
+        """What the account must have for a draft: what the recent ones lost, and, but for one plain step, what one may
+        lose that brings nothing."""
+        if not self._taken:
+            return 0.0
+        taken = _median(self._taken)
+        return max(taken - sum(self._brought) / len(self._brought), taken - 2)
+
+
+def _median(values: deque[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]
