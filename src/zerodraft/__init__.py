@@ -5,6 +5,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, CostAwareTree, DraftLength, FixedLength
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
@@ -59,6 +60,7 @@ __all__ = [
     "DraftLength",
     "EntropyExit",
     "ExitRule",
+    "Fallback",
     "FixedExit",
     "FixedLength",
     "HybridDrafter",

@@ -22,7 +22,7 @@ from zerodraft.bench.methods import Decoded, HuggingFace, Ours
 from zerodraft.bench.prompts import read_questions
 from zerodraft.bench.rows import RowFile
 from zerodraft.cli.main import main
-from zerodraft.drafters.hybrid import Trial
+from zerodraft.decoding.fallback import UNLIMITED, Fallback
 from zerodraft.training.tokenizer import train_tokenizer
 
 Bench = Callable[..., dict[str, Any]]
@@ -99,7 +99,13 @@ def test_all_methods_run_and_write_the_same_tokens(
 def test_steps_that_only_copied_are_told_apart(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # on so small a target the drafter never pays, so whether it is asked would hang on the clock
     turns = itertools.cycle([True, False])
-    monkeypatch.setattr(Trial, "choose", lambda trial: next(turns))
+    usual = Fallback()
+
+    def longest(fallback: Fallback) -> int:
+        # the engine always drafts, the hybrid drafter asks the other one every other time
+        return UNLIMITED if fallback.allowance == usual.allowance or next(turns) else 0
+
+    monkeypatch.setattr(Fallback, "longest", longest)
     output = tmp_path / "decode.json"
     bench("--methods", "full", "--max-new-tokens", "40", "--output", str(output))
     steps = json.loads(output.read_text(encoding="utf-8"))["steps"]["full"]

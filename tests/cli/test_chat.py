@@ -70,12 +70,12 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(
 ) -> None:
     speculate, calls = chat_module.speculate, []
 
-    def interrupted(model: Any, decode: Any, inputs: Any, sampling: Any, streamer: Any) -> Any:
+    def interrupted(model: Any, decode: Any, inputs: Any, sampling: Any, streamer: Any, tokenizer: Any) -> Any:
         calls.append(inputs["input_ids"].shape[1])
         if len(calls) == 1:
             streamer.on_finalized_text("a fox")
             raise KeyboardInterrupt
-        return speculate(model, decode, inputs, sampling, streamer)
+        return speculate(model, decode, inputs, sampling, streamer, tokenizer)
 
     monkeypatch.setattr(chat_module, "speculate", interrupted)
     assert chat(monkeypatch, "the cat\nhi\n", "--target", str(chat_dir), "--json") == 0

@@ -92,8 +92,8 @@ def test_a_difference_is_told_with_its_place_and_the_gap(
 ) -> None:
     write = decoding.write
 
-    def tampered(model: Any, inputs: Any, sampling: Any, **options: Any) -> Any:
-        written = write(model, inputs, sampling, **options)
+    def tampered(model: Any, inputs: Any, sampling: Any, *tokenizer: Any, **options: Any) -> Any:
+        written = write(model, inputs, sampling, *tokenizer, **options)
         if "custom_generate" in options and len(written.tokens) > 5:
             written.tokens[5] += 1
         return written

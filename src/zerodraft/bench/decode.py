@@ -234,10 +234,10 @@ def closeness(model: Any, inputs: Mapping[str, Any], before: list[int], written:
     return {"top_gap": gap, "deficit": deficit, "near_tie": max(gap, deficit) < tie}
 
 
-def _of_stats(stats: DecodeStats, asked: Sequence[Sequence[bool]], at: int, alone: bool) -> dict[str, Any]:
+def _of_stats(stats: DecodeStats, asked: Mapping[int, Sequence[bool]], at: int, alone: bool) -> dict[str, Any]:
     """Of each step of a row its nodes, its accepted tokens, and whether a model drafted; of a row alone also acceptance
     by position."""
-    steps = [(step.rows[at], int(bool(asked) and asked[n][at])) for n, step in enumerate((stats.trace or [])[1:])]
+    steps = [(step.rows[at], int(n in asked and asked[n][at])) for n, step in enumerate((stats.trace or [])[1:])]
     traced = {"steps": [[len(row.drafted), len(row.accepted), by_model] for row, by_model in steps if row is not None]}
     if not alone:
         return traced

@@ -40,13 +40,14 @@ LOOKUP_TOKENS = 10
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """New ids of each row, how long they took, the target's passes after the prompt's, and what a decoder of ours
-    tells about itself; `asked` is for each of its steps, row by row, whether a model drafted (empty: never)."""
+    tells about itself; `asked` says by the step, and row by row, whether a model drafted (a step left out: it did
+    not)."""
 
     tokens: list[list[int]]
     seconds: float
     passes: int | None = None
     stats: DecodeStats | None = None
-    asked: Sequence[Sequence[bool]] = ()
+    asked: Mapping[int, Sequence[bool]] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -120,7 +121,9 @@ class Watched:
 
     def __init__(self, drafter: Any) -> None:
         self.drafter, self.taps, self.max_length = drafter, drafter.taps, drafter.max_length
-        self.asked: list[list[bool]] = []
+        self.asked: dict[int, list[bool]] = {}
+        self.spec: DiffuSpec | None = None
+        """The decoder that asks, which counts the steps."""
 
     def check(self, config: Any) -> None:
         """As the drafter says."""
@@ -128,24 +131,29 @@ class Watched:
 
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "WatchedSession":
         """Forgets the call before."""
-        self.asked = []
-        return WatchedSession(self.drafter.start(batch, device, generator), self.asked)
+        self.asked = {}
+        return WatchedSession(self.drafter.start(batch, device, generator), self)
+
+    def note(self, lengths: Sequence[int]) -> None:
+        """Something is asked in the step that comes."""
+        assert self.spec is not None
+        assert self.spec.last_stats is not None
+        self.asked[self.spec.last_stats.steps] = [length > 0 for length in lengths]
 
 
 class WatchedSession:
-    """What a step makes known comes before its draft, and there may be none."""
+    """Tells when it is asked."""
 
-    def __init__(self, session: Any, asked: list[list[bool]]) -> None:
-        self.session, self.asked = session, asked
+    def __init__(self, session: Any, watched: Watched) -> None:
+        self.session, self.watched = session, watched
 
     def observe(self, progress: Sequence[Any]) -> None:
-        """A step begins."""
-        self.asked.append([False] * len(progress))
+        """As the drafter does."""
         self.session.observe(progress)
 
     def propose(self, lengths: Sequence[int]) -> Sequence[Lattice]:
         """It is asked."""
-        self.asked[-1] = [length > 0 for length in lengths]
+        self.watched.note(lengths)
         return self.session.propose(lengths)
 
 
@@ -160,8 +168,12 @@ def is_model(drafter: Any) -> bool:
 
 
 def fixed(length: int | None = None, **settings: Any) -> Callable[[Any], dict[str, Any]]:
-    """Drafts of one length; None: the drafter's most."""
-    return lambda drafter: {"length": FixedLength(drafter.max_length if length is None else length), **settings}
+    """Drafts of one length, in every step; None: the drafter's most."""
+    return lambda drafter: {
+        "length": FixedLength(drafter.max_length if length is None else length),
+        "fallback": None,
+        **settings,
+    }
 
 
 ALONE = {"hybrid": False}
@@ -209,7 +221,7 @@ class Ours:
         found = _generate(self.model, inputs, {**options, "custom_generate": self.spec})
         stats = self.spec.last_stats
         assert stats is not None
-        return Decoded(found.tokens, found.seconds, stats.steps, stats, self.watched.asked if self.watched else ())
+        return Decoded(found.tokens, found.seconds, stats.steps, stats, self.watched.asked if self.watched else {})
 
 
 @dataclass(slots=True)
@@ -370,7 +382,10 @@ def ours(equipment: Equipment, variation: Variation) -> Ours:
     """A variation of the decoder, at work."""
     drafter = equipment.drafter if variation.drafter is None else variation.drafter()
     watched = Watched(drafter) if variation.drafter is None and is_model(drafter) else None
-    return Ours(equipment.model, decoder(equipment, variation, watched or drafter), variation.about, watched)
+    spec = decoder(equipment, variation, watched or drafter)
+    if watched is not None:
+        watched.spec = spec
+    return Ours(equipment.model, spec, variation.about, watched)
 
 
 def decoder(equipment: Equipment, variation: Variation, drafter: Any) -> DiffuSpec:

@@ -2,13 +2,13 @@
 
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.text import Text
 
-from zerodraft.cli.command import Command, Result, metavar
+from zerodraft.cli.command import Command, Result, metavar, settings_of
 from zerodraft.cli.decoding import (
     Sampling,
     check_drafter,
@@ -23,6 +23,14 @@ from zerodraft.cli.decoding import (
 from zerodraft.cli.loading import Dtype
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import whole_characters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatSampling(Sampling):
+    """Answers may be longer."""
+
+    max_new_tokens: int = 512
+    """Longest answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,20 +55,11 @@ class Chat(Command):
     """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
     system: str = metavar("TEXT", default="")
     """Tell the model who it is, before the conversation."""
-    max_new_tokens: int = 512
-    """Longest answer."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 takes the most probable token each time."""
-    top_p: float = 1.0
-    """Sample from the most probable tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the sampling."""
+    sampling: ChatSampling = settings_of(ChatSampling)
 
     def check(self) -> None:
         """The numbers and the drafter's form."""
-        Sampling(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
-        ).check()
+        self.sampling.check()
         check_drafter(self.drafter, self.drafter_steps)
 
     def run(self, console: Console) -> Result:
@@ -99,13 +98,11 @@ class Chat(Command):
     def _answer(
         self, console: Console, model: Any, tokenizer: Any, decode: Any, messages: list[dict[str, str]], turn: int
     ) -> Result:
-        sampling = Sampling(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed + turn
-        )
+        sampling = replace(self.sampling, seed=self.sampling.seed + turn)
         inputs = encode_messages(tokenizer, messages)
         streamer = live_streamer(console, tokenizer)
         try:
-            written, stats = speculate(model, decode, inputs, sampling, streamer)
+            written, stats = speculate(model, decode, inputs, sampling, streamer, tokenizer)
         except KeyboardInterrupt:
             console.print()
             console.print(Text("stopped", style="dim"))

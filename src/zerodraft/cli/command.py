@@ -24,6 +24,11 @@ def metavar(name: str, **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"value": name}, **kwargs)
 
 
+def each(name: str, **kwargs: Any) -> Any:
+    """A flag for several values that takes one each time it is given; `name` and `kwargs` as for `metavar`."""
+    return dataclasses.field(metadata={"value": name, "each": True}, **kwargs)
+
+
 def overrides_of(source: type) -> Any:
     """A field that collects the flags of another dataclass (a recipe) that were given, as `{"section.key": value}`."""
     return dataclasses.field(default_factory=dict, metadata={"source": source})

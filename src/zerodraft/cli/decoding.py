@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zerodraft.cli.command import Result
+from zerodraft.cli.command import Result, each
 from zerodraft.cli.loading import Dtype, check_tokens, load_model, load_tokenizer, model_type
-from zerodraft.cli.trace import trace, trace_legend
+from zerodraft.cli.trace import TraceStreamer, trace_legend
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import user_path
 from zerodraft.training.distill import SMALLEST_TEMPERATURE
@@ -36,10 +36,23 @@ NEAR_TIE = 1e-3
 class Sampling:
     """How the next token is chosen, and how many."""
 
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
+    max_new_tokens: int = 64
+    """Write at most this many tokens."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 takes the most probable token each time."""
+    top_p: float = 1.0
+    """Sample from the most probable tokens that together have this probability."""
+    top_k: int | None = None
+    """Sample from so many of the most probable tokens (0: from all); none: what the model's generation_config.json has,
+    or transformers' default."""
+    min_p: float = 0.0
+    """Sample from tokens at least so many times as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Make tokens that the text has already less likely: logits are divided by this (multiplied, below 0)."""
+    stop: tuple[str, ...] = each("TEXT", default=())
+    """End the text behind this; can be given several times."""
+    seed: int = 0
+    """Seed of the sampling."""
 
     def check(self) -> None:
         """Raises for numbers that make no sense."""
@@ -51,11 +64,29 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise ZerodraftError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 0:
+            raise ZerodraftError(f"--top-k is {self.top_k}; it must be at least 1, or 0 for all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ZerodraftError(f"--min-p is {self.min_p}; it must be from 0 to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ZerodraftError(f"--repetition-penalty is {self.repetition_penalty}; it must be above 0 (1: none)")
+        if "" in self.stop:
+            raise ZerodraftError("--stop is an empty text: give the text to stop at")
 
-    def arguments(self) -> dict[str, Any]:
-        """For `generate`."""
+    def arguments(self, tokenizer: Any = None) -> dict[str, Any]:
+        """For `generate`; texts to stop at need the tokenizer."""
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        return chosen | ({"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {})
+        if self.temperature > 0:
+            chosen |= {"temperature": self.temperature, "top_p": self.top_p}
+            if self.top_k is not None:
+                chosen["top_k"] = self.top_k
+            if self.min_p > 0:
+                chosen["min_p"] = self.min_p
+        if self.repetition_penalty != 1:
+            chosen["repetition_penalty"] = self.repetition_penalty
+        if self.stop:
+            chosen |= {"stop_strings": list(self.stop), "tokenizer": tokenizer}
+        return chosen
 
 
 def near_tie(dtype: "torch.dtype") -> float:
@@ -231,7 +262,7 @@ class Written:
         return len(self.tokens) / self.seconds
 
 
-def write(model: Any, inputs: Any, sampling: Sampling, **options: Any) -> Written:
+def write(model: Any, inputs: Any, sampling: Sampling, tokenizer: Any = None, **options: Any) -> Written:
     """One `generate` call, timed; the new tokens only."""
     import torch
 
@@ -239,7 +270,7 @@ def write(model: Any, inputs: Any, sampling: Sampling, **options: Any) -> Writte
     check_prompt(model, prompt)
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
-    out = model.generate(**inputs.to(model.device), **sampling.arguments(), **options)
+    out = model.generate(**inputs.to(model.device), **sampling.arguments(tokenizer), **options)
     return Written(tokens=out[0, prompt.shape[1] :].tolist(), seconds=time.perf_counter() - started)
 
 
@@ -257,26 +288,37 @@ def live_streamer(console: Console, tokenizer: Any) -> Any:
     return Live(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def compare(model: Any, inputs: Any, sampling: Sampling, drafted: Written, console: Console) -> Result:
-    """Decodes plainly, says whether the tokens are the same and how much faster the drafts made it."""
-    plain = write(model, inputs, sampling)
-    speedup = drafted.speed / plain.speed
-    result: Result = {"speedup": speedup, "plain_tokens_per_second": plain.speed}
+def compare(
+    model: Any, tokenizer: Any, inputs: Any, sampling: Sampling, drafted: Written, console: Console, own: Any
+) -> Result:
+    """Decodes plainly, once by transformers and once by our engine (`own`); says whether the tokens are the same, and
+    how much faster than either the drafts made it."""
+    plain = write(model, inputs, sampling, tokenizer)
+    ours = write(model, inputs, sampling, tokenizer, custom_generate=own)
+    speedup, gained = drafted.speed / plain.speed, drafted.speed / ours.speed
+    result: Result = {
+        "speedup": speedup,
+        "plain_tokens_per_second": plain.speed,
+        "own_plain_tokens_per_second": ours.speed,
+        "speedup_over_own_plain": gained,
+    }
+    verdict = Text("other tokens, as they are sampled" if sampling.temperature > 0 else "the same tokens")
     if sampling.temperature > 0:
-        console.print(
-            f"plain decoding: {plain.speed:.1f} tokens/s; {speedup:.2f}x as fast with drafts (sampled: other tokens)"
-        )
-        return result | {"equal": None}
-    equal = drafted.tokens == plain.tokens
-    result["equal"] = equal
-    verdict = "the same tokens"
-    if not equal:
+        result["equal"] = None
+    elif drafted.tokens == plain.tokens:
+        result["equal"] = True
+    else:
         place = first_difference(drafted.tokens, plain.tokens)
         gap = top_gap(model, inputs, plain.tokens[:place])
-        result |= {"first_difference": place, "top_gap": gap}
-        verdict = f"[red]other tokens[/red] from the {place + 1}th on, where the two best logits lie {gap:.1e} apart"
-        verdict += " (rounding)" if gap < near_tie(model.dtype) else ""
-    console.print(f"plain decoding: {plain.speed:.1f} tokens/s, {verdict}; {speedup:.2f}x as fast with drafts")
+        result |= {"equal": False, "first_difference": place, "top_gap": gap}
+        verdict = Text.assemble(
+            ("other tokens", "red"),
+            f" from the {place + 1}th on, where the two best logits lie {gap:.1e} apart",
+            " (rounding)" if gap < near_tie(model.dtype) else "",
+        )
+    console.print(Text(f"transformers, plain decoding: {plain.speed:.1f} tokens/s, ") + verdict)
+    console.print(f"our plain decoding, no drafts: {ours.speed:.1f} tokens/s, {ours.speed / plain.speed:.2f}x as fast")
+    console.print(f"with drafts: {speedup:.2f}x as fast as transformers, {gained:.2f}x as fast as our plain decoding")
     return result
 
 
@@ -352,19 +394,30 @@ def make_decoder(
     )
 
 
+def own_plain(decode: "DiffuSpec") -> "DiffuSpec":
+    """The same decoder without drafts."""
+    from zerodraft.decoding.huggingface import DiffuSpec
+    from zerodraft.decoding.lengths import FixedLength
+    from zerodraft.drafters.none import NoDrafter
+
+    return DiffuSpec(NoDrafter(), length=FixedLength(0), make_target=decode.make_target)
+
+
 def speculate(
-    model: Any, decode: "DiffuSpec", inputs: Any, sampling: Sampling, streamer: Any = None
+    model: Any, decode: "DiffuSpec", inputs: Any, sampling: Sampling, streamer: Any = None, tokenizer: Any = None
 ) -> "tuple[Written, DecodeStats]":
     """Decodes with drafts; the text and the statistics."""
-    written = write(model, inputs, sampling, custom_generate=decode, streamer=streamer)
+    written = write(model, inputs, sampling, tokenizer, custom_generate=decode, streamer=streamer)
     stats = decode.last_stats
     assert stats is not None
     return written, stats
 
 
 def summary(written: Written, stats: "DecodeStats") -> str:
-    """One line: how many tokens how fast, and how many a pass."""
-    return f"{len(written.tokens)} tokens, {written.speed:.1f} tokens/s, {stats.mat:.2f} tokens a pass of the target"
+    """One line: how many tokens how fast, how many a pass, and whether drafts were given up."""
+    line = f"{len(written.tokens)} tokens, {written.speed:.1f} tokens/s, {stats.mat:.2f} tokens a pass of the target"
+    plain = f", {stats.plain_steps} of {stats.steps} plain, since drafts did not pay" if stats.fallback else ""
+    return line + plain
 
 
 def decode_and_report(
@@ -380,18 +433,19 @@ def decode_and_report(
 ) -> Result:
     """Decodes with drafts by the drafter called `name`, shows the text (as it comes, or traced) and what came of the
     drafts; decodes plainly too if wanted, and compares."""
+    own = None
     if plainly_too:
         # the first call sets things up that later ones use again, on both sides
         short = replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
-        speculate(model, decode, inputs, short)
-        write(model, inputs, short)
-    streamer = None if decode.trace else live_streamer(console, tokenizer)
-    written, stats = speculate(model, decode, inputs, sampling, streamer)
+        own = own_plain(decode)
+        speculate(model, decode, inputs, short, None, tokenizer)
+        write(model, inputs, short, tokenizer)
+        write(model, inputs, short, tokenizer, custom_generate=own)
+    streamer = TraceStreamer(console, tokenizer, decode) if decode.trace else live_streamer(console, tokenizer)
+    written, stats = speculate(model, decode, inputs, sampling, streamer, tokenizer)
     text = tokenizer.decode(written.tokens, skip_special_tokens=True)
     if decode.trace:
-        marked = console.color_system is None
-        console.print(trace(stats, tokenizer, marked=marked))
-        console.print(trace_legend(stats, marked=marked))
+        console.print(trace_legend(stats, marked=console.color_system is None))
     else:
         console.print()
     console.print(f"{summary(written, stats)}, drafts by {name}")
@@ -400,6 +454,6 @@ def decode_and_report(
         "new_tokens": len(written.tokens),
         "mat": stats.mat,
         "tokens_per_second": written.speed,
-        **(compare(model, inputs, sampling, written, console) if plainly_too else {}),
+        **(compare(model, tokenizer, inputs, sampling, written, console, own) if plainly_too else {}),
         "stats": stats.to_dict(),
     }

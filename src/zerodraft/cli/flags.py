@@ -41,6 +41,8 @@ class Flag:
     """Given by place, not by name."""
     collector: str | None
     """The field that collects it, for flags of a recipe."""
+    each: bool = False
+    """Takes one of several values each time it is given, so that a word behind it is no value."""
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ def flags_of(cls: type, prefix: str = "", collector: str | None = None, inside: 
                     metavar=place or field.metadata.get("value") or _metavar(hint),
                     positional=place is not None,
                     collector=collector,
+                    each=field.metadata.get("each", False),
                 )
             )
     return flags
@@ -179,6 +182,8 @@ def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
     if flag.hint is bool:
         parser.add_argument(flag.name, dest=flag.key, action="store_const", const="true")
         parser.add_argument(flag.negation, dest=flag.key, action="store_const", const="false")
+    elif flag.each:
+        parser.add_argument(flag.name, dest=flag.key, action="append")
     elif any(get_origin(option) is tuple for option in options(flag.hint)):
         # given again, it adds to what was given before
         parser.add_argument(flag.name, dest=flag.key, nargs="*", action="extend")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from rich.console import Console
 from rich.text import Text
 
-from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.command import Command, Result, metavar, positional, settings_of
 from zerodraft.cli.decoding import (
     Sampling,
     check_drafter,
@@ -63,14 +63,7 @@ class Generate(Command):
     """Read the prompt from this file instead."""
     chat: bool = False
     """Put the prompt into the model's chat template as the user's message."""
-    max_new_tokens: int = 64
-    """Write at most this many tokens."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 takes the most probable token each time."""
-    top_p: float = 1.0
-    """Sample from the most probable tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the sampling."""
+    sampling: Sampling = settings_of(Sampling)
     exit_rule: str = metavar("RULE", default="off")
     """When a token's cycles stop (see above)."""
     show_depth: bool = False
@@ -79,7 +72,7 @@ class Generate(Command):
     def check(self) -> None:
         """Reads the prompt and looks at the numbers."""
         self._prompt()
-        self._sampling().check()
+        self.sampling.check()
         if bool(self.model) == bool(self.target):
             raise ZerodraftError(
                 "give either --target (any causal language model) or --model (a Zero Token Transformer)"
@@ -111,9 +104,9 @@ class Generate(Command):
         decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)
         result = decode_and_report(
-            model, tokenizer, decode, inputs, self._sampling(), console, name=name, plainly_too=self.compare
+            model, tokenizer, decode, inputs, self.sampling, console, name=name, plainly_too=self.compare
         )
-        return {**result, "target": self.target, "drafter": name, "seed": self.seed}
+        return {**result, "target": self.target, "drafter": name, "seed": self.sampling.seed}
 
     def _run_ztt(self, console: Console) -> Result:
         """With a Zero Token Transformer: speed and depth."""
@@ -130,17 +123,14 @@ class Generate(Command):
         def write(text: str, depth: int) -> None:
             console.print(Text(text, style=colour(depth) if self.show_depth else ""), end="")
 
-        torch.manual_seed(self.seed)
-        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+        torch.manual_seed(self.sampling.seed)
         streamer = DepthStreamer(model, tokenizer, write)
         started = time.perf_counter()
         model.generate(
             **inputs,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
             exit_rule=rule,
             streamer=streamer,
-            **sampling,
+            **self.sampling.arguments(tokenizer),
         )
         seconds = time.perf_counter() - started
         new, depths = streamer.tokens, streamer.depths
@@ -157,13 +147,8 @@ class Generate(Command):
             "depths": depths,
             "cycles": model.config.cycles,
             "exit_rule": self.exit_rule,
-            "seed": self.seed,
+            "seed": self.sampling.seed,
         }
-
-    def _sampling(self) -> Sampling:
-        return Sampling(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
-        )
 
     def _prompt(self) -> str:
         if self.prompt and self.prompt_file:

@@ -102,11 +102,11 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
         return OK
     command = parse(cls, rest, name)
     command.check()
-    from rich.console import Console
+    from zerodraft.cli.console import LiteralConsole
 
     # of several processes (accelerate launch, torchrun) the first one speaks
     first = os.environ.get("RANK", "0") == "0"
-    console = Console(stderr=command.json, highlight=False, soft_wrap=True, quiet=not first)
+    console = LiteralConsole(stderr=command.json, soft_wrap=True, quiet=not first)
     log_to_stderr(logging.INFO if first else logging.WARNING)
     no_bars_in_a_pipe()
     prepare()
@@ -131,10 +131,11 @@ def _module(name: str) -> str:
 
 def log_to_stderr(level: int) -> None:
     """Our messages from this level on, others' warnings; downloads and other long work report this way."""
-    from rich.console import Console
     from rich.logging import RichHandler
 
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)
+    from zerodraft.cli.console import LiteralConsole
+
+    handler = RichHandler(console=LiteralConsole(stderr=True), show_path=False, show_time=False, show_level=False)
     # names out of files must not steer the terminal
     handler.addFilter(_make_printable)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])

@@ -135,9 +135,13 @@ class DraftRow:
 
     def _crop(self, length: int) -> None:
         """Roll the cache back to its first tokens."""
-        if length < len(self.cached):
-            self.cache.crop([length] if isinstance(self.cache, LeanTarget) else length - len(self.cached))
-            del self.cached[length:]
+        if length == len(self.cached):
+            return
+        if isinstance(self.cache, LeanTarget):
+            self.cache.crop([length])
+        else:
+            self.cache.crop(length - len(self.cached))
+        del self.cached[length:]
 
     @torch.no_grad()
     def propose(self, length: int) -> Lattice:
