@@ -80,7 +80,8 @@ class DiffuSpec:
         generator: torch.Generator | None = None,
         dice: Randomness | None = None,
     ) -> None:
-        self.drafter, self.proxy, self.make_target = drafter, proxy, make_target
+        self.drafter, self.proxy = drafter, proxy
+        self.make_target: MakeTarget | Literal["auto"] | None = make_target
         self.length = AdaptiveLength() if length is None else length
         self.search = SearchConfig() if search is None else search
         self.tree, self.sample_drafts, self.trace = tree, sample_drafts, trace
