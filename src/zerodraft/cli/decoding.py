@@ -39,18 +39,17 @@ class Sampling:
     max_new_tokens: int = 64
     """Write at most this many tokens."""
     temperature: float = 0.0
-    """Sampling temperature; 0 takes the most probable token each time."""
+    """Sampling temperature; 0: the most probable token each time."""
     top_p: float = 1.0
-    """Sample from the most probable tokens that together have this probability."""
+    """Sample from the likeliest tokens of this probability together."""
     top_k: int | None = None
-    """Sample from so many of the most probable tokens (0: from all); none: what the model's generation_config.json has,
-    or transformers' default."""
+    """Sample from so many tokens (0: all); left out: as `generate` does."""
     min_p: float = 0.0
-    """Sample from tokens at least so many times as probable as the most probable one."""
+    """Only tokens with this share of the likeliest one's chance."""
     repetition_penalty: float = 1.0
-    """Make tokens that the text has already less likely: logits are divided by this (multiplied, below 0)."""
+    """Above 1: tokens that the text has already are less likely."""
     stop: tuple[str, ...] = each("TEXT", default=())
-    """End the text behind this; can be given several times."""
+    """End the text behind this; can be given again for more."""
     seed: int = 0
     """Seed of the sampling."""
 

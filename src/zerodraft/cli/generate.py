@@ -48,9 +48,9 @@ class Generate(Command):
     dtype: Dtype = "auto"
     """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""
     drafter: str = metavar("DIR|NAME", default="")
-    """Who drafts for --target; by default its own in models/ where there is one, else lookup."""
+    """Who drafts; by default the target's own in models/, else lookup."""
     drafter_steps: int = 1
-    """Denoising steps of a draft, if the drafter is a masked diffusion model."""
+    """Denoising steps of a masked diffusion drafter."""
     prefix_cache: bool = True
     """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
     ngram: str = metavar("FILE", default="")
