@@ -62,11 +62,12 @@ def test_missing_weights_are_drawn_as_in_a_new_model(family: str) -> None:
     config = config_of(family)
     torch.manual_seed(3)
     new = weights(ZttForCausalLM(config))
-    some = {name: value for name, value in new.items() if ".layers." in name or ".h." in name}
-    missing = ZttForCausalLM.from_pretrained(None, config=config, state_dict=some)
-    for name, value in missing.state_dict().items():
-        assert value.isfinite().all(), name
-        assert value.float().std() == pytest.approx(float(new[name].float().std()), rel=0.3, abs=1e-6), name
+    layers = {name: value for name, value in new.items() if ".layers." in name or ".h." in name}
+    for given in (layers, {}):
+        model = ZttForCausalLM.from_pretrained(None, config=config, state_dict=given)
+        for name, value in model.state_dict().items():
+            assert value.isfinite().all(), name
+            assert value.float().std() == pytest.approx(float(new[name].float().std()), rel=0.3, abs=1e-6), name
 
 
 def test_shapes_that_do_not_match(family: str, tmp_path: Path) -> None:

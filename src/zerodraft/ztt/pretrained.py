@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, initialization
 
 from zerodraft.caches import KNOWN
 from zerodraft.errors import ZerodraftError
@@ -139,7 +139,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         layers = {name for name in model.state_dict() if name.startswith(f"{model._cycled_path}.")}
-        if layers and layers <= set(info["missing_keys"]):
+        if info["unexpected_keys"] and layers <= set(info["missing_keys"]):
             raise ZerodraftError(
                 f"There is nothing in {args[0] if args else 'the checkpoint'!r} that fits a Zero Token Transformer; "
                 "turn a plain model into one with ZttForCausalLM.from_base(MODEL)."
@@ -175,12 +175,20 @@ class ZttPreTrainedModel(PreTrainedModel):
             if isinstance(module, PreTrainedModel):
                 module.config._attn_implementation = name
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: like transformers' own, these models initialise by its functions, which leave alone what files have filled.
+
+        In custom code, modules without weights of their own would not be asked (GPT-2's model, which scales by depth).
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(self.config, "initializer_range", 0.02)
         if isinstance(module, ZeroTokenPool):
             for keys in module.parameters(recurse=False):
-                nn.init.normal_(keys, std=std)
+                initialization.normal_(keys, std=std)
         elif isinstance(module, (CycleGates, CycleLora)):
             module.reset_parameters()
 
