@@ -177,7 +177,7 @@ class ZttPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: like transformers' own, these models initialise by its functions, which leave alone what files have filled.
+        """No: these models initialise by transformers' own functions, which leave alone what a file has filled.
 
         In custom code, modules without weights of their own would not be asked (GPT-2's model, which scales by depth).
         """
