@@ -73,6 +73,9 @@ def choose_again(measured: dict[str, Any], bound: float) -> None:
     measured["chosen"] = asdict(target.best(found))
     measured["rule"] = measured["chosen"]["rule"]
     measured["target"] = {"relative": bound}
+    # they are of the other choice
+    for name in ("loss_increase_interval", "against_fixed", "best_fixed", "verdict"):
+        measured.pop(name, None)
     measured["command"] += f", then scripts/exit_rules.py --max-loss-increase {bound:g}"
 
 
@@ -122,6 +125,7 @@ def tables(measured: Mapping[str, Any], name: str) -> str:
         f"Each rule is shown at its best measured threshold for the target {target(measured)}. *Against fixed "
         "depths*: its loss minus that of the straight line between the fixed depths at the same FLOPs; below zero, "
         "choosing the depth for each token pays.",
+        *(["", f"The chosen rule with 95% intervals: {measured['verdict']}"] if "verdict" in measured else []),
         "",
         "The lowest loss that was measured with at most this share of the FLOPs:",
         "",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from zerodraft import ZttForCausalLM, exit_rule_from_dict
 from zerodraft.cli.main import main
@@ -103,3 +104,49 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
 def test_a_plain_model_is_sent_to_convert(plain_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = calibrate(capsys, plain_dir, "--text", text, "--budget", "0.7")
     assert (code, "zerodraft convert" in err) == (2, True)
+
+
+@pytest.fixture
+def deepened(plain_dir: Path, tmp_path: Path) -> Path:
+    assert main(["convert", str(plain_dir), "--output", str(tmp_path / "deepened")]) == 0
+    return tmp_path / "deepened"
+
+
+def test_a_conversion_is_to_be_trained_first(deepened: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = calibrate(capsys, deepened, "--text", text, *SIZES, "--mean-cycles", "1.5")
+    assert code == 2
+    assert "All gates of the model are closed" in err
+    assert "zerodraft finetune --model" in err
+
+
+def test_a_trained_conversion_has_no_masses_to_go_by(
+    deepened: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ZttForCausalLM.from_pretrained(deepened)
+    assert model.cycle_gates is not None
+    with torch.no_grad():
+        model.cycle_gates.weight.fill_(0.3)
+    model.save_pretrained(deepened)
+    code, out, err = calibrate(capsys, deepened, "--text", text, *SIZES, "--mean-cycles", "1.5", "--json")
+    assert code == 0, err
+    assert json.loads(out)["rule"]["rule"] == "latent"
+    both = ["--rule", "best", "--rules", "zero-mass", "latent"]
+    code, out, err = calibrate(capsys, deepened, "--text", text, *SIZES, "--mean-cycles", "1.5", *both, "--dry-run")
+    assert code == 0, err
+    assert "zero-mass: The model has no zero tokens in the cycles" in out
+    code, _, err = calibrate(capsys, deepened, "--text", text, *SIZES, "--mean-cycles", "1.5", "--rule", "zero-mass")
+    assert (code, "choose another rule than zero-mass, such as latent" in err) == (2, True)
+
+
+def test_fixed_depths_are_compared(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = calibrate(capsys, model, "--text", text, *SIZES, "--mean-cycles", "2", "--dry-run", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert [depth["cycles"] for depth in result["against_fixed"]] == [1, 2, 3]
+    best = result["against_fixed"][result["best_fixed"] - 1]
+    assert best["loss"] == min(depth["loss"] for depth in result["against_fixed"][:2])
+    difference = best["difference"]
+    assert difference["mean"] == pytest.approx(result["chosen"]["loss"] - best["loss"], abs=1e-9)
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert result["verdict"] in err
+    assert result["verdict"].startswith(f"Best fixed depth: cycles:{result['best_fixed']} at ")

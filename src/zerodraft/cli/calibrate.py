@@ -43,8 +43,9 @@ class Calibrate(Command):
     """Directory, hub id or short name of a Zero Token Transformer."""
     text: str = metavar("FILE")
     """Text to measure on (.txt, .md, .jsonl, .parquet; a folder or a glob): not what the model was trained on."""
-    rule: Literal["zero-mass", "confidence", "entropy", "kl", "latent", "best"] = "zero-mass"
-    """The rule; 'best' takes the one of --rules that meets the target best."""
+    rule: Literal["zero-mass", "confidence", "entropy", "kl", "latent", "best"] | None = None
+    """The rule; 'best' takes the one of --rules that meets the target best. Left out, it is zero-mass, or latent where
+    no token could leave after a cycle with a zero token (as in a model deepened to two cycles)."""
     rules: tuple[str, ...] = metavar("all|RULE ...", default=())
     """Measure these rules too and draw them all in one plot."""
     budget: float | None = None
@@ -84,47 +85,59 @@ class Calibrate(Command):
                 raise ZerodraftError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}"
                 )
-        self._names()
+        self._names(self.rule or "zero-mass")
 
     def run(self, console: Console) -> Result:
         """Measures, reports and writes."""
         from zerodraft.ztt.calibrate import HALVINGS, choose, search, write_exit_rule
+        from zerodraft.ztt.compare import compare, increase, verdict
         from zerodraft.ztt.exits import FixedExit
         from zerodraft.ztt.tradeoff import LEVELS, Ruler
 
         target = self._target()
         model, path = load_ztt(self.model)
         blocks, source = self._read(load_tokenizer(path), model.config.max_position_embeddings)
-        names = self._names()
+        rule = self.rule or ("zero-mass" if _has_masses(model.config) else "latent")
+        names = self._names(rule)
         check_tokens(int(blocks.max()), model, f"'{self.text}'")
         with _progress(console) as progress:
             task = progress.add_task("measuring", total=None)
             ruler = Ruler(model, blocks, self.policy, self.batch_size, lambda: progress.advance(task))
             runs = 1 + model.config.cycles + len(names) * (1 + len(LEVELS) + HALVINGS)
             progress.update(task, total=runs * ruler.passes)
-            curves = {}
+            curves, refused = {}, {}
             for name in names:
                 progress.update(task, description=name)
-                curves[name] = search(ruler, self._template(name), target)
+                try:
+                    curves[name] = search(ruler, self._template(name), target)
+                except ZerodraftError as error:
+                    curves[name], refused[name] = (), str(error)
             progress.update(task, description="fixed depths")
             fixed = [ruler.measure(FixedExit(cycles=cycles)) for cycles in range(1, model.config.cycles + 1)]
         found: dict[str, CalibrationResult] = {}
-        refused: dict[str, str] = {}
         for name in names:
+            if name in refused:
+                continue
             try:
                 found[name] = choose(ruler, curves[name], target)
             except ZerodraftError as error:
                 refused[name] = str(error)
-        candidates = [name for name in found if self.rule in (name, "best")]
+        candidates = [name for name in found if rule in (name, "best")]
         if not candidates:
-            raise ZerodraftError(next(iter(refused.values())) if self.rule == "best" else refused[self.rule])
+            raise ZerodraftError(next(iter(refused.values())) if rule == "best" else refused[rule])
         best = target.best([found[name].chosen for name in candidates])
         result = next(found[name] for name in candidates if found[name].chosen == best)
-
+        compared = compare(ruler, result.chosen, fixed)
+        met = [point for point in fixed if target.met_by(point)]
+        best_fixed = compared[fixed.index(target.best(met))] if met else None
         report = {
             **result.to_dict(),
             "text": source,
             "fixed": [asdict(point) for point in fixed],
+            "loss_increase_interval": asdict(increase(ruler, result.chosen)),
+            "against_fixed": [asdict(depth) for depth in compared],
+            "best_fixed": None if best_fixed is None else best_fixed.cycles,
+            "verdict": verdict(result.chosen, best_fixed),
             "rules": {
                 name: {
                     "chosen": asdict(found[name].chosen) if name in found else None,
@@ -136,22 +149,23 @@ class Calibrate(Command):
         _table(console, ruler, fixed, found)
         for name, why in refused.items():
             console.print(f"{name}: {why}")
+        console.print(report["verdict"])
         files = self._write(console, path, report, curves, fixed, result.chosen)
         if not self.dry_run:
             write_exit_rule(model, result.rule, path)
             console.print(f"{_rule_text(result.chosen)} is now the calibrated exit rule of {self.model}")
         return {**report, "written": files}
 
-    def _names(self) -> list[str]:
+    def _names(self, rule: str) -> list[str]:
         known: list[str] = list(NAMES)
         for name in self.rules:
             if name not in (*known, "all"):
                 from zerodraft.training.strict import did_you_mean
 
                 raise ZerodraftError(f"--rules: unknown rule '{name}'{did_you_mean(name, [*known, 'all'])}")
-        if self.rule == "best" and not self.rules:
+        if rule == "best" and not self.rules:
             return known
-        return [name for name in known if name == self.rule or name in self.rules or "all" in self.rules]
+        return [name for name in known if name == rule or name in self.rules or "all" in self.rules]
 
     def _target(self) -> "Target":
         from zerodraft.ztt.calibrate import ComputeBudget, LossBound
@@ -236,12 +250,19 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+def _has_masses(config: Any) -> bool:
+    """Whether there is a zero token in a cycle after which a token could leave, any but the last one."""
+    return config.zero_tokens and config.zero_token_start < config.cycles
+
+
 def _table(console: Console, ruler: "Ruler", fixed: "list[Point]", found: "dict[str, CalibrationResult]") -> None:
-    table = Table("exit rule", "cycles/token", "FLOPs", "loss", "increase", box=None, pad_edge=False)
+    from zerodraft.ztt.compare import increase
+
+    table = Table("exit rule", "cycles/token", "FLOPs", "loss", "increase [95%]", "", box=None, pad_edge=False)
     rows = [("none", ruler.full), *((f"cycles:{n}", point) for n, point in enumerate(fixed, 1))]
     for name, point in [*rows, *((_rule_text(result.chosen), result.chosen) for result in found.values())]:
-        increase = "" if point.rule is None else f"{point.loss_increase:+.4f} ({point.relative_increase:+.2%})"
-        table.add_row(name, f"{point.mean_cycles:.2f}", f"{point.flops:.1%}", f"{point.loss:.4f}", increase)
+        more = ("", "") if point.rule is None else (str(increase(ruler, point)), f"{point.relative_increase:+.2%}")
+        table.add_row(name, f"{point.mean_cycles:.2f}", f"{point.flops:.1%}", f"{point.loss:.4f}", *more)
     console.print(table)
 
 

@@ -5,6 +5,7 @@ generated token by token (the exit of a token depends on earlier tokens only), s
 are those of generation, at the speed of prefill.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.exits import RULES, CycleOutput, ExitPolicy, ExitRule, exit_rule_to_dict
@@ -78,7 +80,8 @@ class Ruler:
         on_batch: Called after each forward pass.
 
     Raises:
-        ZerodraftError: blocks of fewer than two tokens, or a model whose tokens all run the same cycles anyway.
+        ZerodraftError: blocks of fewer than two tokens, or a model whose tokens all run the same cycles anyway, or to
+            no effect.
     """
 
     def __init__(
@@ -96,9 +99,16 @@ class Ruler:
             raise ZerodraftError("The model has one cycle, so no token can leave early; it needs cycles of at least 2.")
         if model.config.schedule != "block":
             raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
+        if model.cycle_gates is not None and not bool(model.cycle_gates().any()):
+            raise ZerodraftError(
+                "All gates of the model are closed, as conversion leaves them, so every depth gives the same text and "
+                "there is no exit to choose yet: train it first (zerodraft finetune --model MODEL --data FILE --output "
+                "DIR)."
+            )
         self.model, self.blocks, self.batch_size, self.on_batch = model, blocks, batch_size, on_batch
         self.policy: ExitPolicy = policy
         self._full: Point | None = None
+        self._losses: dict[str, Tensor] = {}
 
     @property
     def passes(self) -> int:
@@ -118,6 +128,10 @@ class Ruler:
         share, increase = point.flops_per_token / full.flops_per_token, point.loss - full.loss
         return replace(point, flops=share, loss_increase=increase)
 
+    def losses(self, point: Point) -> Float[Tensor, " rows"]:
+        """The loss of each block at a point that this ruler has measured."""
+        return self._losses[json.dumps(point.rule)]
+
     def scores(self, rule: ScoredRule) -> Float[Tensor, " n"]:
         """The scores of every token after every cycle but the last, in ascending order, when nobody stops.
 
@@ -133,41 +147,45 @@ class Ruler:
         if not len(scores):
             raise ZerodraftError(
                 "The model has no zero tokens in the cycles after which a token could leave; choose another rule than "
-                "zero-mass."
+                "zero-mass, such as latent."
             )
         return scores.sort().values
 
     @torch.no_grad()
-    def _forward(self, rule: ExitRule | None) -> tuple[int, float, list[Tensor]]:
-        """FLOPs, summed loss and depths of one pass over the text."""
+    def _forward(self, rule: ExitRule | None) -> tuple[int, Float[Tensor, " rows"], list[Tensor]]:
+        """FLOPs, loss of each block, and depths of one pass over the text."""
         was_training = self.model.training
         self.model.eval()
-        flops, loss, depths = 0, 0.0, []
+        flops, losses, depths = 0, [], []
         try:
             for batch in self.blocks.split(self.batch_size):
                 batch = batch.to(self.model.device)
                 with count_flops() as counted:
-                    out = self.model(batch, labels=batch, use_cache=False, exit_rule=rule, exit_policy=self.policy)
-                flops, loss = flops + counted.total, loss + float(out.loss) * len(batch)
+                    out = self.model(batch, use_cache=False, exit_rule=rule, exit_policy=self.policy)
+                flops += counted.total
+                each = F.cross_entropy(out.logits[:, :-1].transpose(1, 2).float(), batch[:, 1:], reduction="none")
+                losses.append(each.double().mean(1).cpu())
                 if out.exit_depth is not None:
                     depths.append(out.exit_depth.cpu())
                 self.on_batch()
         finally:
             self.model.train(was_training)
-        return flops, loss / len(self.blocks), depths
+        return flops, torch.cat(losses), depths
 
     def _measure(self, rule: ExitRule | None) -> Point:
         cycles = self.model.config.cycles
-        flops, loss, parts = self._forward(rule)
+        flops, losses, parts = self._forward(rule)
+        stored = None if rule is None else exit_rule_to_dict(rule)
+        self._losses[json.dumps(stored)] = losses
         depths = torch.cat(parts) if parts else torch.full(self.blocks.shape, cycles)
         counts = torch.bincount(depths.flatten(), minlength=cycles + 1)[1:]
         return Point(
-            rule=None if rule is None else exit_rule_to_dict(rule),
+            rule=stored,
             mean_cycles=depths.cpu().double().mean().item(),
             depths=tuple((counts / depths.numel()).tolist()),
             flops_per_token=flops / self.blocks.numel(),
             flops=1.0,
-            loss=loss,
+            loss=losses.mean().item(),
             loss_increase=0.0,
         )
 
