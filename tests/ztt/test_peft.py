@@ -97,6 +97,22 @@ def test_the_decoder_follows_adapters_that_come_and_go() -> None:
     assert gap(states(converted())[1], plain) > 1e-3
 
 
+def test_adapters_through_transformers_own_door(tmp_path: Path) -> None:
+    model = converted()
+    open_gates(model, 0.5)
+    before = states(model)[0]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    after = states(model)[0]
+    assert gap(after, before) > 1e-4
+    model.save_pretrained(tmp_path)
+    again = converted()
+    open_gates(again, 0.5)
+    again.load_adapter(str(tmp_path))
+    assert gap(states(again)[0], after) == 0
+    model.disable_adapters()
+    assert gap(states(model)[0], before) == 0
+
+
 def test_adapters_of_an_older_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "zero_tokens.safetensors").touch()
     with pytest.raises(ZerodraftError, match="written by an older version"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 from tests.saved import save_ztt, tiny_tokenizer
 from tests.ztt.tiny import tokens
@@ -80,6 +80,15 @@ def test_the_package_that_is_missing_is_named(saved: Path, tmp_path: Path) -> No
     done = run(MISSING + code, tmp_path)
     assert done.returncode != 0
     assert "pip install zerodraft" in done.stderr
+
+
+def test_pipelines(saved: Path) -> None:
+    write = pipeline("text-generation", model=str(saved), max_new_tokens=5, do_sample=False)
+    assert isinstance(write.model, ZttForCausalLM)
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor([tokenizer.encode("the cat")])
+    expected = tokenizer.decode(write.model.generate(ids, max_new_tokens=5, do_sample=False)[0])
+    assert write("the cat")[0]["generated_text"] == expected
 
 
 def test_here_the_package_itself_loads_it(saved: Path) -> None:

@@ -46,6 +46,9 @@ class ZttCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ZttForCausalLM`.
 
     Attributes:
+        hidden_states: The embeddings, then what each executed layer returns (a gate has not seen it yet); the last is
+            after the final norm.
+        attentions: One for each executed layer, with eager attention; what a row lacks to 1 lies on the zero token.
         hidden_states: None in place of those that `output_hidden_states` did not choose.
         cycle_losses: `(cycles,)`, loss of each cycle's readout, with `cycle_weights`.
         zero_mass: `(b, t, cycles with zero tokens, shared layers, heads)`, with `output_zero_mass`.
