@@ -1,13 +1,17 @@
-"""What a training run of any drafter has to show: its loss falls, and resumed it ends where it would have ended."""
+"""What a training run of any drafter has to show: its loss falls, resumed it ends where it would have ended, and one
+process at a time trains in a folder."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from zerodraft.errors import ZerodraftError
 from zerodraft.training.callbacks import read_log
+from zerodraft.training.lock import locked
 
 
 def losses(folder: Path) -> list[float]:
@@ -38,6 +42,14 @@ def learns_and_resumes(
     assert resumed["resumed_from"] == "checkpoint-10"
     assert losses(again) == before
     assert resumed["held_back"] == whole["held_back"]
+    # killed before its results, a run makes no further step
+    (again / "results.json").unlink()
+    ended = train(recipe(again), resume=True, callbacks=[])
+    assert (ended["resumed_from"], ended["steps"], ended["blocks"]) == ("checkpoint-20", 20, whole["blocks"])
+    assert losses(again) == before
+    assert ended["held_back"] == whole["held_back"]
+    with locked(again, "taken"), pytest.raises(ZerodraftError, match="Another process is training in"):
+        train(recipe(again), resume=True, callbacks=[])
     first, second = load(work / "model"), load(again / "model")
     for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -102,3 +102,12 @@ def test_what_a_tokenizer_without_a_template_cannot_do() -> None:
         PromptEncoder(bare)
     with pytest.raises(ZerodraftError, match="leave out either --invent or --no-chat"):
         PromptEncoder(bare, chat=False).user_turn()
+
+
+@pytest.mark.parametrize("row", [{"input": ["a", "b"]}, {"context": {"a": 1}}, {"instances": [{"input": 5}]}])
+def test_a_context_that_is_no_text_is_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instruction": "Add.", **row}), encoding="utf-8")
+    with pytest.raises(ZerodraftError, match=r"line 1 has a (list|dict|int) in input or context, expected a text"):
+        read_prompts([str(tmp_path / "a.jsonl")])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "Add?", **row}), encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts([str(tmp_path / "a.jsonl")])] == ["Add?"]

@@ -79,9 +79,15 @@ def _of_row(row: dict[str, Any], path: Path, number: int) -> str:
             f"'{path}' line {number} has instances that are no list of objects: expected some like "
             '[{"input": "..."}], or no such field.'
         )
-    contexts = [str(source.get(key) or "").strip() for source in (row, instances[0]) for key in CONTEXTS]
-    context = next((context for context in contexts if context), "")
-    return f"{text}\n\n{context}" if field == "instruction" and context else text
+    if field != "instruction":
+        return text
+    contexts = [source.get(key) or "" for source in (row, instances[0]) for key in CONTEXTS]
+    if other := next((context for context in contexts if not isinstance(context, str)), None):
+        raise ZerodraftError(
+            f"'{path}' line {number} has a {type(other).__name__} in {' or '.join(CONTEXTS)}, expected a text."
+        )
+    context = next((context.strip() for context in contexts if context.strip()), "")
+    return f"{text}\n\n{context}" if context else text
 
 
 def _unwrap(text: str) -> str:
