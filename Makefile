@@ -1,15 +1,26 @@
 # Everything here makes its own environment first (.venv, CPU build of torch; `make TORCH=cuda demo` for CUDA).
 PYTHON ?= python3
 TORCH ?= cpu
-RUN := .venv/bin/python
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := .venv/$(BIN)/python
 
-.PHONY: demo test quality format env clean
+# What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
+CORE := tests/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
+	tests/decoding/test_caches.py tests/decoding/test_huggingface_door.py tests/drafters/test_block.py \
+	tests/targets/test_lean.py tests/targets/test_lean_ztt.py tests/training/test_run.py tests/training/test_adapters.py \
+	tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py
+
+.PHONY: demo test test-newest quality format env env-newest clean
 
 demo: env
 	@$(RUN) examples/demo.py
 
 test: env
 	@$(RUN) -m pytest
+
+# the newest releases of transformers, TRL, PEFT and lm-eval, in an environment of their own
+test-newest: env-newest
+	@.venv-newest/$(BIN)/python -m pytest $(CORE)
 
 quality: env
 	@$(RUN) -m ruff check .
@@ -23,5 +34,8 @@ format: env
 env:
 	@$(PYTHON) scripts/bootstrap.py --torch $(TORCH)
 
+env-newest:
+	@$(PYTHON) scripts/bootstrap.py --torch $(TORCH) --newest
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis build dist

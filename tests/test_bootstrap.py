@@ -4,7 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
 from typing import Any
 
@@ -23,11 +23,10 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==1.0\ntorch==2.13.0\n")
-    venv = tmp_path / ".venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "bin" / "python").touch()
-    values = {"ROOT": tmp_path, "VENV": venv, "PYTHON": venv / "bin" / "python", "STAMP": venv / "stamp"}
-    for name, value in {**values, "CONSTRAINTS": constraints, "INPUTS": (constraints,)}.items():
+    for venv in (tmp_path / ".venv", tmp_path / ".venv-newest"):
+        (venv / "bin").mkdir(parents=True)
+        (venv / "bin" / "python").touch()
+    for name, value in {"ROOT": tmp_path, "CONSTRAINTS": constraints, "INPUTS": (constraints,)}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(sys, "argv", ["bootstrap.py"])
     monkeypatch.setattr(sys, "platform", "linux")
@@ -101,7 +100,7 @@ def test_without_a_cpu_wheel_uv_is_asked_and_nothing_else_is_installed_on_failur
     error = capsys.readouterr().err
     assert error.startswith("error: no CPU build of torch==2.13.0 could be installed")
     assert error.count("\n") == 1
-    assert not bootstrap.STAMP.exists()
+    assert not bootstrap.Environment(bootstrap.ROOT / ".venv").stamp.exists()
 
 
 def test_cuda_is_installed_only_when_asked_for(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,3 +118,56 @@ def test_an_old_python_is_told_so(
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     assert bootstrap.main() == 1
     assert "this is Python 3.9, and zerodraft needs 3.10 or newer" in capsys.readouterr().err
+
+
+def test_the_newest_releases_have_an_environment_of_their_own(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = record(bootstrap, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--newest"])
+    assert bootstrap.main() == 0
+    installs = [command for command in commands if " install " in command]
+    assert installs[0].endswith("torch==2.13.0+cpu")
+    assert "[all,dev]" in installs[1]
+    assert installs[2].endswith(" transformers trl peft lm-eval")
+    assert len(installs) == 3
+    folder = bootstrap.ROOT / ".venv-newest"
+    # the one thing that is pinned there, so that nothing pulls another build of torch
+    assert (folder / "torch.txt").read_text() == "torch==2.13.0\n"
+    assert f"-c {folder / 'torch.txt'}" in installs[2]
+    assert not bootstrap.Environment(bootstrap.ROOT / ".venv").stamp.exists()
+    # what is newest is asked every time, and nothing else is done again
+    commands.clear()
+    assert bootstrap.main() == 0
+    assert [command for command in commands if " install " in command] == [installs[2]]
+
+
+def test_without_a_registry_the_newest_of_before_stay(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--newest"])
+    record(bootstrap, monkeypatch, lambda command: "lm-eval" in command)
+    assert bootstrap.main() == 1
+    assert "could not be installed: ERROR: no such thing" in capsys.readouterr().err
+    record(bootstrap, monkeypatch)
+    assert bootstrap.main() == 0
+    capsys.readouterr()
+    record(bootstrap, monkeypatch, lambda command: "lm-eval" in command)
+    assert bootstrap.main() == 0
+    assert "nothing is newer than before" in capsys.readouterr().out
+
+
+def test_where_an_environment_has_its_interpreter(bootstrap: ModuleType) -> None:
+    posix, windows = PurePosixPath("/a b/.venv"), PureWindowsPath("C:/a b/.venv")
+    assert str(bootstrap.python_of(posix, "posix")) == "/a b/.venv/bin/python"
+    assert str(bootstrap.python_of(windows, "nt")) == r"C:\a b\.venv\Scripts\python.exe"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_where_the_registry_has_no_cuda_build_none_is_avoided(
+    platform: str, bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = record(bootstrap, monkeypatch)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert bootstrap.main() == 0
+    assert next(command for command in commands if " install " in command).endswith(" torch==2.13.0")

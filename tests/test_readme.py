@@ -24,7 +24,7 @@ def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_make_targets_exist() -> None:
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     named = re.findall(r"(?:^|`)make (?:\w+=\S+ )*(\w+)", README, re.MULTILINE)
     assert {"demo", "test"} <= set(named) <= set(targets)
 
