@@ -140,10 +140,12 @@ def draw(number: int) -> Case:
     dtypes = ["float32"] if family == "mixtral" else ["float64"] if sampling else list(DTYPES)
     dtype = dice.choices(dtypes, [4, 3, 1][: len(dtypes)])[0]
     eos = tuple(dice.sample(range(3, VOCABULARY), dice.choice([0, 1, 4])))
-    own = dice.choice([None, None, None, "processor", "criterion", "both"]) if rows == 1 else None
+    own = dice.choice([None, None, None, "processor", "criterion", "both"])
     # without an EOS nothing decays; with two that forbid tokens none may be left
-    idle = {"decay"} if not eos else {"forced"} if own in ("processor", "both") else set()
+    idle = ({"forced"} if own in ("processor", "both") else set()) | (set() if eos else {"decay"})
     some = dice.sample(sorted(OPTIONS.keys() - idle), dice.choice([0, 0, 1, 1, 2]))
+    if {"forced", "least"} <= set(some):
+        some.remove("least")
     caches = [*[None] * 6, *CACHES, "own dynamic", "own bare", "own static", "own begun"]
     return Case(
         number=number,

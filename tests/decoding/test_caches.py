@@ -10,10 +10,10 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from tests.decoding.drafters import NoisyDrafter
-from tests.decoding.generating import NEW, both, model_of, prompts_of, spec_for
+from tests.decoding.generating import NEW, both, letters, model_of, prompts_of, spec_for
 from tests.ztt.tiny import VOCABULARY, gap, tiny_plain, tokens
 from zerodraft import ZerodraftError
-from zerodraft.caches import CACHE
+from zerodraft.caches import CACHE, returned_by
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.targets.lean import lean_target
 
@@ -148,3 +148,25 @@ def test_caches_that_cannot_be_continued_are_named() -> None:
     mask = torch.ones(1, 17, dtype=torch.long)
     with pytest.raises(ZerodraftError, match="give the whole text"):
         model.generate(text, attention_mask=mask, **{CACHE: cache}, **options)
+
+
+@pytest.mark.parametrize("make_target", ["auto", None])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_returned_cache_holds_all_but_the_last_token(rows: int, make_target: Any) -> None:
+    """Also where rows without an EOS go on behind their own ends; a text can be continued from it."""
+    for seed in range(6):
+        model = tiny_plain("llama", seed=seed)
+        batch = {"input_ids": tokens(rows, 7, seed=seed)}
+        options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        free = model.generate(**batch, **options)
+        ends = [int(free[row, 7 + (3, 9, 5)[(row + seed) % 3]]) for row in range(rows)]
+        options |= {"return_dict_in_generate": True, "stop_strings": [chr(33 + end) for end in ends]}
+        options |= {"tokenizer": letters()}
+        plain = model.generate(**batch, **options)
+        ours = model.generate(**batch, **options, custom_generate=spec_for(plain.sequences, make_target=make_target))
+        assert torch.equal(plain.sequences, ours.sequences)
+        assert returned_by(ours).get_seq_length() == plain.sequences.shape[1] - 1
+        seen = torch.ones_like(plain.sequences)
+        onward = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "attention_mask": seen}
+        again = model.generate(ours.sequences, **{CACHE: returned_by(ours)}, **onward)
+        assert torch.equal(again, model.generate(plain.sequences, **onward))

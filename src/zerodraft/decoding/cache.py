@@ -170,14 +170,15 @@ class DraftCache(Cache):
                 mine.load(layer.keys[:, :, :held], layer.values[:, :, :held], columns)
         self.append(rows, columns)
 
-    def copy_to(self, cache: Cache) -> None:
-        """Put the text's keys and values into a cache of any kind that is empty or holds the text's beginning."""
+    def copy_to(self, cache: Cache, columns: int | None = None) -> None:
+        """Put the text's keys and values, or those of its first columns, into a cache of any kind that is empty or
+        holds the text's beginning."""
         for i, layer in enumerate(self.layers):
             if layer in self.written:
                 assert isinstance(layer, DraftLayer)
                 held = int(cache.get_seq_length(i))
                 keys, values = layer.text()
-                cache.update(keys[:, :, held:], values[:, :, held:], i)
+                cache.update(keys[:, :, held:columns], values[:, :, held:columns], i)
 
 
 def check_readable(cache: Cache) -> None:

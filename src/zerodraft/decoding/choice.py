@@ -1,9 +1,8 @@
 """How the target's logits become its own next token: processors, then argmax or probabilities.
 
-The processors are the model's whole stack as `generate` builds it. They are called along the accepted path alone, once
-for each token of the text and in its order: what they see is what they see in plain decoding, so even those with a
-memory work. Rows of a batch go on at their own pace; a processor that tells rows apart is therefore called with the row
-in its place of a batch of copies.
+The processors are the model's whole stack as `generate` builds it. They are called along the accepted path alone. Those
+known here are functions of a text, so rows of a batch can go on at their own pace; any other may remember what it was
+called with, and is called as in plain decoding (see `instep.py`).
 """
 
 from typing import Any
@@ -22,6 +21,7 @@ ROW_WISE = tuple(
         "TemperatureLogitsWarper",
         "TopKLogitsWarper",
         "TopPLogitsWarper",
+        "TopHLogitsWarper",
         "MinPLogitsWarper",
         "TypicalLogitsWarper",
         "EpsilonLogitsWarper",
@@ -42,11 +42,20 @@ ROW_WISE = tuple(
 )
 """Processors that do the same to every row and remember nothing."""
 
-WITH_MEMORY = tuple(
+PLACED = tuple(
     getattr(logits_process, name)
-    for name in ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+    for name in (
+        "RepetitionPenaltyLogitsProcessor",
+        "EncoderRepetitionPenaltyLogitsProcessor",
+        "EncoderNoRepeatNGramLogitsProcessor",
+    )
 )
-"""Processors whose memory is of a whole batch that goes on in step."""
+"""Processors that remember nothing either, but know each row's prompt by its place in the batch."""
+
+
+def may_remember(processors: LogitsProcessorList) -> bool:
+    """Whether any of the processors is not known to be a function of a text and its row."""
+    return any(type(processor) not in ROW_WISE + PLACED for processor in processors)
 
 
 class TokenChoice:
@@ -58,9 +67,6 @@ class TokenChoice:
         rows: Rows of the batch.
         keep_scores: Keep the processed scores of every token of the text.
         keep_logits: Keep the logits of every token of the text.
-
-    Raises:
-        ZerodraftError: processors that cannot follow rows at different paces.
     """
 
     def __init__(
@@ -73,15 +79,11 @@ class TokenChoice:
         keep_logits: bool = False,
     ) -> None:
         self.processors, self.sample, self.rows = processors, sample, rows
-        self._batched = rows > 1 and any(type(p) not in ROW_WISE for p in processors)
-        for processor in processors:
-            if rows > 1 and isinstance(processor, WITH_MEMORY):
-                raise ZerodraftError(
-                    f"{type(processor).__name__} remembers a batch whose rows go on in step, and speculative rows do "
-                    f"not; generate the {rows} texts one by one."
-                )
+        # a processor that tells rows apart is called with the row in its place of a batch of copies
+        self._batched = rows > 1 and any(type(p) in PLACED for p in processors)
         self.scores: list[list[Tensor]] | None = [[] for _ in range(rows)] if keep_scores else None
         self.logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if keep_logits else None
+        self._together: list[Tensor] = []
 
     @property
     def plain(self) -> bool:
@@ -100,12 +102,27 @@ class TokenChoice:
             scores = processors(ids, raw[None])[0]
         if self.scores is not None:
             self.scores[row].append(scores)
-        if not scores.max().isfinite():
-            raise ZerodraftError(
-                "The target's scores hold NaN or infinity, or its logits processors left no token to choose; check its "
-                "weights and the generation options, or run it in a wider dtype."
-            )
+        _check(scores)
         return scores
+
+    def process_together(self, ids: Int[Tensor, "B T"], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """The same for all rows in one call, as plain decoding makes it."""
+        processors: Any = self.processors
+        raw = logits.to(torch.float32, copy=True).to(ids.device)
+        scores = processors(ids, raw.clone() if self.logits is not None else raw)
+        for kept, new in ((self.logits, raw), (self.scores, scores)):
+            if kept is not None:
+                for of_row, value in zip(kept, new, strict=True):
+                    of_row.append(value)
+        if self.scores is not None:
+            self._together.append(scores)
+        _check(scores)
+        return scores
+
+    @property
+    def so_far_together(self) -> tuple[Float[Tensor, "B V"], ...] | None:
+        """The scores of all new tokens as stopping criteria want them, where rows go in step."""
+        return None if self.scores is None else tuple(self._together)
 
     def cut(self, row: int, tokens: int) -> None:
         """Forget what was kept of a row beyond its first `tokens` new tokens."""
@@ -120,8 +137,10 @@ class TokenChoice:
         blank = torch.zeros_like(what[0][0])
         return tuple(torch.stack([row[i] if i < len(row) else blank for row in what]) for i in range(tokens))
 
-    def so_far(self, row: int, tokens: int) -> Any:
-        """The scores of a row's first new tokens as stopping criteria want them."""
-        if self.scores is None:
-            return None
-        return tuple(scores.expand(self.rows, -1) for scores in self.scores[row][:tokens])
+
+def _check(scores: Float[Tensor, "*B V"]) -> None:
+    if not bool(scores.amax(-1).isfinite().all()):
+        raise ZerodraftError(
+            "The target's scores hold NaN or infinity, or its logits processors left no token to choose; check its "
+            "weights and the generation options, or run it in a wider dtype."
+        )

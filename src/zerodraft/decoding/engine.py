@@ -5,6 +5,7 @@ behind the last known token, verify, keep the accepted path in the target's cach
 is always the target's own choice (see `verify`), whatever the draft.
 
 Rows are independent: each accepts what it accepts, and a row that has ended waits (with an empty draft) for the others.
+Where something that is called for tokens may remember, they go in step instead (`instep.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from zerodraft.decoding.choice import TokenChoice
 from zerodraft.decoding.fallback import UNLIMITED, Fallback
+from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, TargetOutput
@@ -27,43 +29,11 @@ from zerodraft.decoding.scorers import CausalProxy, ProxySession
 from zerodraft.decoding.search import SearchConfig, build_tree, sample_draft
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
 from zerodraft.decoding.stopping import Stopping
+from zerodraft.decoding.text import Text
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.decoding.verify import Randomness, Verdict, greedy, point_mass, sampled, walk
 
 NOTHING = DraftTree.path([])
-
-
-class Text:
-    """One row: its ids as they grow, padding of the prompt included, in a buffer that others can look into."""
-
-    def __init__(self, prompt: Int[Tensor, " T"], real: int) -> None:
-        self.length = len(prompt)
-        self.prompt_length = len(prompt)
-        self.padding = len(prompt) - real
-        self.stopped_at: int | None = None
-        self.last = int(prompt[-1])
-        self._hold(torch.cat([prompt, prompt.new_zeros(max(256, len(prompt)))]))
-
-    def _hold(self, ids: Int[Tensor, " M"]) -> None:
-        self._ids = ids
-        # writing one number is thirty times as fast through numpy
-        self._cells: Any = ids.numpy() if ids.device.type == "cpu" else ids
-
-    def write(self, at: int, token: int) -> None:
-        """Put a token at a place; it is part of the text once `length` passes it."""
-        if at >= len(self._cells):
-            self._hold(torch.cat([self._ids, torch.zeros_like(self._ids)]))
-        self._cells[at] = token
-
-    def ids(self, length: int | None = None) -> Int[Tensor, "1 T"]:
-        """The text's ids, or the first `length` ones: a view."""
-        return self._ids[None, : self.length if length is None else length]
-
-    def add(self, token: int) -> None:
-        """The text's next token."""
-        self.write(self.length, token)
-        self.length += 1
-        self.last = token
 
 
 @dataclass(kw_only=True)
@@ -81,6 +51,7 @@ class Engine:
         search: How a lattice becomes a draft.
         tree: Verify a tree of paths rather than the best one.
         sample_drafts: Draw drafts from the lattice (where tokens are sampled).
+        in_step: How rows go in step; None: each at its own pace.
         context: Positions that the target has, or None.
         chunk: Tokens of the prompt to read at once, or None for all.
         generator: Randomness of the drafter.
@@ -98,6 +69,7 @@ class Engine:
     search: SearchConfig = field(default_factory=SearchConfig)
     tree: bool = True
     sample_drafts: bool = False
+    in_step: InStep | None = None
     context: int | None = None
     chunk: int | None = None
     generator: torch.Generator | None = None
@@ -121,7 +93,7 @@ class Engine:
             self.fallback.begin()
         with self.stats.timed("prefill"):
             out = self._prefill(prompts.to(self.target.device), mask.to(self.target.device))
-            step = self._settle(out, [NOTHING] * len(real))
+            step, _ = self._settle(out, [NOTHING] * len(real))
         self._finish(step, [0] * len(real), start, draft=False)
         yield step
         self._untold = [
@@ -136,17 +108,14 @@ class Engine:
             drafted = perf_counter()
             with self.stats.timed("search"):
                 drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
+                drafts = self._filled_up(drafts)
             with self.stats.timed("verify"):
                 trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
                 depths = [tree.depths() for tree in trees]
                 ids, depth, visible = self._inputs(trees, depths)
                 going = [self._goes_on(text) for text in self.texts]
                 out = self.target.score(ids, depth, visible, self.drafter.taps)
-                step = self._settle(out, drafts)
-                # the last token of a row has not been through the target; before it come the root and accepted nodes
-                kept = [
-                    [] if row is None else [0, *(n + 1 for n in row.accepted)][: len(row.tokens)] for row in step.rows
-                ]
+                step, kept = self._settle(out, drafts)
                 self.target.keep(kept)
             if any(going):
                 seconds = perf_counter() - drafted
@@ -230,11 +199,19 @@ class Engine:
     def _search(self, lattice: Lattice, at: int) -> DraftTree | SampledDraft:
         proxy: ProxySession | None = self._proxies[at]
         eos = self.stopping.eos_ids
-        if self.sample_drafts and self.choice.sample:
+        if self.sample_drafts and self.choice.sample and not self.in_step:
             return sample_draft(lattice, self.search, self.dice, eos, tree=self.tree)
         if not len(lattice):
             return NOTHING
         return build_tree(lattice, self.search, proxy, eos, tree=self.tree, worth=self._lengths[at].worth)
+
+    def _filled_up(self, drafts: list[DraftTree | SampledDraft]) -> list[DraftTree | SampledDraft]:
+        """The drafts, padding for rows that have ended where they go in step with the others."""
+        if self.in_step is None or all(self._goes_on(text) for text in self.texts):
+            return drafts
+        deepest = max(max(draft.depths()) for draft in drafts if isinstance(draft, DraftTree))
+        padding = self.in_step.padding(int(deepest))
+        return [draft if self._goes_on(text) else padding for draft, text in zip(drafts, self.texts, strict=True)]
 
     def _inputs(
         self, trees: Sequence[DraftTree], depths: Sequence[Int64[np.ndarray, " _"]]
@@ -255,8 +232,14 @@ class Engine:
         device = self.target.device
         return tuple(torch.from_numpy(x).to(device) for x in (ids, depth, visible))  # pyright: ignore[reportReturnType]  # three of them
 
-    def _settle(self, out: TargetOutput, drafts: Sequence[DraftTree | SampledDraft]) -> Step:
-        """Verify every row's draft and add what it yields to the row's text, up to where the text ends."""
+    def _settle(self, out: TargetOutput, drafts: Sequence[DraftTree | SampledDraft]) -> tuple[Step, list[list[int]]]:
+        """Verify every row's draft and add what it yields to the row's text, up to where the text ends. Returns that,
+        and which of the pass's tokens every row keeps: the root and accepted nodes before the last token of its text,
+        which has not been through the target."""
+        if self.in_step is not None:
+            trees = [draft for draft in drafts if isinstance(draft, DraftTree)]
+            rows, kept = self.in_step.settle(self.texts, trees, out.logits)
+            return Step(rows), kept
         choose = greedy(out.logits) if self.choice.plain else None
         rows: list[RowStep | None] = []
         for at, (text, draft) in enumerate(zip(self.texts, drafts, strict=True)):
@@ -273,7 +256,8 @@ class Engine:
             own = tokens[-1] if count == len(tokens) else None
             nodes, parents = tree.tokens.tolist(), tree.parents.tolist()
             rows.append(RowStep(nodes, parents, verdict.kept[:count], tokens[:count], own))
-        return Step(rows)
+        kept = [[] if row is None else [0, *(n + 1 for n in row.accepted)][: len(row.tokens)] for row in rows]
+        return Step(rows), kept
 
     def _processed(self, at: int, draft: DraftTree | SampledDraft, logits: Tensor) -> Verdict:
         """Verify a row through the processors, which see the text and the path to the node."""
@@ -303,9 +287,7 @@ class Engine:
                 break
             text.add(token)
             count += 1
-            new = text.length - text.prompt_length
-            so_far = partial(self.choice.so_far, at, new)
-            if text.stopped_at is None and self.stopping(at, token, text, so_far):
+            if text.stopped_at is None and self.stopping(token, text):
                 text.stopped_at = text.length
         self.choice.cut(at, text.length - text.prompt_length)
         return count
@@ -314,6 +296,8 @@ class Engine:
         """Whether a row takes part in the next pass."""
         if text.stopped_at is None:
             return True
+        if self.in_step is not None:
+            return self.in_step.goes_on(text) and any(other.stopped_at is None for other in self.texts)
         if self.stopping.pads or len(self.texts) == 1:
             return False
         # Without an EOS transformers lets rows that have ended go on until all have.
@@ -323,7 +307,7 @@ class Engine:
 
     def _finish(self, step: Step, depths: list[int], start: float, *, draft: bool) -> None:
         """Count a step, and look at the clock."""
-        if self.stopping.time_is_up(self.texts[0]):
+        if self.in_step is None and self.stopping.time_is_up(self.texts[0]):
             # The others may still come up to the longest row, so that all have the same length.
             limit = self.width()
             self.stopping.max_length = min(limit, self.stopping.max_length or limit)
@@ -342,7 +326,7 @@ class Engine:
             if taps is None:
                 news.append(Progress(tokens, None))
                 continue
-            places = torch.from_numpy(np.array(kept[at], np.int64)).to(device)
+            places = torch.from_numpy(np.array([] if row is None else kept[at][: len(row.tokens)], np.int64)).to(device)
             news.append(Progress(tokens, taps[at].index_select(0, places)))
         return news
 

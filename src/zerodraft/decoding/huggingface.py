@@ -5,7 +5,7 @@ us for the loop. The result is that of plain decoding: the same tokens for greed
 sampling. What cannot be had is one clear error. The model is not changed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from zerodraft.caches import for_return, the_one
 from zerodraft.decoding.cache import check_readable
-from zerodraft.decoding.choice import TokenChoice
+from zerodraft.decoding.choice import TokenChoice, may_remember
 from zerodraft.decoding.door import PREFIX, RestoringSignature
-from zerodraft.decoding.engine import Engine, Text
+from zerodraft.decoding.engine import Engine
 from zerodraft.decoding.fallback import Fallback
+from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
 from zerodraft.decoding.protocols import Drafter, Target
 from zerodraft.decoding.scorers import CausalProxy
@@ -28,6 +29,7 @@ from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats, Step
 from zerodraft.decoding.stopping import Stopping
 from zerodraft.decoding.target import HfTarget
+from zerodraft.decoding.text import Text
 from zerodraft.decoding.verify import Dice, Randomness
 from zerodraft.errors import ZerodraftError
 
@@ -40,6 +42,8 @@ ROOM_FOR_DRAFTS = 64
 
 class DiffuSpec:
     """Lossless speculative decoding with a drafter; give it to `generate` as `custom_generate`.
+
+    Threads may share one: each call returns its own text, and `last_stats` is that of whichever call wrote it last.
 
     Args:
         drafter: Proposes tokens.
@@ -60,7 +64,7 @@ class DiffuSpec:
 
     Attributes:
         last_stats: What the last call did (of a running one: so far).
-        last_result: What `generate` would have returned, after `iterate`.
+        last_result: What `generate` would have returned, once the steps of `iterate` are over.
     """
 
     __signature__ = RestoringSignature()
@@ -98,11 +102,12 @@ class DiffuSpec:
         Raises:
             ZerodraftError: an option, a model or a drafter that does not fit.
         """
-        for _ in self._decode(model, input_ids, **arguments):
-            pass
-        assert self.last_result is not None
-        result, self.last_result = self.last_result, None
-        return result
+        steps = self._decode(model, input_ids, **arguments)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
 
     def iterate(self, model: Any, inputs: Int[Tensor, "B T"] | None = None, **arguments: Any) -> Iterator[Step]:
         """Decode step by step: the arguments are those of `model.generate`, whose result is then in `last_result`."""
@@ -111,6 +116,10 @@ class DiffuSpec:
                 "exit_rule holds during generate, and the steps run after it; use custom_generate=spec instead."
             )
         return model.generate(inputs, custom_generate=_Steps(self), **arguments)
+
+    def _followed(self, model: Any, input_ids: Int[Tensor, "B T"], **arguments: Any) -> Iterator[Step]:
+        self.last_result = None
+        self.last_result = yield from self._decode(model, input_ids, **arguments)
 
     @torch.no_grad()
     def _decode(
@@ -128,9 +137,10 @@ class DiffuSpec:
         streamer: Any = None,
         tokenizer: Any = None,
         **inputs: Any,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, Result]:
+        # all that a call makes is its own: one decoder may serve several threads
         config = generation_config
-        self.last_stats = self.last_result = None
+        self.last_stats = None
         streamer = inputs.pop(PREFIX + "streamer", streamer)
         assistant = inputs.pop(PREFIX + "assistant_model", None)
         for settled in ("use_cache", "logits_to_keep", "synced_gpus"):
@@ -152,7 +162,13 @@ class DiffuSpec:
             keep_scores=returns and bool(config.output_scores),
             keep_logits=returns and bool(config.output_logits),
         )
-        stopping = Stopping(stopping_criteria, rows)
+        stopping = Stopping(stopping_criteria)
+        dice = self.dice or Dice(input_ids.device, self.generator)
+        padding = getattr(config, "_pad_token_tensor", None)
+        pad = 0 if padding is None else int(padding)
+        in_step = None
+        if may_remember(logits_processor) or stopping.may_remember:
+            in_step = InStep(choice=choice, stopping=stopping, dice=dice, pad=pad)
         target = None if held else self._fast_target(model, inputs)
         if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
@@ -164,11 +180,12 @@ class DiffuSpec:
             length=self.length,
             choice=choice,
             stopping=stopping,
-            dice=self.dice or Dice(input_ids.device, self.generator),
+            dice=dice,
             proxy=self.proxy,
             search=self.search,
             tree=self.tree,
             sample_drafts=self.sample_drafts,
+            in_step=in_step,
             context=context,
             # what a cache holds is no part of the prompt that is left to read
             chunk=None if held else config.prefill_chunk_size,
@@ -176,8 +193,7 @@ class DiffuSpec:
             trace=self.trace,
             fallback=self.fallback,
         )
-        pad = getattr(config, "_pad_token_tensor", None)
-        stream = Streaming(streamer, engine, 0 if pad is None else int(pad))
+        stream = Streaming(streamer, engine, pad)
         for step in engine.run(input_ids, mask):
             self.last_stats = engine.stats
             stream.advance()
@@ -189,15 +205,16 @@ class DiffuSpec:
         if export is None:
             past = None
         elif past is not None and (returns or getattr(past, "_is_user_defined", False)):
-            export(past)
-        self.last_result = sequences
-        if returns:
-            self.last_result = GenerateDecoderOnlyOutput(
-                sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
-                scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
-                logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
-                **for_return(past),
-            )
+            # a row that went on behind its own end has more in the cache; the last token was never in the target
+            export(past, sequences.shape[1] - 1)
+        if not returns:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
+            scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
+            logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
+            **for_return(past),
+        )
 
     def _fast_target(self, model: Any, inputs: dict[str, Any]) -> Target | None:
         """What `make_target` stands for; None for the model's own forward pass."""
@@ -220,7 +237,7 @@ class _Steps:
         self.spec = spec
 
     def __call__(self, model: Any, input_ids: Tensor, **arguments: Any) -> Iterator[Step]:
-        return self.spec._decode(model, input_ids, **arguments)
+        return self.spec._followed(model, input_ids, **arguments)
 
 
 class Streaming:

@@ -1,15 +1,15 @@
 """When a text ends: transformers' stopping criteria, asked after every token of a step as plain decoding asks them.
 
 What comes after the first token at which they say stop is dropped. The usual ones (EOS, length) are answered from the
-ids at once. Time is looked at once a step, so a call may take one step longer than `max_time`.
+ids at once. Time is looked at once a step, so a call may take one step longer than `max_time`. Criteria that are not
+known here may remember what they were called with, and are called as in plain decoding (see `instep.py`).
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
 
 @runtime_checkable
@@ -28,17 +28,17 @@ class Stopping:
 
     Args:
         criteria: What `generate` prepared.
-        rows: Rows of the batch.
 
     Attributes:
         max_length: Length of the longest allowed text.
         eos_ids: Tokens that end a text.
         pads: Whether a row that ended is filled up with padding; without an EOS criterion transformers lets it go on
             until all rows have ended.
+        may_remember: Whether a criterion is not known to be a function of a row's text.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self._criteria = criteria
         self.max_length: int | None = None
         self.eos_ids: frozenset[int] = frozenset()
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
@@ -53,16 +53,17 @@ class Stopping:
                 self._times.append(criterion)
             else:
                 self._others.append(criterion)
+        self.may_remember = any(type(criterion) is not StopStringCriteria for criterion in self._others)
 
-    def __call__(self, row: int, token: int, text: Growing, scores: Callable[[], Any]) -> bool:
-        """Whether the row's text, which now ends with `token`, is finished."""
-        stop = token in self.eos_ids or (self.max_length is not None and text.length >= self.max_length)
-        if self._others:
-            batch, so_far = text.ids().expand(self._rows, -1), scores()
-            for criterion in self._others:
-                said: Any = criterion(batch, so_far)
-                stop |= bool(said[row] if isinstance(said, Tensor) and said.ndim else said)
-        return stop
+    def __call__(self, token: int, text: Growing) -> bool:
+        """Whether a row's text, which now ends with `token`, is finished."""
+        if token in self.eos_ids or (self.max_length is not None and text.length >= self.max_length):
+            return True
+        return any(bool(criterion(text.ids(), None)[0]) for criterion in self._others)
+
+    def together(self, ids: Int[Tensor, "B T"], scores: tuple[Tensor, ...] | None) -> list[bool]:
+        """Whether each row's text is finished, from one call for all of them as plain decoding makes it."""
+        return self._criteria(ids, scores).tolist()  # pyright: ignore[reportArgumentType]  # None is what generate gives
 
     def time_is_up(self, text: Growing) -> bool:
         """Whether the call has taken its time."""

@@ -129,9 +129,10 @@ class HfTarget:
             return made[self._kinds[0]]
         return {kind: made[kind] for kind in self._kinds}
 
-    def export(self, cache: Cache) -> None:
-        """Hand the text's keys and values to a caller's cache: an empty one, or the one that decoding began with."""
-        self.cache.copy_to(cache)
+    def export(self, cache: Cache, columns: int | None = None) -> None:
+        """Hand the text's keys and values, or those of its first columns, to a caller's cache: an empty one, or the one
+        that decoding began with."""
+        self.cache.copy_to(cache, columns)
 
     def _resume(self, ids: Tensor, mask: Tensor, taps: Sequence[int]) -> TargetOutput:
         """Take the beginning of the prompts from the caller's cache and read the rest."""

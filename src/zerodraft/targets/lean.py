@@ -130,20 +130,22 @@ class LeanTarget:
         self._slots = max(self._lengths, default=0)
         self._rows = torch.tensor(self._lengths)[:, None]
 
-    def export(self, cache: Cache) -> None:
-        """Put the text's keys and values into an empty cache of transformers, at the columns that `generate` would give
-        them: behind the padding, with the holes that the prompt's mask has."""
+    def export(self, cache: Cache, columns: int | None = None) -> None:
+        """Put the text's keys and values (or those of its first columns) into an empty cache of transformers, at the
+        columns that `generate` would give them: behind the padding, with the holes that the prompt's mask has."""
         weights = self._weights
         width = max(pad + length for pad, length in zip(self._padding, self._lengths, strict=True))
+        width = width if columns is None else min(width, columns)
         places = []
         for row, (pad, length) in enumerate(zip(self._padding, self._lengths, strict=True)):
             place = torch.arange(pad, pad + length, device=CPU)
-            places.append(place if self._gaps is None else place + self._gaps[row, :length] - self._holes[row])
+            place = place if self._gaps is None else place + self._gaps[row, :length] - self._holes[row]
+            places.append(place[place < width])
         for index, kv in enumerate(self._kv):
-            columns = kv.new_zeros(*kv.shape[:2], width, kv.shape[3])
+            text = kv.new_zeros(*kv.shape[:2], width, kv.shape[3])
             for row, place in enumerate(places):
-                columns[row, :, place] = kv[row, :, : len(place)]
-            keys, values = columns.split(weights.kv_heads, 1)
+                text[row, :, place] = kv[row, :, : len(place)]
+            keys, values = text.split(weights.kv_heads, 1)
             keys = keys.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
             cache.update(keys, values.contiguous(), index)
 
