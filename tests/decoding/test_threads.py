@@ -26,7 +26,7 @@ LENGTHS: dict[str, Callable[[], Any]] = {
     "costs": lambda: CostAwareLength(k_max=6),
     "tree": lambda: CostAwareTree(k=5),
 }
-CALLS, NEW = 24, 12
+CALLS, NEW = 12, 8
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +37,13 @@ def _switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("returns", [False, True])
 @pytest.mark.parametrize("make_target", ["auto", None])
 @pytest.mark.parametrize(
     ("drafter", "length"), list(zip([*DRAFTERS, "lookup"], [*LENGTHS, "costs", "tree"], strict=True))
 )
-def test_threads_share_a_decoder(drafter: str, length: str, make_target: Any, returns: bool) -> None:
+def test_threads_share_a_decoder(drafter: str, length: str, make_target: Any) -> None:
     model, block = make("llama")
-    prompts = [torch.tensor([[3 + n, 20 + n, 3 + n, 20 + n, 7, 3 + n]]) for n in range(CALLS // 4)]
+    prompts = [torch.tensor([[3 + n, 20 + n, 3 + n, 20 + n, 7, 3 + n]]) for n in range(CALLS // 3)]
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     right = [model.generate(prompt, **options) for prompt in prompts]
     proxy = ContextProxy(64) if length == "fixed" else None
@@ -52,10 +51,9 @@ def test_threads_share_a_decoder(drafter: str, length: str, make_target: Any, re
 
     def answer(n: int) -> torch.Tensor:
         prompt = prompts[n % len(prompts)]
-        out = model.generate(prompt, custom_generate=spec, return_dict_in_generate=returns, **options)
-        return out.sequences if returns else out
+        return model.generate(prompt, custom_generate=spec, **options)
 
-    with ThreadPoolExecutor(6) as threads:
+    with ThreadPoolExecutor(4) as threads:
         answers = list(threads.map(answer, range(CALLS)))
     for n, found in enumerate(answers):
         assert torch.equal(found, right[n % len(right)])

@@ -25,6 +25,7 @@ from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, TargetOutput
+from zerodraft.decoding.rotary import Horizon
 from zerodraft.decoding.scorers import CausalProxy, ProxySession
 from zerodraft.decoding.search import SearchConfig, build_tree, sample_draft
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
@@ -53,6 +54,7 @@ class Engine:
         sample_drafts: Draw drafts from the lattice (where tokens are sampled).
         in_step: How rows go in step; None: each at its own pace.
         context: Positions that the target has, or None.
+        horizon: Where the target's rotary frequencies change, or None.
         chunk: Tokens of the prompt to read at once, or None for all.
         generator: Randomness of the drafter.
         trace: Keep every step in the statistics.
@@ -71,6 +73,7 @@ class Engine:
     sample_drafts: bool = False
     in_step: InStep | None = None
     context: int | None = None
+    horizon: Horizon | None = None
     chunk: int | None = None
     generator: torch.Generator | None = None
     trace: bool = False
@@ -194,6 +197,10 @@ class Engine:
         known = text.length - text.padding
         if self.context is not None and known <= self.context:
             k = min(k, self.context - known)
+        if self.horizon is not None:
+            # one pass has one set of frequencies, that of its longest row
+            room = self.horizon.room(max(other.length - other.padding for other in self.texts))
+            k = k if room is None else min(k, room)
         return max(k, 0)
 
     def _search(self, lattice: Lattice, at: int) -> DraftTree | SampledDraft:

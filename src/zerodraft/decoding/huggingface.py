@@ -15,15 +15,17 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from zerodraft.caches import for_return, the_one
+from zerodraft.caches import CACHE, for_return, the_one
 from zerodraft.decoding.cache import check_readable
 from zerodraft.decoding.choice import TokenChoice, may_remember
 from zerodraft.decoding.door import PREFIX, RestoringSignature
 from zerodraft.decoding.engine import Engine
 from zerodraft.decoding.fallback import Fallback
+from zerodraft.decoding.feeding import feeding
 from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
 from zerodraft.decoding.protocols import Drafter, Target
+from zerodraft.decoding.rotary import horizon
 from zerodraft.decoding.scorers import CausalProxy
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats, Step
@@ -140,18 +142,22 @@ class DiffuSpec:
     ) -> Generator[Step, None, Result]:
         # all that a call makes is its own: one decoder may serve several threads
         config = generation_config
+        past = the_one(past_key_values, cache)
+        fed = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: past}
+        fed |= {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
         self.last_stats = None
         streamer = inputs.pop(PREFIX + "streamer", streamer)
         assistant = inputs.pop(PREFIX + "assistant_model", None)
         for settled in ("use_cache", "logits_to_keep", "synced_gpus"):
             inputs.pop(settled, None)
         check_options(model, config, assistant)
-        past = the_one(past_key_values, cache)
         held = 0 if past is None else check_cache(past, input_ids, attention_mask)
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         check_inputs(inputs, own_target=callable(self.make_target))
         context = check_prompts(model, input_ids, mask, position_ids)
         self.drafter.check(model.config)
+        before = feeding(model, fed)
+        changes = horizon(model)
 
         rows = len(input_ids)
         returns = bool(config.return_dict_in_generate)
@@ -167,8 +173,8 @@ class DiffuSpec:
         padding = getattr(config, "_pad_token_tensor", None)
         pad = 0 if padding is None else int(padding)
         in_step = None
-        if may_remember(logits_processor) or stopping.may_remember:
-            in_step = InStep(choice=choice, stopping=stopping, dice=dice, pad=pad)
+        if may_remember(logits_processor) or stopping.may_remember or before or (changes and rows > 1):
+            in_step = InStep(choice=choice, stopping=stopping, dice=dice, pad=pad, before=before)
         target = None if held else self._fast_target(model, inputs)
         if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
@@ -187,6 +193,7 @@ class DiffuSpec:
             sample_drafts=self.sample_drafts,
             in_step=in_step,
             context=context,
+            horizon=changes,
             # what a cache holds is no part of the prompt that is left to read
             chunk=None if held else config.prefill_chunk_size,
             generator=self.generator,

@@ -160,10 +160,13 @@ class Costs:
 
     def _drawn(self, kinds: Sequence[CostKind]) -> "list[Line]":
         measured: list[CostKind] = [kind for kind in kinds if kind in self._typical]
+        lines = []
         for kind in measured:
-            if kind not in self._lines:
-                self._lines[kind] = Line.through(sorted(self._typical[kind].items()))
-        return [self._lines[kind] for kind in measured] or [UNKNOWN]
+            # another thread may take a line away at any moment, or add to what was measured
+            if (line := self._lines.get(kind)) is None:
+                line = self._lines[kind] = Line.through(sorted(self._typical[kind].copy().items()))
+            lines.append(line)
+        return lines or [UNKNOWN]
 
 
 SLOPE = 0.02
