@@ -256,6 +256,30 @@ def test_changed_weights() -> None:
     assert Taped.made > made
 
 
+def other_window(model: Any) -> None:
+    model.config.sliding_window = 3
+
+
+def other_scaling(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 3.0
+
+
+def other_epsilon(model: Any) -> None:
+    model.model.norm.variance_epsilon = 50.0
+    model.model.layers[0].input_layernorm.variance_epsilon = 50.0
+
+
+@pytest.mark.parametrize("change", [other_window, other_scaling, other_epsilon])
+def test_changed_settings(change: Any) -> None:
+    model, prompt = tiny_plain("mistral"), tokens(1, 8)
+    before = written(model, prompt)
+    change(model)
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(written(model, prompt), expected)
+    assert not torch.equal(before, expected)
+
+
 @pytest.mark.parametrize("recorder", [Unrecorded, Taped])
 def test_recordings_do_not_keep_the_model(recorder: Any) -> None:
     model = tiny_plain("llama")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from zerodraft.caches import argument_of
 from zerodraft.decoding.protocols import Target
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,9 @@ def scores_as_model(model: Any, target: Target, window: int | None = None) -> bo
                 input_ids=ids[:, begin:end],
                 attention_mask=mask[:, :end].long(),
                 position_ids=positions[:, begin:end],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1 if begin == 0 else 0,
+                **{argument_of(model): cache},
             )
             own.append(out.logits)
     first = target.prefill(ids[:, :start], mask[:, :start], ()).logits

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.decoding.target import HfTarget
 from zerodraft.errors import ZerodraftError
-from zerodraft.targets.modules import VARYING_ROPE, has_plain_parameters, is_untouched
+from zerodraft.targets.modules import VARYING_ROPE, has_plain_parameters, is_untouched, settings_of
 from zerodraft.targets.recorded import Recorder, Recording, RecordingError, Run
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def graphed_target(model: Any, *, recorder: Callable[[torch.device], Recorder] |
     several devices, quantised layers, adapters, hooks, experts, frequencies that depend on the length, training.
 
     What was recorded is kept, with its buffers, for the model's next text, until the model or one of its weights is
-    replaced or `release_graphs` is called. Weights may change in place.
+    replaced, a setting changes or `release_graphs` is called. Weights may change in place.
 
     Args:
         model: The model; it is only read.
@@ -46,7 +46,8 @@ def graphed_target(model: Any, *, recorder: Callable[[torch.device], Recorder] |
         return None
     recorder = recorder or CudaGraphs
     tensors = tuple((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(model))
-    mark = (recorder, model.config._attn_implementation, torch.is_inference_mode_enabled(), *tensors)
+    attention = model.config._attn_implementation
+    mark = (recorder, attention, torch.is_inference_mode_enabled(), settings_of(model), tensors)
     # taken out while it is in use: another text that is decoded at the same time gets its own
     recording = _idle.pop(model, None)
     if recording is None or recording.mark != mark:
