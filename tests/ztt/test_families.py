@@ -9,20 +9,44 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     BloomConfig,
     CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    FalconConfig,
+    FalconH1Config,
+    Gemma3nTextConfig,
+    GPTBigCodeConfig,
     GraniteConfig,
     MambaConfig,
     MixtralConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     Starcoder2Config,
     T5Config,
 )
 
-from tests.ztt.tiny import FAMILIES, SIZES, base_config, gap, randomise, tiny, tiny_plain, tokens
+from tests.ztt.tiny import FAMILIES, GPT2_SIZES, SIZES, base_config, gap, randomise, tiny, tiny_plain, tokens
 from tests.ztt.unrolled import attention_of, layers_of, unroll
-from zerodraft import ZerodraftError, ZttConfig, ZttForCausalLM
+from zerodraft import FixedExit, ZerodraftError, ZttConfig, ZttForCausalLM
+from zerodraft.ztt.cache import SlotView
 from zerodraft.ztt.families import ffn_output_of
 
+# Latent attention: keys of another size than the values, neither of the size that the heads' number suggests.
+LATENT: dict[str, Any] = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 0,
+}
 EDGES = [(1, 1), (0, 0), (2, 1)]
 # Families that are not on the list: they pass the structural check and must then be right, too.
 UNLISTED: dict[str, PreTrainedConfig] = {
@@ -31,6 +55,10 @@ UNLISTED: dict[str, PreTrainedConfig] = {
     "cohere": CohereConfig(**SIZES),
     "starcoder2": Starcoder2Config(**SIZES),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "phi": PhiConfig(**SIZES, partial_rotary_factor=0.5),
+    "gpt_bigcode": GPTBigCodeConfig(**GPT2_SIZES),
+    "deepseek_v2": DeepseekV2Config(**LATENT),
+    "deepseek_v3": DeepseekV3Config(**LATENT),
 }
 
 
@@ -153,14 +181,15 @@ def test_flex_attention_agrees() -> None:
 
 
 @pytest.mark.parametrize("zero_rope", ["none", "relative"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3", "gpt_neox", "phi"])
 @torch.no_grad()
 def test_zero_key_that_moves_along_does_not_see_positions(family: str, zero_rope: str) -> None:
     """Rotary positions are relative: shifting them all changes nothing unless the zero key stays at the origin."""
     ids, here = tokens(), torch.arange(9)[None]
-    moving = tiny(family, zero_rope=zero_rope)
+    base = copy.deepcopy(UNLISTED.get(family))
+    moving = tiny(family, base=base, zero_rope=zero_rope)
     assert gap(moving(ids, position_ids=here).logits, moving(ids, position_ids=here + 17).logits) <= 2e-5
-    fixed = tiny(family, zero_rope="origin")
+    fixed = tiny(family, base=base, zero_rope="origin")
     assert gap(fixed(ids, position_ids=here).logits, fixed(ids, position_ids=here + 17).logits) > 1e-3
 
 
@@ -195,13 +224,65 @@ def test_a_family_that_was_not_listed_works(family: str) -> None:
             "T5Config cannot be cycled: .*AutoModelForCausalLM",
         ),
         (BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4), "BloomConfig cannot be cycled"),
+        (
+            FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4),
+            "FalconConfig cannot",
+        ),
     ],
-    ids=["mamba", "t5", "bloom"],
+    ids=["mamba", "t5", "bloom", "falcon"],
 )
 def test_a_family_that_cannot_is_refused_in_one_sentence(config: PreTrainedConfig, complaint: str) -> None:
     with pytest.raises(ZerodraftError, match=complaint) as raised:
         ZttForCausalLM(ZttConfig(base_config=config))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latent_attention_has_no_key_that_moves_along(family: str) -> None:
+    config = ZttConfig(base_config=copy.deepcopy(UNLISTED[family]), zero_rope="none")
+    with pytest.raises(ZerodraftError, match=r'latent attention.*use "origin"'):
+        ZttForCausalLM(config)
+
+
+GEMMA3N: dict[str, Any] = {
+    **SIZES,
+    "head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "layer_types": ["full_attention"] * 4,
+}
+
+
+@torch.no_grad()
+def test_several_states_a_token_cycle_but_do_not_exit() -> None:
+    ids = tokens()
+    model = tiny(base=Gemma3nTextConfig(**GEMMA3N, num_kv_shared_layers=0))
+    whole = model(ids, use_cache=False).logits
+    past = model(ids[:, :5], use_cache=True).past_key_values
+    assert gap(model(ids[:, 5:], past_key_values=past).logits, whole[:, 5:]) <= 1e-5
+    for options in ({"exit_rule": FixedExit(cycles=1)}, {"labels": ids, "cycle_weights": (1, 1, 1)}):
+        with pytest.raises(ZerodraftError, match="more than one state for each token"):
+            model(ids, **options)
+
+
+@torch.no_grad()
+def test_a_family_that_takes_its_layers_outputs_apart_is_refused() -> None:
+    hybrid = FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+    with pytest.raises(ZerodraftError, match="cannot be cycled"):
+        tiny(base=hybrid, cycles=1, zero_tokens=False)(tokens())
+
+
+def test_layers_that_share_keys_and_values_are_refused() -> None:
+    with pytest.raises(ZerodraftError, match="num_kv_shared_layers"):
+        ZttConfig(base_config=Gemma3nTextConfig(**GEMMA3N, num_kv_shared_layers=2))
+
+
+def test_what_a_cache_has_no_slots_for_is_refused_and_can_be_asked_about() -> None:
+    view = SlotView(None, 0)
+    assert not hasattr(view, "update_indexer")
+    with pytest.raises(ZerodraftError, match="asks its cache for 'update_indexer'"):
+        view.update_indexer()
 
 
 def test_an_ffn_that_is_not_found_is_refused() -> None:

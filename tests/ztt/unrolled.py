@@ -35,7 +35,7 @@ def written_out(
     if zero_key is not None:
         heads = zero_key.repeat_interleave(query.shape[1] // zero_key.shape[0], 0)
         front = heads[None, :, None].expand(key.shape[0], -1, 1, -1)
-        key, value = torch.cat([front, key], 2), torch.cat([torch.zeros_like(front), value], 2)
+        key, value = torch.cat([front, key], 2), torch.cat([torch.zeros_like(value[:, :, :1]), value], 2)
         mask = None if mask is None else F.pad(mask, (1, 0))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     weights = (scores if mask is None else scores + mask).softmax(-1)

@@ -6,9 +6,12 @@ of the forward pass by layer, so that a compacted step still writes and attends 
 come from its frozen state (the same in all remaining cycles, as the weights are shared) or from its latest cycle.
 """
 
+from typing import Any
+
 from torch import Tensor
 from transformers import Cache
 
+from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.interface import TokenGrid
 
 KeysValues = tuple[Tensor, Tensor]
@@ -43,6 +46,10 @@ class KvMemory:
         return keys, values
 
 
+class NoSlotError(ZerodraftError, AttributeError):
+    """Something is asked of a cache that it has no slots for; an `AttributeError` for those who ask whether it has."""
+
+
 class SlotView:
     """What a layer gets as its cache for one execution.
 
@@ -73,6 +80,12 @@ class SlotView:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.cache is None else self.cache.get_seq_length(self.slot)
+
+    def __getattr__(self, name: str) -> Any:
+        # Sparse attention keeps an index, linear attention a state: nothing that an execution has a slot for.
+        raise NoSlotError(
+            f"A layer asks its cache for {name!r}; only layers that keep keys and values, nothing else, can be cycled."
+        )
 
 
 class KvReady(Exception):

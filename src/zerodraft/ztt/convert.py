@@ -106,8 +106,14 @@ def to_base(model: ZttForCausalLM, *, unroll: bool = False) -> PreTrainedModel:
             )
     path = find_parts(model.base).path  # pyright: ignore[reportArgumentType]  # a PreTrainedModel in ZttForCausalLM
     order = [step.layer for step in steps]
-    plain = _empty(type(model.base), restack(config.base_config, order), model)
-    plain.load_state_dict(restack_weights(model.base.state_dict(), path, order))
+    try:
+        plain = _empty(type(model.base), restack(config.base_config, order), model)
+        plain.load_state_dict(restack_weights(model.base.state_dict(), path, order))
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ZerodraftError(
+            f"The layers of a {type(model.base).__name__} depend on their position (not all have the same parts), so "
+            "this family cannot be converted back with its cycles unrolled."
+        ) from error
     if model.cycle_lora is not None:
         layers = plain.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)

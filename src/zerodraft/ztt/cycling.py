@@ -24,7 +24,7 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
 from zerodraft.ztt.config import Plan, Step
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy
-from zerodraft.ztt.families import DecoderParts, rotary_of
+from zerodraft.ztt.families import DecoderParts, makes_masks, rotary_of
 from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 
 # Layer arguments that have one entry per token and follow the tokens of a compacted step.
@@ -143,6 +143,7 @@ class CycleRun(Recorder):
     masses: list[Tensor | None] = field(default_factory=list)
     shallower: list[Tensor] = field(default_factory=list)
     exit_depth: Tensor | None = None
+    shape: torch.Size | None = None
 
     def __post_init__(self) -> None:
         self.attention_masks = Once()  # no default_factory, which torch.compile cannot trace
@@ -151,6 +152,12 @@ class CycleRun(Recorder):
         kwargs.update(zip(self.parts.arguments, args, strict=False))
         kwargs.pop(self.parts.cache_argument, None)
         self.inputs.append(kwargs)
+        self.shape = hidden.shape if layer == 0 else self.shape
+        if hidden.shape != self.shape:
+            raise ZerodraftError(
+                f"The model of {type(self.layers[0]).__name__} takes apart what its layers return, so this family "
+                "cannot be cycled."
+            )
         return self.execute(hidden) if len(self.inputs) == self.plan.stored_layers else hidden
 
     # -- schedules ------------------------------------------------------------------------------------------------
@@ -161,6 +168,11 @@ class CycleRun(Recorder):
             raise ZerodraftError(
                 f"{type(self.layers[0]).__name__} passes on more than one state for each token, which early exit and "
                 "losses over cycles do not support; leave out exit_rule and cycle_weights."
+            )
+        if self.options.rule is not None and makes_masks(self.layers[0]):
+            raise ZerodraftError(
+                f"{type(self.layers[0]).__name__} makes its attention masks from all tokens, so it cannot run on those "
+                "alone that go on: it has no early exit; leave out exit_rule."
             )
         shared = [step for step in self.plan.shared if step.cycle < self.cycles]
         for step in self.plan.head:

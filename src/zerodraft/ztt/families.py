@@ -55,6 +55,11 @@ def build_family(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
     except ValueError as error:
         reason = re.split(r"\.?\s*\n|\. ", str(error), maxsplit=1)[0].rstrip(".")
         raise ZerodraftError(f"{type(config).__name__} cannot be cycled: {reason}.") from error
+    except KeyError as error:  # a family that chooses among classes of its own by the name of the attention
+        raise ZerodraftError(
+            f"{type(config).__name__} cannot be cycled: its attention does not go through transformers' "
+            "AttentionInterface."
+        ) from error
 
 
 def find_parts(model: PreTrainedModel) -> DecoderParts:
@@ -165,6 +170,11 @@ def check_zero_rope(zero_rope: str, layer: nn.Module) -> None:
 def _rotate_part(rotate: Callable, width: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     turned = rotate(q[..., :width], k[..., :width], cos, sin)
     return torch.cat([turned[0], q[..., width:]], -1), torch.cat([turned[1], k[..., width:]], -1)
+
+
+def makes_masks(layer: nn.Module) -> bool:
+    """Whether a layer's attention computes its mask from its inputs (Doge)."""
+    return hasattr(attention_of(layer), "prepare_dynamic_mask")
 
 
 def kv_shape(config: PreTrainedConfig, layer: nn.Module) -> tuple[int, int]:
