@@ -188,3 +188,60 @@ def test_a_drafter_with_another_vocabulary_is_refused(
     code, _, err = generate(capsys, "hi", "--target", str(plain_dir), "--drafter", str(tmp_path / "other"))
     assert code == 2
     assert "The drafter's vocabulary has 5077 tokens" in err
+
+
+SETTINGS = {
+    "stop": (["--stop", "fox", "--stop", "the"], {"stop_strings": ["fox", "the"]}),
+    "repetition": (["--repetition-penalty", "1.7"], {"repetition_penalty": 1.7}),
+    "top k": (
+        ["--temperature", "1", "--top-k", "2"],
+        {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 2},
+    ),
+    "min p": (
+        ["--temperature", "2", "--top-k", "0", "--min-p", "0.5"],
+        {"do_sample": True, "temperature": 2.0, "top_p": 1.0, "top_k": 0, "min_p": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["--target", "--model"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_flags_mean_what_generate_means_by_them(
+    name: str, form: str, plain_dir: Path, ztt_dir: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, options = SETTINGS[name]
+    path = plain_dir if form == "--target" else ztt_dir
+    found = result(capsys, "the cat", form, str(path), *words, *(["--drafter", "lookup"] if form == "--target" else []))
+    model = AutoModelForCausalLM.from_pretrained(path)
+    inputs = tokenizer("the cat", return_tensors="pt")
+    torch.manual_seed(0)
+    plain = model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, **options}, tokenizer=tokenizer)
+    assert found["text"] == tokenizer.decode(plain[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-k", "-1"], "--top-k is -1"),
+        (["--min-p", "1.5"], "--min-p is 1.5"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0"),
+        (["--stop", ""], "--stop is an empty text"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    words: list[str], message: str, plain_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = generate(capsys, "hi", "--target", str(plain_dir), *words)
+    assert code == 2
+    assert message in err
+
+
+def test_transformers_our_engine_and_drafts_are_told_apart(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["the cat", "--target", str(plain_dir), "--drafter", "lookup", "--compare"]
+    found = result(capsys, *words)
+    speed = found["tokens_per_second"]
+    assert found["speedup"] == pytest.approx(speed / found["plain_tokens_per_second"])
+    assert found["speedup_over_own_plain"] == pytest.approx(speed / found["own_plain_tokens_per_second"])
+    _, out, _ = generate(capsys, *words)
+    for part in ("transformers, plain decoding: ", "our plain decoding, no drafts: ", "with drafts: "):
+        assert part in out

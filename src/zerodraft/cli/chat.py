@@ -1,7 +1,6 @@
 """`zerodraft chat`: a conversation with a target that decodes with drafts, one line at a time."""
 
-import io
-import sys
+import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,8 +20,12 @@ from zerodraft.cli.decoding import (
     summary,
 )
 from zerodraft.cli.loading import Dtype
+from zerodraft.cli.reading import Messages
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import whole_characters
+
+COMMAND = re.compile(r"/[A-Za-z]+")
+"""What looks like one; `/etc/hosts` and a sentence that begins with a slash are messages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +40,8 @@ class ChatSampling(Sampling):
 class Chat(Command):
     """Talk with a model that decodes with drafts; its answers come as they are written.
 
-    One line is one message. /new starts a new conversation, /quit (or the end of the input) ends the program. Ctrl-C
-    stops an answer; what is there of it stays in the conversation.
+    One line is one message, and so are lines that are pasted at once. /new starts a new conversation, /quit (or the end
+    of the input) ends the program. Ctrl-C stops an answer; what is there of it stays in the conversation.
     """
 
     example: ClassVar[str] = "zerodraft chat --target smollm2"
@@ -71,17 +74,15 @@ class Chat(Command):
         decode = make_decoder(model, drafter)
         start = [{"role": "system", "content": whole_characters(self.system)}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            # a byte that is no character need not end the program either
-            sys.stdin.reconfigure(errors="replace")
         console.print(Text(f"{self.target} with drafts by {name}; /new starts anew, /quit ends", style="dim"))
-        messages, answers = list(start), []
-        while (line := self._read(console)) is not None:
-            if line == "/new":
+        messages, answers, typed = list(start), [], Messages(console)
+        while (line := typed.next()) is not None and line.rstrip() != "/quit":
+            if line.rstrip() == "/new":
                 messages = list(start)
                 continue
-            if line.startswith("/"):
-                console.print(Text(f"{line} is no command: there are /new and /quit", style="red"))
+            if COMMAND.fullmatch(line.rstrip()):
+                said = f"{line.rstrip()} is no command: there are /new and /quit; put a space before it to send it"
+                console.print(Text(said, style="red"))
                 continue
             messages.append({"role": "user", "content": line})
             try:
@@ -116,14 +117,3 @@ class Chat(Command):
             "mat": stats.mat,
             "tokens_per_second": written.speed,
         }
-
-    def _read(self, console: Console) -> str | None:
-        """The next message; None at the end."""
-        while True:
-            if sys.stdin.isatty():
-                console.print(Text("> ", style="bold"), end="")
-            line = sys.stdin.readline()
-            if not line or line.strip() == "/quit":
-                return None
-            if line.strip():
-                return line.strip()
