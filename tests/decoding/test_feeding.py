@@ -6,7 +6,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from tests.decoding.generating import NEW, prompts_of, spec_for
 from tests.ztt.tiny import SIZES, base_config, randomise, tiny_plain
@@ -175,3 +191,51 @@ def test_virtual_tokens_are_refused_and_lora_is_not() -> None:
     for make_target in ("auto", None):
         spec = spec_for(plain, make_target=make_target)
         assert torch.equal(plain, model.generate(**batch, **options, custom_generate=spec))
+
+
+SMALL = {"vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
+MISFITS: dict[str, Any] = {
+    "GPT-1": (lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(**SMALL)), "leave custom_generate away"),
+    "XLM": (
+        lambda: XLMWithLMHeadModel(
+            XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, mask_token_id=3, use_lang_emb=False)
+        ),
+        "leave custom_generate away",
+    ),
+    "XLNet": (
+        lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+        "leave custom_generate away",
+    ),
+    "Falcon with ALiBi": (
+        lambda: FalconForCausalLM(
+            FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+        ),
+        "alibi=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("make_target", ["auto", None])
+@pytest.mark.parametrize("name", MISFITS)
+def test_families_whose_passes_cannot_be_drafted_are_told(name: str, make_target: Any) -> None:
+    make, sentence = MISFITS[name]
+    model, batch = make().eval(), prompts_of(1)
+    spec = spec_for(batch["input_ids"], make_target=make_target)
+    with pytest.raises(ZerodraftError, match=sentence):
+        model.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0, custom_generate=spec)
+
+
+@pytest.mark.parametrize("name", ["ctrl", "phimoe"])
+def test_families_with_a_method_that_feeds_the_same_are_drafted(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "ctrl":
+        model = CTRLLMHeadModel(CTRLConfig(**SMALL, dff=48)).eval()
+    else:
+        model = PhimoeForCausalLM(PhimoeConfig(**SIZES, num_local_experts=2)).eval()
+    randomise(model)
+    batch = prompts_of(1)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(**batch, **options)
+    spec = spec_for(plain)
+    assert torch.equal(plain, model.generate(**batch, **options, custom_generate=spec))
+    assert spec.last_stats.accepted > 0

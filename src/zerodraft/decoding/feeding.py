@@ -70,11 +70,13 @@ class Feeding:
         self._is_first = True
 
     def __call__(self, ids: Int[Tensor, "B T"]) -> None:
-        """Compare for the token after these.
+        """Compare for the token after these, once.
 
         Raises:
             ZerodraftError: what the model is fed is not what drafts are verified with.
         """
+        if not self._is_first and ids.shape[1] == self._held:
+            return
         self._cache.length = self._held
         arguments = {
             "next_sequence_length": ids.shape[1] - self._held,

@@ -157,6 +157,8 @@ class DiffuSpec:
         context = check_prompts(model, input_ids, mask, position_ids)
         self.drafter.check(model.config)
         before = feeding(model, fed)
+        if before is not None:
+            before(input_ids)
         changes = horizon(model)
 
         rows = len(input_ids)
@@ -345,6 +347,8 @@ def check_prompts(
             "A prompt is padded on the right, where its text has to go on; pad on the left: padding_side='left'."
         )
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    # XLNet says -1 for a length without a limit
+    context = None if context is None or context < 0 else context
     if context is not None and int(real.max()) > context:
         raise ZerodraftError(
             f"The prompt has {int(real.max())} tokens, but the model's context window holds {context}; shorten it."

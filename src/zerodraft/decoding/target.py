@@ -63,6 +63,11 @@ class HfTarget:
                 "placed; choose a model with rotary or learned positions."
             )
         self._cache_argument = argument_of(model)
+        if getattr(self._config, "alibi", False):
+            raise ZerodraftError(
+                f"{type(model).__name__} makes its ALiBi biases from a two-dimensional mask (alibi=True), which cannot "
+                "show a draft tree; choose a model with rotary or learned positions."
+            )
         self._keeps_logits = "logits_to_keep" in parameters
         # Which columns are text; beyond the cache's end of a row they are false.
         self._text = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
@@ -177,7 +182,13 @@ class HfTarget:
     def _taps(self, out: Any, taps: Sequence[int]) -> Tensor | None:
         if not taps:
             return None
-        return torch.stack([out.hidden_states[i].to(self.device) for i in taps], 2)
+        states = [out.hidden_states[i].to(self.device) for i in taps]
+        if any(of_layer.ndim != 3 for of_layer in states):
+            raise ZerodraftError(
+                f"{type(self.model).__name__} has hidden states of shape {tuple(states[0].shape)} where the drafter "
+                "looks for (batch, tokens, size); choose a drafter that needs none, such as PromptLookupDrafter."
+            )
+        return torch.stack(states, 2)
 
 
 def attention_kinds(config: Any) -> tuple[list[str], int]:
