@@ -153,8 +153,20 @@ def test_a_damaged_model_is_one_sentence(
     assert message in err
 
 
-def test_a_plain_model_is_sent_to_convert(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = generate(capsys, "hi", "--model", str(plain_dir))
+def test_a_plain_model_is_decoded_with_drafts_whatever_the_flag_is_called(
+    plain_dir: Path, ztt_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in (plain_dir, ztt_dir):
+        texts = []
+        for flags in (["--target", str(model)], ["--model", str(model), "--drafter", "lookup"]):
+            code, out, _ = generate(capsys, "hi", *flags, "--max-new-tokens", "4", "--json")
+            assert code == 0
+            assert json.loads(out)["drafter"] == "lookup"
+            texts.append(json.loads(out)["text"])
+        assert texts[0] == texts[1]
+    assert "drafts by lookup" in generate(capsys, "hi", "--model", str(plain_dir), "--max-new-tokens", "4")[1]
+    assert "cycles a token" in generate(capsys, "hi", "--model", str(ztt_dir), "--max-new-tokens", "4")[1]
+    code, _, err = generate(capsys, "hi", "--model", str(plain_dir), "--show-depth")
     assert code == 2
     assert "convert it first with 'zerodraft convert" in err
 

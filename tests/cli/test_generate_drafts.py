@@ -157,12 +157,14 @@ def test_a_prompt_file_of_another_encoding(plain_dir: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["hi"], "give either --target"),
-        (["hi", "--target", "T", "--model", "T"], "give either --target"),
+        (["hi"], "give the model with either --model or --target"),
+        (["hi", "--target", "T", "--model", "T"], "give the model with either --model or --target"),
         (["hi", "--target", "T", "--show-depth"], "--show-depth belongs to --model"),
         (["hi", "--target", "T", "--exit-rule", "cycles:1"], "--exit-rule belongs to --model"),
-        (["hi", "--model", "T", "--compare"], "--compare belongs to --target"),
-        (["hi", "--model", "T", "--drafter", "lookup"], "--drafter belongs to --target"),
+        (
+            ["hi", "--model", "T", "--compare", "--show-depth"],
+            "--compare is for decoding with drafts, --show-depth",
+        ),
         (["hi", "--target", "T", "--drafter", "lookup:0"], "such as lookup:3"),
         (["hi", "--target", "T", "--drafter", "lokup"], "--drafter is neither 'lookup', 'lookup:N' nor a model"),
         (["hi", "--target", "nobody", "--ngram", "nowhere.ngram"], "nowhere.ngram"),

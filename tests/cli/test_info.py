@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from zerodraft import ZttForCausalLM
 from zerodraft.cli.main import main
@@ -39,6 +40,11 @@ def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture
     assert message in capsys.readouterr().err
 
 
-def test_a_plain_model_is_sent_to_convert(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", str(plain_dir)]) == 2
-    assert "convert it first" in capsys.readouterr().err
+def test_a_plain_model_has_sizes_too(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([str(plain_dir)], ["--model", str(plain_dir)], [f"--target={plain_dir}"]):
+        assert main(["info", *words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["family"] == "llama"
+        assert found["num_hidden_layers"] == 4
+        model = LlamaForCausalLM.from_pretrained(plain_dir)
+        assert found["parameters"]["total"] == model.num_parameters()

@@ -38,7 +38,9 @@ def test_directory_without_a_model(tmp_path: Path) -> None:
         ("SmolLM2", "did you mean 'smollm2'"),
         ("gemma3", "did you mean 'gemma3-270m'"),
         ("llama-on-mars", "short names are 'smollm2', 'gemma3-270m'"),
-        ("./no/such/directory", "no model directory"),
+        ("./no/such/directory", "There is no such directory or file as"),
+        ("tests/nowhere", "There is no such directory or file as"),
+        ("model.gguf", "There is no such directory or file as"),
         ("", "name is empty"),
     ],
 )

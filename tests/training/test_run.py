@@ -139,7 +139,7 @@ def test_checkpoint_that_fails_midway_is_not_there(make_recipe, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("transformers.Trainer._save_rng_state", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ZerodraftError, match="could not be written: disk full"):
         pretrain(recipe, callbacks=[])
     assert last_checkpoint(recipe.output) is None
 

@@ -39,7 +39,7 @@ class Calibrate(Command):
 
     example: ClassVar[str] = "zerodraft calibrate models/ztt-tiny --text FILE --rule zero-mass --budget 0.7"
 
-    model: str = positional("MODEL")
+    model: str = positional("MODEL", also=("model", "target"))
     """Directory, hub id or short name of a Zero Token Transformer."""
     text: str = metavar("FILE")
     """Text to measure on (.txt, .md, .jsonl, .parquet; a folder or a glob): not what the model was trained on."""

@@ -46,7 +46,7 @@ class Chat(Command):
 
     example: ClassVar[str] = "zerodraft chat --target smollm2"
 
-    target: str = metavar("DIR|NAME", default="smollm2")
+    target: str = metavar("DIR|NAME", also=("model",), default="smollm2")
     """A causal language model with a chat template: directory, hub id or short name."""
     dtype: Dtype = "auto"
     """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""

@@ -14,14 +14,16 @@ Result = dict[str, Any]
 """What a command measured or made, in JSON types; `--json` prints it."""
 
 
-def positional(metavar: str, **kwargs: Any) -> Any:
-    """A field that is given by its place instead of by a flag; `kwargs` are those of `dataclasses.field`."""
-    return dataclasses.field(metadata={"metavar": metavar}, **kwargs)
+def positional(metavar: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """A field that is given by its place instead of by a flag, or by one of the flags `also`; `kwargs` are those of
+    `dataclasses.field`."""
+    return dataclasses.field(metadata={"metavar": metavar, "also": also}, **kwargs)
 
 
-def metavar(name: str, **kwargs: Any) -> Any:
-    """A flag whose value is called `name` in the help; `kwargs` are those of `dataclasses.field`."""
-    return dataclasses.field(metadata={"value": name}, **kwargs)
+def metavar(name: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """A flag whose value is called `name` in the help, with other names `also`; `kwargs` are those of
+    `dataclasses.field`."""
+    return dataclasses.field(metadata={"value": name, "also": also}, **kwargs)
 
 
 def each(name: str, **kwargs: Any) -> Any:

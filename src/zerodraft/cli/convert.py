@@ -23,7 +23,7 @@ class Convert(Command):
 
     example: ClassVar[str] = "zerodraft convert smollm2 --output smollm2-ztt --cycles 2"
 
-    model: str = positional("MODEL")
+    model: str = positional("MODEL", also=("model", "target"))
     """Directory, hub id or short name of the model to convert; it is not changed."""
     output: str = metavar("DIR")
     """New directory for the result."""

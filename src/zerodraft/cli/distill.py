@@ -33,7 +33,7 @@ class Distill(Command):
 
     example: ClassVar[str] = "zerodraft distill --target smollm2 --prompts prompts.jsonl --out completions"
 
-    target: str = metavar("DIR|NAME")
+    target: str = metavar("DIR|NAME", also=("model",))
     """The model that writes: directory, hub id or short name."""
     dtype: Dtype = "auto"
     """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""

@@ -26,7 +26,7 @@ class EvalDrafter(Command):
 
     drafter: str = positional("DRAFTER")
     """Directory of the drafter, or of the run that trained it."""
-    target: str = metavar("DIR|NAME")
+    target: str = metavar("DIR|NAME", also=("model",))
     """The model that it drafts for."""
     data: tuple[str, ...] = metavar("PATH")
     """Completions of the target; only the greedy ones count."""

@@ -43,6 +43,8 @@ class Flag:
     """The field that collects it, for flags of a recipe."""
     each: bool = False
     """Takes one of several values each time it is given, so that a word behind it is no value."""
+    also: tuple[str, ...] = ()
+    """Other names: what is the target for one command is the model for another."""
 
     @property
     def name(self) -> str:
@@ -89,6 +91,7 @@ def flags_of(cls: type, prefix: str = "", collector: str | None = None, inside: 
                     positional=place is not None,
                     collector=collector,
                     each=field.metadata.get("each", False),
+                    also=field.metadata.get("also", ()),
                 )
             )
     return flags
@@ -119,7 +122,7 @@ def parse(cls: type[T], words: Sequence[str], command: str) -> T:
     flags = flags_of(cls)
     named = {flag.name: flag for flag in flags if not flag.positional}
     words, literal = _split_at_separator(words)
-    words = [_normalise(word) for word in words]
+    words, placed = _renamed([_normalise(word) for word in words], flags)
     parser = _Parser(prog=command, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for flag in named.values():
         _add(parser, flag)
@@ -142,7 +145,7 @@ def parse(cls: type[T], words: Sequence[str], command: str) -> T:
         _store(values, flag, f".{key}", _yaml(getattr(given, name)))
 
     places = [flag for flag in flags if flag.positional]
-    given_words: list[Any] = [word for word in rest if word != "--"] + literal
+    given_words: list[Any] = [*placed, *(word for word in rest if word != "--"), *literal]
     if places and get_origin(places[-1].hint) is tuple:
         # the last place takes all the words that are left
         given_words[len(places) - 1 :] = [given_words[len(places) - 1 :]] if len(given_words) >= len(places) else []
@@ -207,6 +210,25 @@ def _split_at_separator(words: Sequence[str]) -> tuple[list[str], list[str]]:
         return words, []
     at = words.index("--")
     return words[:at], words[at + 1 :]
+
+
+def _renamed(words: Sequence[str], flags: Sequence[Flag]) -> tuple[list[str], list[str]]:
+    """The words with every flag by its own name; and the values of flags that stand for the first place."""
+    names = {f"--{name}": flag for flag in flags for name in flag.also}
+    renamed: list[str] = []
+    placed: list[str] = []
+    left = list(words)
+    while left:
+        name, equals, value = (word := left.pop(0)).partition("=")
+        if name not in names:
+            renamed.append(word)
+        elif not names[name].positional:
+            renamed.append(names[name].name + equals + value)
+        elif equals or left:
+            placed.append(value if equals else left.pop(0))
+        else:
+            raise ZerodraftError(f"{name}: expected one argument")
+    return renamed, placed
 
 
 def _normalise(word: str) -> str:

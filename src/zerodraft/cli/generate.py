@@ -22,9 +22,12 @@ from zerodraft.cli.decoding import (
 )
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
-from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt
+from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt, model_type
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_text, user_path, whole_characters
+
+OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
+OF_EXITS = ("exit_rule", "show_depth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +45,9 @@ class Generate(Command):
     prompt: str = positional("PROMPT", default="")
     """The text to continue."""
     model: str = metavar("DIR|NAME", default="")
-    """A Zero Token Transformer: directory, hub id or short name."""
+    """The model: directory, hub id, short name, GGUF file or LoRA folder. A Zero Token Transformer shows its depth."""
     target: str = metavar("DIR|NAME", default="")
-    """Any causal language model, to decode with drafts."""
+    """The same, always to decode with drafts."""
     dtype: Dtype = "auto"
     """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""
     drafter: str = metavar("DIR|NAME", default="")
@@ -74,39 +77,45 @@ class Generate(Command):
         self._prompt()
         self.sampling.check()
         if bool(self.model) == bool(self.target):
-            raise ZerodraftError(
-                "give either --target (any causal language model) or --model (a Zero Token Transformer)"
-            )
-        defaults = {field.name: field.default for field in fields(self)}
-        of_target = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
-        foreign = of_target if self.model else ("exit_rule", "show_depth")
-        for name in foreign:
-            if getattr(self, name) != defaults[name]:
-                flag, form = name.replace("_", "-"), "--target" if self.model else "--model"
-                raise ZerodraftError(f"--{flag} belongs to {form}")
+            raise ZerodraftError("give the model with either --model or --target")
+        exits, drafts = self._given(OF_EXITS), self._given(OF_DRAFTS)
+        if exits and drafts:
+            raise ZerodraftError(f"{drafts[0]} is for decoding with drafts, {exits[0]} for decoding with early exits")
+        if exits and self.target:
+            raise ZerodraftError(f"{exits[0]} belongs to --model")
         check_drafter(self.drafter, self.drafter_steps)
 
     def run(self, console: Console) -> Result:
         """Loads, generates and reports."""
-        return self._decode(console) if self.target else self._run_ztt(console)
+        from zerodraft.targets import resolve
 
-    def _decode(self, console: Console) -> Result:
+        plainly = not self.target and not self._given(OF_DRAFTS)
+        if plainly and (self._given(OF_EXITS) or model_type(resolve(self.model)) == "ztt"):
+            return self._run_ztt(console)
+        return self._decode(console, self.target or self.model)
+
+    def _given(self, names: tuple[str, ...]) -> list[str]:
+        """Which of these flags have another value than their default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+
+    def _decode(self, console: Console, target: str) -> Result:
         """With drafts: speed, and what came of them."""
         from zerodraft.decoding.ngram import open_table
 
         if self.ngram:
             # a wrong file is told before anything is loaded
             open_table(self.ngram)
-        model, tokenizer = load_target(self.target, self.dtype)
+        model, tokenizer = load_target(target, self.dtype)
         drafter, name = load_drafter(
-            self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+            self.drafter, model, target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
         )
         decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)
         result = decode_and_report(
             model, tokenizer, decode, inputs, self.sampling, console, name=name, plainly_too=self.compare
         )
-        return {**result, "target": self.target, "drafter": name, "seed": self.sampling.seed}
+        return {**result, "target": target, "drafter": name, "seed": self.sampling.seed}
 
     def _run_ztt(self, console: Console) -> Result:
         """With a Zero Token Transformer: speed and depth."""

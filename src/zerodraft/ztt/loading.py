@@ -22,6 +22,7 @@ from zerodraft.files import check_regular, read_json
 
 Name = str | PathLike[str]
 
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MOST_LAYERS = 4096
 """More layers than any model has; each would be built, whatever the weight files hold."""
 ROOM = 1 << 20
@@ -72,7 +73,9 @@ def load_pretrained(auto_class: Any, name: Name, **kwargs: Any) -> PreTrainedMod
     # GGUF files have their sizes inside, weights of a few bits are not of the sizes that the configuration says
     if Path(name).is_dir() and not kwargs.get("gguf_file"):
         check_sizes(auto_class, Path(name))
-    options = {"dtype": "auto", "use_safetensors": True} | kwargs
+    # pickled weights are read by a reader that makes tensors and nothing else
+    pickled = any((Path(name) / file).is_file() for file in PICKLED) and not any(Path(name).glob("*.safetensors*"))
+    options = {"dtype": "auto", "use_safetensors": not pickled, "weights_only": True} | kwargs
     with reading(f"The model {str(name)!r}"):
         loaded = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
     model, info = loaded
