@@ -238,6 +238,8 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
 
 def check_prompt(model: Any, prompt: "torch.Tensor") -> None:
     """Raises for a prompt with a token that the model does not have, or of so many that nothing could follow."""
+    if not prompt.numel():
+        raise ZerodraftError("the prompt comes to no tokens: give another text, or leave the chat template out")
     check_tokens(int(prompt.max()), model, "the prompt")
     length = prompt.shape[1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -54,6 +54,10 @@ def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto", *, as_stored:
     from zerodraft.ztt.loading import load_pretrained
 
     model: Any = load_pretrained(auto_class, path, dtype=dtype)
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        value = getattr(model.config.get_text_config(), name, None)
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ZerodraftError(f"The configuration of '{path}' has {name} beyond 0 to 1, with which no norm works.")
     with reading(f"The model '{path}'", "does not run"):
         model = model.to(default_device()).eval() if as_stored else ready(model, dtype)
         model.generation_config = text_settings(model.generation_config)
