@@ -260,6 +260,8 @@ def check_cycling(config: ZttConfig) -> None:
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:
             raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
+    if not isinstance(config.exit_rule, (dict, type(None))):
+        raise ZerodraftError(f"exit_rule={config.exit_rule!r} is no rule; expected what 'zerodraft calibrate' writes.")
     if not 1 <= config.zero_token_start <= config.cycles + 1:
         raise ZerodraftError(
             f"zero_token_start={config.zero_token_start} must lie between 1 and cycles + 1 = {config.cycles + 1}."
