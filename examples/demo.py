@@ -130,11 +130,11 @@ def run(
     import torch
     from transformers.utils import logging
 
-    from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+    from zerodraft.cli.loading import load_tokenizer, load_ztt
 
     logging.disable_progress_bar()
     model, folder = load_ztt(str(path))
-    tokenizer = load_tokenizer_for(model, folder)
+    tokenizer = load_tokenizer(folder)
     rule = model.calibrated_exit_rule()
     config = model.config
     console.print(

@@ -1,6 +1,7 @@
 """`zerodraft generate --target`: the same text as plain decoding, what is reported, and bad input."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,15 @@ def test_transformers_our_engine_and_drafts_are_told_apart(plain_dir: Path, caps
     _, out, _ = generate(capsys, *words)
     for part in ("transformers, plain decoding: ", "our plain decoding, no drafts: ", "with drafts: "):
         assert part in out
+
+
+def test_a_prompt_comes_through_a_pipe(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = result(capsys, "the cat", "--target", str(plain_dir), "--drafter", "lookup")["text"]
+    reading, writing = os.pipe()
+    os.write(writing, b"the cat")
+    os.close(writing)
+    try:
+        words = ["--prompt-file", f"/dev/fd/{reading}", "--target", str(plain_dir), "--drafter", "lookup"]
+        assert result(capsys, *words)["text"] == expected
+    finally:
+        os.close(reading)

@@ -74,7 +74,10 @@ class Generate(Command):
 
     def check(self) -> None:
         """Reads the prompt and looks at the numbers."""
-        self._prompt()
+        file = user_path(self.prompt_file) if self.prompt_file else None
+        if self.prompt or file is None or file.is_file() or file.is_dir() or not file.exists():
+            # what comes through a pipe can be read once only, and is read later
+            self._prompt()
         self.sampling.check()
         if bool(self.model) == bool(self.target):
             raise ZerodraftError("give the model with either --model or --target")
@@ -165,9 +168,9 @@ class Generate(Command):
         text = whole_characters(self.prompt)
         if self.prompt_file:
             file = user_path(self.prompt_file)
-            if not file.is_file():
+            if not file.exists() or file.is_dir():
                 raise ZerodraftError(f"no prompt file at '{self.prompt_file}'")
-            text = read_text(file, "prompt file")
+            text = read_text(file, "prompt file", pipes=True)
         if not text.strip():
             raise ZerodraftError("the prompt is empty: give a text to continue, or a file with --prompt-file")
         return text
