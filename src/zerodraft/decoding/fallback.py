@@ -83,7 +83,9 @@ class Fallback:
 
     def longest(self) -> int:
         """The most positions to draft in the next step; 0 for a plain one."""
-        if len(self._plain) < FIRST_PLAIN or self._drafts >= self._until:
+        # a plain step loses nothing where drafts bring nothing
+        useless = len(self._brought) == RECENT and sum(self._brought) == RECENT
+        if len(self._plain) < FIRST_PLAIN or self._drafts >= (min(RECENT, self._until) if useless else self._until):
             return 0
         return 0 if self.resting else self._longest
 
@@ -100,7 +102,8 @@ class Fallback:
             self._balance = max(self._balance, min(self._balance + self.share, enough))
             return
         unit = _median(self._plain) if self._plain else seconds
-        more = (seconds / unit - 1) / (1 + read / READ)
+        # never less than a plain step: those that were timed were slow by chance then
+        more = max(seconds / unit - 1, 0.0) / (1 + read / READ)
         self._drafts += 1
         self._taken.append(1 + more)
         self._brought.append(tokens)
