@@ -10,7 +10,7 @@ import pytest
 from zerodraft.bench.prompts import read_questions
 from zerodraft.cli.generate import Generate
 from zerodraft.errors import ZerodraftError, printable, reading
-from zerodraft.files import read_json, read_text, user_path, whole_characters
+from zerodraft.files import json_object, read_json, read_text, user_path, whole_characters
 from zerodraft.training.data import read_documents
 from zerodraft.training.prompts import read_prompts
 from zerodraft.training.recipe import DataRecipe, load_recipe
@@ -43,10 +43,13 @@ def test_what_is_no_text_is_a_sentence(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"output: \xff\xfe\n")
     with pytest.raises(ZerodraftError, match="is not UTF-8 text"):
         read(str(tmp_path / name))
-    (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != "one.txt"])  # a prompt may come through a pipe
+def test_a_pipe_is_no_file(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ZerodraftError, match=r"is a pipe|no prompt file|no data at"):
-        read(str(tmp_path / name))
+    with pytest.raises(ZerodraftError, match=r"is a pipe|no data at"):
+        READERS[name][1](str(tmp_path / name))
 
 
 @pytest.mark.parametrize("escape", ["\\ud83d", "\\uDE00", "\\ud83d \\ude00"])
@@ -77,6 +80,17 @@ def test_json_that_is_no_object(text: str, message: str, tmp_path: Path) -> None
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ZerodraftError, match=message):
         read_json(tmp_path / "a.json")
+
+
+def test_json_of_any_depth_is_read_or_refused() -> None:
+    refused = 0
+    for depth in range(100, 3000, 200):
+        try:
+            # half a character makes all of it be walked through
+            json_object('{"a": ' + "[" * depth + '"\\ud83d"' + "]" * depth + "}", "The file 'a'")
+        except ZerodraftError:
+            refused += 1
+    assert 0 < refused < 15
 
 
 def test_only_files_are_read(tmp_path: Path) -> None:

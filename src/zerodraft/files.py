@@ -82,12 +82,13 @@ def json_object(text: str, what: str) -> dict[str, Any]:
     """The object that a JSON text is; `what` begins the sentence if it is none."""
     try:
         value = json.loads(text)
+        value = whole_characters(value) if "\\ud" in text.lower() else value
     # numbers of more digits than Python reads are a ValueError too
     except (ValueError, RecursionError) as error:
         raise ZerodraftError(f"{what} is not JSON: {why(error)}.") from error
     if not isinstance(value, dict):
         raise ZerodraftError(f"{what} must be an object with fields, got {type(value).__name__}.")
-    return whole_characters(value) if "\\ud" in text.lower() else value
+    return value
 
 
 def whole_characters(value: Any) -> Any:
