@@ -116,12 +116,30 @@ class DraftCache(Cache):
 
     Args:
         capacity: Columns to allocate at once (0: as needed).
+
+    Attributes:
+        asked: Which of `is_sliding` the model's masks were made for, wherever transformers made them.
     """
 
     def __init__(self, capacity: int = 0) -> None:
         self.extent = Extent(capacity)
         self.lengths: list[int] = []
+        self.asked: set[bool] = set()
         super().__init__(layer_class_to_replicate=lambda: DraftLayer(self.extent))  # pyright: ignore[reportArgumentType]  # called like a class
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """One entry for each kind of mask. No layer drops anything; but a mask is made for the first layer of its kind,
+        whose number then tells which kind the model asks for."""
+        return [False, True]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The columns that a mask is for, and the first of them: the same for all layers."""
+        self.asked.add(layer_idx > 0)
+        return self.extent.start + query_length, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.extent.start
 
     @property
     def written(self) -> list[DraftLayer]:
@@ -179,6 +197,11 @@ class DraftCache(Cache):
                 held = int(cache.get_seq_length(i))
                 keys, values = layer.text()
                 cache.update(keys[:, :, held:columns], values[:, :, held:columns], i)
+
+
+def drops_windows(cache: Cache | None) -> bool:
+    """Whether a cache of plain decoding forgets what lies behind a sliding window."""
+    return cache is not None and any(getattr(layer, "is_sliding", False) for layer in cache.layers)
 
 
 def check_readable(cache: Cache) -> None:

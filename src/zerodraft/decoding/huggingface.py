@@ -181,7 +181,7 @@ class DiffuSpec:
         if target is None:
             static = config.cache_implementation == "static" and stopping.max_length is not None
             room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
-            target = HfTarget(model, capacity=room, inputs=inputs, past=past if held else None)
+            target = HfTarget(model, capacity=room, inputs=inputs, past=past)
         engine = Engine(
             target=target,
             drafter=self.drafter,

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from zerodraft.caches import argument_of
-from zerodraft.decoding.cache import DraftCache, check_readable
+from zerodraft.decoding.cache import DraftCache, check_readable, drops_windows
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.errors import ZerodraftError
 
@@ -32,7 +33,8 @@ class HfTarget:
         model: The model; neither it nor its configuration is changed.
         capacity: Tokens to have room for from the start (a static cache).
         inputs: More arguments for each forward pass.
-        past: Holds the beginning of every row's text; the first prompt has to have more than that. It is only read.
+        past: The cache of plain decoding. Where it holds the beginning of every row's text, the first prompt has to
+            have more than that. It is only read.
 
     Raises:
         ZerodraftError: a model that cannot score a tree, or a `past` that cannot be read.
@@ -49,12 +51,15 @@ class HfTarget:
         self.model = model
         self.device: torch.device = model.device if model.device.type != "meta" else torch.device("cpu")
         self.cache = DraftCache(capacity)
-        self._past = past
+        self._past = past if past is not None and past.get_seq_length() else None
         if past is not None:
             check_readable(past)
+        self._drops = drops_windows(past)
+        self._is_static = past is not None and any(isinstance(layer, StaticLayer) for layer in past.layers)
         self._inputs = dict(inputs or {})
         self._config = model.config.get_text_config(decoder=True)
         self._kinds, self._window = attention_kinds(self._config)
+        self._by_kind = getattr(self._config, "layer_types", None) is not None
         self._additive = takes_additive_mask(self._config)
         parameters = inspect.signature(model.forward).parameters
         if "position_ids" not in parameters:
@@ -84,6 +89,7 @@ class HfTarget:
         self._padded = not bool(text.all())
         positions = (text.cumsum(1) - 1).clamp_min(0)[:, -columns:]
         out = self._forward(ids, text.long() if self._padded else None, positions, taps, last_only=True)
+        self._look_at_windows(text.shape[1])
         self.cache.append(rows, columns)
         self._text = text
         self._positions = text.sum(1).tolist()
@@ -130,7 +136,7 @@ class HfTarget:
                 kind: torch.zeros_like(mask, dtype=self.model.dtype).masked_fill_(~mask, lowest)
                 for kind, mask in made.items()
             }
-        if getattr(self._config, "layer_types", None) is None:
+        if not self._by_kind:
             return made[self._kinds[0]]
         return {kind: made[kind] for kind in self._kinds}
 
@@ -138,6 +144,25 @@ class HfTarget:
         """Hand the text's keys and values, or those of its first columns, to a caller's cache: an empty one, or the one
         that decoding began with."""
         self.cache.copy_to(cache, columns)
+
+    def _look_at_windows(self, columns: int) -> None:
+        """Take the windows from what the model has asked for, where its configuration says more than its layers do;
+        prompts have so many columns by now.
+
+        Raises:
+            ZerodraftError: tokens that plain decoding's cache drops for layers that look at all.
+        """
+        if SLIDING not in self._kinds or self.cache.asked != {False}:
+            return
+        in_pieces = self._is_static or self.cache.extent.start > 0
+        if self._drops and (len(self._kinds) > 1 or (in_pieces and columns > self._window)):
+            raise ZerodraftError(
+                f"{type(self.model).__name__} has no sliding windows, but its configuration says "
+                f"sliding_window={self._window}, and so plain decoding's cache drops tokens; give "
+                f"{self._cache_argument}=DynamicCache(), or take sliding_window out of the configuration."
+            )
+        # a dynamic cache drops nothing of a prompt that is read at once, and then all but the window for each token
+        self._kinds, self._by_kind = [SLIDING if self._drops else FULL], False
 
     def _resume(self, ids: Tensor, mask: Tensor, taps: Sequence[int]) -> TargetOutput:
         """Take the beginning of the prompts from the caller's cache and read the rest."""
