@@ -118,6 +118,11 @@ def test_a_text_that_outgrows_the_buffers(family: str, recorder: Any, monkeypatc
     assert len({id(recorder) for recorder in recorders}) == 3
 
 
+def test_windows_of_the_configuration_alone_are_left_to_the_usual_passes() -> None:
+    assert graphed_target(tiny_plain("llama", sliding_window=8), recorder=Unrecorded) is None
+    assert graphed_target(tiny_plain("mistral", sliding_window=8), recorder=Unrecorded) is not None
+
+
 def test_a_prompt_in_pieces_is_the_prompt() -> None:
     model, prompt = tiny_plain("gemma3"), tokens(1, 11)
     whole, pieces = target_of(model, Taped), target_of(model, Taped)

@@ -6,6 +6,7 @@ which models can be recorded. Prompts, batches and padded rows take the ordinary
 """
 
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -173,7 +174,15 @@ def _qualifies(model: Any) -> bool:
         and has_plain_parameters(model)
         and not torch.is_autocast_enabled(model.device.type)
         and all(_repeats(name, module) for name, module in model.named_modules())
+        and (getattr(model.config.get_text_config(), "sliding_window", None) is None or _has_windows(model))
     )
+
+
+def _has_windows(model: nn.Module) -> bool:
+    """Whether the model's own code makes masks of sliding windows; where the configuration alone speaks of them, it
+    takes plain decoding's cache, which `HfTarget` is given, to tell what is looked at."""
+    homes = {sys.modules[type(module).__module__] for module in model.modules()}
+    return any(hasattr(home, "create_sliding_window_causal_mask") for home in homes)
 
 
 def _repeats(name: str, module: nn.Module) -> bool:
