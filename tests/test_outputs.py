@@ -9,8 +9,8 @@ import pytest
 
 from zerodraft.cli.main import main
 from zerodraft.errors import ZerodraftError
+from zerodraft.lock import locked
 from zerodraft.outputs import check_free, new_directory
-from zerodraft.training.lock import locked
 
 WRITER = """
 import sys, time

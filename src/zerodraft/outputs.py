@@ -1,4 +1,5 @@
-"""Directories that are written whole or not at all, and leave nothing behind that refuses where a process is killed."""
+"""Files and directories that are written whole or not at all, and leave nothing behind that refuses where a process is
+killed."""
 
 import os
 import shutil
@@ -9,7 +10,18 @@ from pathlib import Path
 
 from zerodraft.errors import ZerodraftError, reading
 from zerodraft.files import user_path
-from zerodraft.training.lock import locked
+from zerodraft.lock import locked
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to, which then takes its name."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_free(output: str | PathLike[str]) -> Path:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.lock import locked
 from zerodraft.training.callbacks import read_log
-from zerodraft.training.lock import locked
 
 
 def losses(folder: Path) -> list[float]:

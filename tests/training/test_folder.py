@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.lock import LOCK, locked
 from zerodraft.training.base import forward_passes
 from zerodraft.training.callbacks import JsonLog, read_log
 from zerodraft.training.folder import claimed
-from zerodraft.training.lock import LOCK, locked
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.run import pretrain
 

@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import zerodraft
+from zerodraft.outputs import new_file
 from zerodraft.targets import compiled
 from zerodraft.targets.cache import sha256_of
 
@@ -161,12 +162,8 @@ def write_text(text: str, path: Path) -> None:
 def write_bytes(data: bytes, path: Path) -> None:
     """Write a file, beside its place first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with new_file(path) as partial:
         partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _git(*words: str) -> str | None:

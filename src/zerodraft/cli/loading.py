@@ -5,14 +5,13 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.errors import ZerodraftError, reading
 from zerodraft.files import read_json
 
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What a model computes in; auto: float32 on CPUs, elsewhere what its checkpoint is stored in."""
-
 
 TEXT_SETTINGS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff",
@@ -50,7 +49,6 @@ def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto", *, as_stored:
     """
     import torch
 
-    from zerodraft.errors import reading
     from zerodraft.ztt.loading import load_pretrained
 
     model: Any = load_pretrained(auto_class, path, dtype=dtype)

@@ -16,6 +16,7 @@ from rich.text import Text
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.errors import ZerodraftError, printable
 from zerodraft.files import user_path
+from zerodraft.outputs import new_file
 
 BATCH = 64
 """Texts that are tokenised at once."""
@@ -125,17 +126,12 @@ class Ngram(Command):
         }
 
     def _words(self, documents: "TokenFiles", path: Path, out: Path, progress: "CountProgress") -> Result:
-        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
         tokens = 0
-        try:
-            with partial.open("w", encoding="ascii", newline="\n") as stream:
-                for document in documents:
-                    stream.write(" ".join(map(str, document.tolist())) + "\n")
-                    tokens += len(document)
-                    progress.show("words", tokens)
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(out) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
+            for document in documents:
+                stream.write(" ".join(map(str, document.tolist())) + "\n")
+                tokens += len(document)
+                progress.show("words", tokens)
         return {"tokens": tokens, "bytes": out.stat().st_size}
 
     def _info(self, console: Console) -> Result:

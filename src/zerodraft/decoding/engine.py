@@ -106,8 +106,7 @@ class Engine:
         ]
         while any(self._goes_on(text) for text in self.texts):
             began = clock()
-            unread = max(sum(len(news.tokens) for news in untold) for untold in self._untold)
-            lattices, asked = self._draft(session)
+            lattices, asked, unread = self._draft(session)
             drafted = perf_counter()
             with self.stats.timed("search"):
                 drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
@@ -116,14 +115,12 @@ class Engine:
                 trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
                 depths = [tree.depths() for tree in trees]
                 ids, depth, visible = self._inputs(trees, depths)
-                going = [self._goes_on(text) for text in self.texts]
                 out = self.target.score(ids, depth, visible, self.drafter.taps)
                 step, kept = self._settle(out, drafts)
                 self.target.keep(kept)
-            if any(going):
-                seconds = perf_counter() - drafted
-                self._lengths[0].observe_cost("verify", max(asked), seconds)
-                self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
+            seconds = perf_counter() - drafted
+            self._lengths[0].observe_cost("verify", max(asked), seconds)
+            self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
             for at, row in enumerate(step.rows):
                 if row is not None and asked[at]:
                     filled = _generated(lattices[at], self.stopping.eos_ids)
@@ -171,19 +168,21 @@ class Engine:
                     if proxy is not None and len(progress.tokens):
                         proxy.observe(progress.tokens.tolist())
 
-    def _draft(self, session: DraftSession) -> tuple[Sequence[Lattice], list[int]]:
-        """A lattice for every row, and how many positions it was asked for."""
+    def _draft(self, session: DraftSession) -> tuple[Sequence[Lattice], list[int], int]:
+        """A lattice for every row, how many positions it was asked for, and how many tokens of a row the drafter had to
+        read before."""
         longest = self.fallback.longest() if self.fallback else UNLIMITED
         asked = [self._room(at, longest) for at in range(len(self.texts))]
         if not any(asked):
-            return [Lattice.empty()] * len(asked), asked
+            return [Lattice.empty()] * len(asked), asked, 0
+        unread = max(sum(len(news.tokens) for news in untold) for untold in self._untold)
         if any(self._untold):
             self._tell(session)
         began = perf_counter()
         with self.stats.timed("draft"):
             lattices = session.propose(asked)
         self._lengths[0].observe_cost("draft", max(asked), perf_counter() - began)
-        return lattices, asked
+        return lattices, asked, unread
 
     def _room(self, at: int, longest: int) -> int:
         """How many positions to draft for a row: at most the longest, and never beyond the longest text or the last

@@ -57,16 +57,18 @@ class InStep:
         paths: list[list[int]] = [[] for _ in texts]
         written: list[list[int]] = [[] for _ in texts]
         began = [self.goes_on(text) for text in texts]
+        ids = _ids(texts)
         while True:
             going = [self.goes_on(text) for text in texts]
-            tokens = self._choose(texts, torch.stack([logits[row, node + 1] for row, node in enumerate(nodes)]))
+            tokens = self._choose(ids, torch.stack([logits[row, node + 1] for row, node in enumerate(nodes)]))
             for row, text in enumerate(texts):
                 if not going[row]:
                     tokens[row] = self.pad
                 else:
                     written[row].append(tokens[row])
                 text.add(tokens[row])
-            ended = self.stopping.together(_ids(texts), self.choice.so_far_together)
+            ids = _ids(texts)
+            ended = self.stopping.together(ids, self.choice.so_far_together)
             for text, stops in zip(texts, ended, strict=True):
                 if stops and text.stopped_at is None:
                     text.stopped_at = text.length
@@ -82,8 +84,7 @@ class InStep:
         ]
         return rows, [[0, *(node + 1 for node in path)] for path in paths]
 
-    def _choose(self, texts: Sequence[Text], logits: Float[Tensor, "B V"]) -> list[int]:
-        ids = _ids(texts)
+    def _choose(self, ids: Int[Tensor, "B T"], logits: Float[Tensor, "B V"]) -> list[int]:
         if self.before is not None:
             self.before(ids)
         scores = self.choice.process_together(ids, logits)

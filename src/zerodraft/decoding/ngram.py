@@ -31,6 +31,7 @@ from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.scorers import LatticeScores
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import check_regular, user_path
+from zerodraft.outputs import new_file
 
 MAGIC = b"ZDNGRAM\n"
 VERSION = 1
@@ -327,16 +328,11 @@ def save_table(table: NgramTable, path: str | os.PathLike[str]) -> int:
     preamble = PREAMBLE.pack(MAGIC, VERSION, len(header), size, table.vocab_size, 0)[:-4]
     checksum = zlib.crc32(header, zlib.crc32(preamble))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(preamble + struct.pack("<I", checksum) + header)
-            for array in arrays.values():
-                stream.write(np.ascontiguousarray(array).data)
-                stream.write(bytes(-array.nbytes % ALIGNMENT))
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(file) as partial, partial.open("wb") as stream:
+        stream.write(preamble + struct.pack("<I", checksum) + header)
+        for array in arrays.values():
+            stream.write(np.ascontiguousarray(array).data)
+            stream.write(bytes(-array.nbytes % ALIGNMENT))
     return size
 
 

@@ -5,22 +5,11 @@ ids at once. Time is looked at once a step, so a call may take one step longer t
 known here may remember what they were called with, and are called as in plain decoding (see `instep.py`).
 """
 
-from typing import Protocol, runtime_checkable
-
 from jaxtyping import Int
 from torch import Tensor
 from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 
-
-@runtime_checkable
-class Growing(Protocol):
-    """A row's text. Its ids are asked for by the criteria that read them alone."""
-
-    length: int
-
-    def ids(self) -> Int[Tensor, "1 T"]:
-        """All of them."""
-        ...
+from zerodraft.decoding.text import Text
 
 
 class Stopping:
@@ -55,7 +44,7 @@ class Stopping:
                 self._others.append(criterion)
         self.may_remember = any(type(criterion) is not StopStringCriteria for criterion in self._others)
 
-    def __call__(self, token: int, text: Growing) -> bool:
+    def __call__(self, token: int, text: Text) -> bool:
         """Whether a row's text, which now ends with `token`, is finished."""
         if token in self.eos_ids or (self.max_length is not None and text.length >= self.max_length):
             return True
@@ -65,6 +54,6 @@ class Stopping:
         """Whether each row's text is finished, from one call for all of them as plain decoding makes it."""
         return self._criteria(ids, scores).tolist()  # pyright: ignore[reportArgumentType]  # None is what generate gives
 
-    def time_is_up(self, text: Growing) -> bool:
+    def time_is_up(self, text: Text) -> bool:
         """Whether the call has taken its time."""
         return any(bool(criterion(text.ids(), None)[0]) for criterion in self._times)

@@ -128,7 +128,7 @@ class LeanTarget:
         """Forget what rows have cached beyond so many tokens."""
         self._lengths = [min(known, length) for known, length in zip(self._lengths, lengths, strict=True)]
         self._slots = max(self._lengths, default=0)
-        self._rows = torch.tensor(self._lengths)[:, None]
+        self._rows = torch.tensor(self._lengths, device=CPU)[:, None]
 
     def export(self, cache: Cache, columns: int | None = None) -> None:
         """Put the text's keys and values (or those of its first columns) into an empty cache of transformers, at the

@@ -19,8 +19,8 @@ import numpy as np
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json, user_path
+from zerodraft.lock import LOCK, locked
 from zerodraft.training.completions import Completion, read_shard, write_shard, write_whole
-from zerodraft.training.lock import LOCK, locked
 from zerodraft.training.prompts import Prompt, PromptEncoder, fingerprint
 
 MANIFEST = "manifest.json"

@@ -15,8 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json
+from zerodraft.lock import LOCK, locked
 from zerodraft.training.callbacks import JsonLog
-from zerodraft.training.lock import LOCK, locked
 from zerodraft.training.strict import from_mapping, to_mapping
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json
+from zerodraft.outputs import new_file
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, scored_rule, trade_off
@@ -247,9 +248,5 @@ def write_exit_rule(model: ZttForCausalLM, rule: ExitRule, directory: str | os.P
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with new_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

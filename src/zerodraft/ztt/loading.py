@@ -19,12 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from zerodraft.errors import ZerodraftError, reading
 from zerodraft.files import check_regular, read_json
+from zerodraft.ztt.config import DEEPEST
 
 Name = str | PathLike[str]
 
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-MOST_LAYERS = 4096
-"""More layers than any model has; each would be built, whatever the weight files hold."""
 ROOM = 1 << 20
 """Parameters that may be missing from a checkpoint; the message then names them."""
 
@@ -40,9 +39,10 @@ def load_config(name: Name) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         text = config.get_text_config()
         layers = int(getattr(text, "stored_layers", getattr(text, "num_hidden_layers", None)) or 0)
-    if layers > MOST_LAYERS:
+    # each would be built, whatever the weight files hold
+    if layers > DEEPEST:
         raise ZerodraftError(
-            f"The configuration of {str(name)!r} has num_hidden_layers={layers}; a model has at most {MOST_LAYERS}."
+            f"The configuration of {str(name)!r} has num_hidden_layers={layers}; a model has at most {DEEPEST}."
         )
     return config
 

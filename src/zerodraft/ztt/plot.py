@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.errors import ZerodraftError
+from zerodraft.outputs import new_file
 from zerodraft.ztt.tradeoff import Point
 
 COLOURS = {"zero-mass": "#d1495b", "confidence": "#00798c", "entropy": "#edae49", "kl": "#5b5f97", "latent": "#66a182"}
@@ -67,10 +68,5 @@ def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with new_file(Path(path)) as partial:
         partial.write_bytes(image.getvalue())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
