@@ -23,7 +23,6 @@ ROOT = -1
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-
 MARKS = {ACCEPTED: "{{+{}+}}", REJECTED: "[-{}-]", OWN: "{}"}
 """What stands for a colour, as in `git diff --word-diff`."""
 

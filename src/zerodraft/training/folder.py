@@ -78,7 +78,7 @@ def check_folder(folder: Path, recipe: Any, resume: bool, begun: bool) -> str | 
         return None
     try:
         old = from_mapping(type(recipe), read_json(folder / RECIPE, "recipe"))
-    except (OSError, ValueError, RecursionError) as error:
+    except ZerodraftError as error:
         raise ZerodraftError(f"'{folder / RECIPE}' cannot be read, so the run cannot be resumed: {error}") from error
     changed = _differences(to_mapping(old), to_mapping(recipe))
     changed = [key for key in changed if key not in {*PLACES, *(f"training.{name}" for name in MAY_CHANGE)}]

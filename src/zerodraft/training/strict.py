@@ -45,7 +45,7 @@ def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:
         ZerodraftError: an unknown key (with a suggestion), a missing one, or a value of the wrong type.
     """
     if not isinstance(mapping, Mapping):
-        raise ZerodraftError(f"'{where or cls.__name__}' must be a mapping of keys to values, got {mapping!r}")
+        raise ZerodraftError(f"'{where or cls.__name__}' must be a mapping of keys to values, got {shown(mapping)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     hints = get_type_hints(cls)
     values = {}
