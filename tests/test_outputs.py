@@ -10,7 +10,7 @@ import pytest
 from zerodraft.cli.main import main
 from zerodraft.errors import ZerodraftError
 from zerodraft.lock import locked
-from zerodraft.outputs import check_free, new_directory
+from zerodraft.outputs import check_free, new_directory, new_file
 
 WRITER = """
 import sys, time
@@ -41,6 +41,24 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ZerodraftError, match="could not be written: No space"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for text in ("old", "new"):
+        with new_file(file) as partial:
+            partial.write_text(text)
+        assert file.read_text() == text
+
+    def write() -> None:
+        with new_file(file) as partial:
+            partial.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "new"
 
 
 def test_a_killed_process_refuses_nobody(tmp_path: Path) -> None:
