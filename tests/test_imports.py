@@ -1,5 +1,6 @@
 """The package works with its own dependencies alone, and importing any part of it has no side effects that show."""
 
+import ast
 import pkgutil
 import subprocess
 import sys
@@ -90,3 +91,9 @@ def name(requirement: str) -> str:
     for mark in ("[", "=", ">", "<", " ", ";"):
         requirement = requirement.split(mark)[0]
     return requirement
+
+
+def test_the_oldest_python_that_is_promised_can_read_every_file() -> None:
+    assert 'requires-python = ">=3.10"' in (ROOT / "pyproject.toml").read_text("utf-8")
+    for path in (ROOT / "src").rglob("*.py"):
+        ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, 10))

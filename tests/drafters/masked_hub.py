@@ -43,9 +43,9 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape) * (0.2 if len(shape) > 1 else 0.5) + (len(shape) == 1)
 
 
-def dream_tensors() -> dict[str, Tensor]:
-    names = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
-    names["lm_head.weight"] = (VOCABULARY, WIDTH)
+def dream_tensors(vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
+    names = {"model.embed_tokens.weight": (vocabulary, WIDTH), "model.norm.weight": (WIDTH,)}
+    names["lm_head.weight"] = (vocabulary, WIDTH)
     for i in range(LAYERS):
         layer = f"model.layers.{i}."
         for part, rows in (("q", WIDTH), ("k", WIDTH // 2), ("v", WIDTH // 2)):

@@ -186,9 +186,10 @@ def test_starts_from_the_targets_layers() -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     target, drafter = make(draft_ids=torch.arange(7, 27))
+    run, tmp_path = tmp_path, tmp_path / "model"
     drafter.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
-    loaded = BlockDrafter.from_pretrained(tmp_path, target)
+    loaded = BlockDrafter.from_pretrained(run, target)
     assert (loaded.taps, loaded.max_length) == ((2, 3), 4)
     assert torch.equal(loaded.model.draft_ids, torch.arange(7, 27))
     for ours, theirs in zip(load_block(tmp_path).parameters(), drafter.parameters(), strict=True):

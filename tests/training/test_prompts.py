@@ -102,6 +102,9 @@ def test_what_a_tokenizer_without_a_template_cannot_do() -> None:
         PromptEncoder(bare)
     with pytest.raises(ZerodraftError, match="leave out either --invent or --no-chat"):
         PromptEncoder(bare, chat=False).user_turn()
+    bare.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ZerodraftError, match="puts nothing before the user's words"):
+        PromptEncoder(bare).user_turn()
 
 
 @pytest.mark.parametrize("row", [{"input": ["a", "b"]}, {"context": {"a": 1}}, {"instances": [{"input": 5}]}])

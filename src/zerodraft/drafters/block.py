@@ -19,6 +19,7 @@ from zerodraft.drafters.tapped import FIRST_SLOTS, TappedRow, TappedSession, gro
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.int8 import rounded_linear
 from zerodraft.targets.packed import PackedLinear
+from zerodraft.targets.resolve import resolve
 from zerodraft.ztt.loading import load_pretrained
 
 
@@ -65,7 +66,8 @@ class BlockDrafter:
     ) -> "BlockDrafter":
         """Loads what `BlockDrafterModel.save_pretrained` (and so `zerodraft train-drafter`) wrote.
 
-        `rounded` is as in the class; None: where this machine can.
+        `path` is the directory, a training run's folder or a hub id. `rounded` is as in the class; None: where this
+        machine can.
 
         Raises:
             ZerodraftError: nothing to load there, a damaged checkpoint, or one that does not fit the target.
@@ -101,7 +103,7 @@ def load_block(path: str | PathLike[str]) -> BlockDrafterModel:
     Raises:
         ZerodraftError: nothing to load there, or a damaged checkpoint.
     """
-    model = load_pretrained(BlockDrafterModel, path, dtype=torch.float32)
+    model = load_pretrained(BlockDrafterModel, resolve(path), dtype=torch.float32)
     assert isinstance(model, BlockDrafterModel)
     return model
 

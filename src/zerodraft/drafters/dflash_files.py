@@ -32,6 +32,7 @@ from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json
 from zerodraft.outputs import new_directory
+from zerodraft.targets.resolve import resolve
 from zerodraft.ztt.loading import check_finite, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,12 @@ def is_dflash(path: str | PathLike[str]) -> bool:
 
 
 def load_dflash(path: str | PathLike[str]) -> DFlashModel:
-    """Reads a drafter in any layout, in float32.
+    """Reads a drafter in any layout, in float32, from its directory, a training run's folder or a hub id.
 
     Raises:
         ZerodraftError: no DFlash drafter there, a damaged one, or one with parts that this network does not have.
     """
-    folder = Path(path)
+    folder = resolve(path)
     fields, tensors = read_json(folder / "config.json", "configuration"), dict(read_tensors(folder))
     layout = _layout(fields)
     if layout is None and (kind := _later_kind(fields)):

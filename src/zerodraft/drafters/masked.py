@@ -93,7 +93,7 @@ class MaskedDrafter:
         """Loads Dream, DiffuCoder, LLaDA, or what `zerodraft train-drafter --kind masked` wrote.
 
         Args:
-            path: the directory.
+            path: the directory, a training run's folder or a hub id.
             target: whose vocabulary and device count; only read.
             dtype: to run in; if not given, float32 on a CPU without units for bfloat16, elsewhere as stored.
             own_vocabulary: draft the model's own tokens, for a `RetokenizedDrafter` around this one.

@@ -20,6 +20,7 @@ from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel, rotary_of
 from zerodraft.drafters.rotary import rope_parameters
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import read_json
+from zerodraft.targets.resolve import resolve
 from zerodraft.ztt.loading import check_finite, load_pretrained, read_tensors
 
 Fields = Mapping[str, Any]
@@ -128,13 +129,14 @@ def load_masked(path: str | PathLike[str], dtype: torch.dtype | None = None) -> 
     """A masked diffusion language model from a directory: Dream's, LLaDA's, or one that we trained.
 
     Args:
-        path: the directory, with `config.json` and safetensors (one file, or shards with their index).
+        path: the directory, with `config.json` and safetensors (one file, or shards with their index); a training
+            run's folder; or a hub id.
         dtype: to have the weights in; as they are stored if not given.
 
     Raises:
         ZerodraftError: an unknown format, missing files or tensors, shapes that do not fit the config.
     """
-    folder = Path(path)
+    folder = resolve(path)
     fields = read_json(folder / "config.json")
     kind = str(fields.get("model_type"))
     if kind == MaskedConfig.model_type:

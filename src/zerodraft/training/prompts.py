@@ -144,7 +144,13 @@ class PromptEncoder:
         before, found, _ = self._template(sentinel).partition(sentinel)
         if not found:
             raise ZerodraftError("The target's chat template changes the user's words, so it cannot invent prompts.")
-        return list(self.tokenizer(before, add_special_tokens=False)["input_ids"])
+        turn = list(self.tokenizer(before, add_special_tokens=False)["input_ids"])
+        if not turn:
+            raise ZerodraftError(
+                "The target's chat template puts nothing before the user's words, so prompts cannot be invented: leave "
+                "out --invent and name files with --prompts."
+            )
+        return turn
 
     def _template(self, text: str) -> str:
         return templated(self.tokenizer, [{"role": "user", "content": text}], tokenize=False)
