@@ -1,17 +1,23 @@
 """Every decoder family of transformers, tiny and random, against one set of checks: right, or refused in a sentence.
 
-`test_every_family.py` takes a few of them, or those that ZERODRAFT_FAMILIES names.
+`test_every_family.py` takes a few of them, or those that ZERODRAFT_FAMILIES names. `python -m tests.ztt.every_family`
+takes all (two minutes) and writes docs/families.json and the table that docs/convert.md shows.
 """
 
 import copy
 import inspect
+import json
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.ztt.tiny import gap, randomise, tokens
 from zerodraft import CycleOutput, ZerodraftError, ZttConfig, ZttForCausalLM
@@ -39,6 +45,7 @@ SIZES: dict[str, Any] = {
     "num_kv_shared_layers": 0,
     "layerdrop": 0.0,
     "index_topk": 8,
+    "full_attn_idxs": [1, 3],
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -51,6 +58,7 @@ class Outcome:
 
     cycles: bool
     zero_tokens: bool = False
+    ffn_gate: bool = False
     moving_zero_keys: bool = False
     early_exit: bool = False
     refusal: str = ""
@@ -65,6 +73,10 @@ def tiny_config(family: str) -> PreTrainedConfig | None:
     if "kv_lora_rank" in sizes:  # latent attention has no grouped queries
         sizes["num_key_value_heads"] = 4
     try:
+        kinds = set(getattr(kind(), "layer_types", None) or [])
+        if len(kinds) > 1:  # each of them, not the first alone; full attention last, as Gemma wants it
+            ordered = sorted(kinds, reverse=True)
+            sizes["layer_types"] = [ordered[layer % len(ordered)] for layer in range(4)]
         config = kind(**sizes)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -84,7 +96,10 @@ class Checker:
         randomise(self.plain)
 
     def over(self, **options: Any) -> ZttForCausalLM:
-        model = ZttForCausalLM(ZttConfig(base_config=copy.deepcopy(self.config), **options)).eval()
+        config = ZttConfig(base_config=copy.deepcopy(self.config), **options)
+        # As the family itself: some have no other than eager.
+        attention = self.plain.config._attn_implementation
+        model = ZttForCausalLM._from_config(config, attn_implementation=attention).eval()
         randomise(model)
         model.base.load_state_dict(self.plain.state_dict())
         return model
@@ -112,9 +127,9 @@ class Checker:
             self.same(out.logits, expected)
             past = out.past_key_values
 
-    def zero_tokens(self) -> None:
+    def zero_tokens(self, ffn_gate: bool = False) -> None:
         """The fused form is the written-out one, on its own, with everything else, and with a cache."""
-        model = self.over(cycles=2, ffn_gate=True, cycle_lora_rank=2, cycle_gates=True)
+        model = self.over(cycles=2, ffn_gate=ffn_gate, cycle_lora_rank=2, cycle_gates=True)
         self.cached(model)
         fused = model(self.ids, output_zero_mass=True)
         model.set_attn_implementation("eager")
@@ -124,6 +139,9 @@ class Checker:
         far = self.over(cycles=2, zero_tokens=True)
         far.zero_tokens.keys.zero_()
         assert gap(far(self.ids).logits, self.over(cycles=2, zero_tokens=False)(self.ids).logits) > 1e-6
+
+    def ffn_gate(self) -> None:
+        self.zero_tokens(ffn_gate=True)
 
     def moving_zero_keys(self) -> None:
         """A key that is rotated along does not see where a text begins, as little as the family does."""
@@ -145,7 +163,7 @@ class Checker:
         self.same(out.logits, model(self.ids, exit_depth=out.exit_depth).logits)
 
 
-def refusal(check: Any) -> str:
+def refusal(check: Callable[[], None]) -> str:
     """The sentence in which a check's model is refused; empty if it passed."""
     try:
         check()
@@ -164,5 +182,59 @@ def outcome(config: PreTrainedConfig) -> Outcome | None:
         return None
     if sentence := refusal(checker.cycles):
         return Outcome(False, refusal=sentence)
-    parts = [refusal(check) for check in (checker.zero_tokens, checker.moving_zero_keys, checker.early_exit)]
+    checks = (checker.zero_tokens, checker.ffn_gate, checker.moving_zero_keys, checker.early_exit)
+    parts = [refusal(check) for check in checks]
     return Outcome(True, *(not sentence for sentence in parts), refusal=next(filter(None, parts), ""))
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "families.json"
+PAGE = ROOT / "docs" / "convert.md"
+PARTS = [field.name for field in fields(Outcome) if field.type in (bool, "bool")]
+
+
+def sweep() -> dict[str, dict[str, Any] | None]:
+    """The outcome of every family of causal language models; None for those that no small configuration is made of."""
+    found: dict[str, dict[str, Any] | None] = {}
+    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        config = tiny_config(family) if family in CONFIG_MAPPING else None
+        result = None if config is None else outcome(config)
+        found[family] = None if result is None else asdict(result)
+    return found
+
+
+def table(found: dict[str, dict[str, Any] | None]) -> str:
+    """Families by what works in them, as a table in Markdown."""
+    rows: dict[str, list[str]] = {}
+    for family, result in found.items():
+        missing = [] if result is None else [part for part in PARTS if not result[part]]
+        if result is None:
+            row = "not checked"
+        elif not result["cycles"]:
+            row = "refused"
+        else:
+            row = f"all but {', '.join(missing)}" if missing else "all"
+        rows.setdefault(row.replace("_", " "), []).append(f"`{family}`")
+    # What works most comes first.
+    ordered = sorted(rows, key=lambda row: (row == "not checked", row == "refused", row.count(","), row))
+    ordered.sort(key=lambda row: row != "all")
+    return "\n".join(
+        [
+            "| Works | Families |",
+            "| --- | --- |",
+            *(f"| {row} ({len(rows[row])}) | {', '.join(rows[row])} |" for row in ordered),
+        ]
+    )
+
+
+def main() -> None:
+    """Write the result file, and the table in the page in place of the one that stands there."""
+    shown = table(json.loads(RESULTS.read_text(encoding="utf-8"))["families"])
+    found = sweep()
+    results = {"transformers": transformers.__version__, "families": found}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").replace(shown, table(found)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ztt.tiny import gap, tiny, tokens
+from tests.ztt.every_family import tiny_config
+from tests.ztt.tiny import FAMILIES, gap, tiny, tokens
 from zerodraft.ztt.lora import projections
 
 peft = pytest.importorskip("peft", reason="needs the peft extra")
@@ -30,10 +31,11 @@ def adapted(model: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "gpt_neox", "modernbert-decoder"])
 @torch.no_grad()
 def test_on_merged_and_by_hand(family: str, kind: dict[str, Any]) -> None:
-    model, ids = tiny(family, **EVERYTHING), tokens()
+    base = None if family in FAMILIES else tiny_config(family)
+    model, ids = tiny(family, base=base, **EVERYTHING), tokens()
     by_hand, plain = copy.deepcopy(model), model(ids).logits
     tuned = adapted(model, **kind)
     on = tuned(input_ids=ids).logits

@@ -31,7 +31,7 @@ Mode = Literal["deepen", "compress"]
 Init = Literal["stepwise", "average", "svd"]
 
 # Lists in family configurations that have one entry per layer.
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta")
 
 
 def from_base(

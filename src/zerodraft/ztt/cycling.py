@@ -24,11 +24,11 @@ from zerodraft.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
 from zerodraft.ztt.config import Plan, Step
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy
-from zerodraft.ztt.families import DecoderParts, makes_masks, rotary_of
+from zerodraft.ztt.families import DecoderParts, makes_masks
 from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 
 # Layer arguments that have one entry per token and follow the tokens of a compacted step.
-_PER_TOKEN = ("position_embeddings", "position_ids")
+_PER_TOKEN = ("position_embeddings", "position_ids", "per_layer_input")
 
 
 class CycledLayers(nn.ModuleList):
@@ -337,6 +337,12 @@ class CycleRun(Recorder):
         kwargs = self.inputs[step.layer]
         if grid is None:
             return kwargs
+        for name in self.parts.arguments:
+            if isinstance(kwargs.get(name), Tensor) and name not in (*_PER_TOKEN, "attention_mask"):
+                raise ZerodraftError(
+                    f"{type(self.layers[step.layer]).__name__} is handed {name}, and it is not known which part of it "
+                    "belongs to which token: this family has no early exit; leave out exit_rule."
+                )
         packed = {name: kwargs[name] for name in _PER_TOKEN if kwargs.get(name) is not None}
         for name, value in packed.items():
             packed[name] = grid.pack_once(value)
@@ -347,15 +353,10 @@ class CycleRun(Recorder):
         key = self.zero_keys.get(step)
         if key is None or self.plan.zero_rope == "origin":
             return key
-        rotate = rotary_of(self.layers[step.layer])
+        rotate = self.parts.rotations[step.layer]
         embeddings = self.inputs[step.layer].get("position_embeddings")
-        if rotate is None:
+        if rotate is None or embeddings is None:  # a layer without positions in a family with them (Beam)
             return key
-        if embeddings is None:
-            raise ZerodraftError(
-                f"{type(self.layers[step.layer]).__name__} is not handed the rotation of its positions, which "
-                f'zero_rope="{self.plan.zero_rope}" needs; use "origin".'
-            )
         if self.plan.zero_rope == "relative":
             embeddings = self.rotary_at(step.layer, hidden, self.inputs[step.layer]["position_ids"] - 1)
         cos, sin = embeddings

@@ -5,9 +5,11 @@ decoder layers and, inside a layer, the attention and the module whose output is
 A family that lacks one of them is refused with a sentence that says what is missing.
 """
 
+import ast
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +26,9 @@ from zerodraft.errors import ZerodraftError
 # Where the residual branch of the FFN ends, first match wins: post-norm families, most families, OPT.
 _FFN_OUTPUTS = ("post_feedforward_layernorm", "mlp", "feed_forward", "fc2")
 
+# What families call their rotation of queries and keys.
+_ROTATION = "apply_rotary_pos_emb"
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderParts:
@@ -35,6 +40,7 @@ class DecoderParts:
         model_cache_argument: Name of the model's own.
         arguments: Names of the layers' arguments after the hidden states, in order.
         layer_types: Type of each stored layer where the rotary module wants it (Gemma 3), else None.
+        rotations: `rotary_of` each stored layer.
     """
 
     path: str
@@ -42,6 +48,7 @@ class DecoderParts:
     model_cache_argument: str
     arguments: tuple[str, ...]
     layer_types: tuple[str, ...] | None
+    rotations: tuple[Callable | None, ...]
 
 
 def build_family(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
@@ -76,21 +83,13 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
             f"(GradientCheckpointingLayer), found {len(found)}."
         )
     path = found[0]
-    layer = model.get_submodule(f"{path}.0")
-    parameters = inspect.signature(layer.forward).parameters
-    cache = cache_argument(layer.forward)
-    takes_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    attention = [child for child in layer.children() if _is_attention(child)]
-    problems = {
-        "its layers take no key-value cache": cache is None,
-        "its layers hand no **kwargs to the attention": not takes_kwargs,
-        f"its layers have {len(attention)} self-attention modules instead of one": len(attention) != 1,
-        "its attention does not go through transformers' AttentionInterface": not _uses_interface(layer),
-        "it drops layers at random in training (layerdrop)": getattr(model.config, "layerdrop", 0.0) > 0,
-    }
-    for problem, present in problems.items():
-        if present:
+    layers = list(model.get_submodule(path).children())
+    for layer in layers:
+        if problem := _problem(layer):
             raise ZerodraftError(f"{family} cannot be cycled: {problem}.")
+    if getattr(model.config, "layerdrop", 0.0) > 0:
+        raise ZerodraftError(f"{family} cannot be cycled: it drops layers at random in training (layerdrop).")
+    parameters, cache = inspect.signature(layers[0].forward).parameters, cache_argument(layers[0].forward)
     assert cache is not None
     positional = tuple(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
     rotary = rotary_module(model, path)
@@ -101,6 +100,7 @@ def find_parts(model: PreTrainedModel) -> DecoderParts:
         model_cache_argument=argument_of(model),
         arguments=positional[1:],
         layer_types=tuple(model.config.layer_types) if by_type else None,
+        rotations=tuple(map(rotary_of, layers)),
     )
 
 
@@ -124,8 +124,32 @@ def _is_attention(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and hasattr(module, "layer_idx")
 
 
-def _uses_interface(layer: nn.Module) -> bool:
-    return hasattr(sys.modules[type(layer).__module__], "ALL_ATTENTION_FUNCTIONS")
+def _problem(layer: nn.Module) -> str:
+    """What keeps a decoder layer from being cycled; empty if nothing does."""
+    if cache_argument(layer.forward) is None:
+        return "its layers take no key-value cache"
+    attention = {name: child for name, child in layer.named_children() if _is_attention(child)}
+    if len(attention) != 1:
+        return f"its layers have {len(attention)} self-attention modules instead of one"
+    name, module = attention.popitem()
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(type(module).forward).__code__.co_names:
+        return "its attention does not go through transformers' AttentionInterface"
+    if not _hands_kwargs_to(name, layer):
+        return "its layers hand no **kwargs to the attention"
+    others = (m for m in layer.modules() if m is not layer and m is not module)
+    if keeper := next((type(m).__name__ for m in others if cache_argument(m.forward)), None):
+        return f"its layers keep more than keys and values in the cache ({keeper})"
+    return ""
+
+
+def _hands_kwargs_to(name: str, layer: nn.Module) -> bool:
+    """Whether a layer calls its child `name` with the `**kwargs` that it was called with; some drop them."""
+    variable = inspect.getfullargspec(inspect.unwrap(type(layer).forward)).varkw
+    for node in ast.walk(_source(layer)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
+            unpacked = [keyword.value for keyword in node.keywords if keyword.arg is None]
+            return any(isinstance(value, ast.Name) and value.id == variable for value in unpacked)
+    return False
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
@@ -150,21 +174,66 @@ def ffn_output_of(layer: nn.Module) -> str:
 def rotary_of(layer: nn.Module) -> Callable | None:
     """The function `(q, k, cos, sin) -> (q, k)` with which a layer rotates, or None if it has no rotary positions."""
     attention = attention_of(layer)
-    if not getattr(attention, "use_rope", True):
+    rotate = _rotation(attention)
+    if rotate is None or not _rotates(attention):
         return None
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     width = getattr(attention, "rotary_ndims", None)
     # Some families cut the rotated part of a head out themselves, before they call the function (Phi, StableLM).
-    return rotate if rotate is None or width is None else partial(_rotate_part, rotate, width)
+    return rotate if width is None else partial(_rotate_part, rotate, width)
+
+
+def _rotates(attention: nn.Module) -> bool | None:
+    """Whether an attention module rotates; None if that is not known.
+
+    In many families only some layers do, and every family's code asks the module in words of its own (`use_rope`,
+    `is_local_attention`, `sliding_window is not None`). So those words are what is asked here.
+    """
+    for node in ast.walk(_source(attention)):
+        inside = [n for statement in node.body for n in ast.walk(statement)] if isinstance(node, ast.If) else []
+        if isinstance(node, ast.If) and any(isinstance(n, ast.Name) and n.id == _ROTATION for n in inside):
+            condition = compile(ast.Expression(node.test), type(attention).__name__, "eval")
+            try:
+                if not eval(condition, {"self": attention, "position_embeddings": ()}):
+                    return False
+            except (AttributeError, NameError):
+                return None
+    return True
+
+
+def _source(module: nn.Module) -> ast.Module:
+    """The code of a module's forward pass."""
+    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward))))
+
+
+def _rotation(attention: nn.Module) -> Callable | None:
+    """The function with which a family rotates, for queries and keys even if it takes one of them (Gemma 3n)."""
+    rotate = getattr(sys.modules[type(attention).__module__], _ROTATION, None)
+    if rotate is None or list(inspect.signature(rotate).parameters)[1] != "cos":
+        return rotate
+    return partial(_rotate_each, rotate)
 
 
 def check_zero_rope(zero_rope: str, layer: nn.Module) -> None:
-    """Raise `ZerodraftError` for a zero key that is to move along where heads are not rotated from their start."""
-    if zero_rope != "origin" and hasattr(attention_of(layer), "qk_rope_head_dim"):
-        raise ZerodraftError(
-            f"{type(layer).__name__} has latent attention, in whose keys only the end is rotated: "
-            f'zero_rope="{zero_rope}" is not supported for it; use "origin".'
-        )
+    """Raise `ZerodraftError` for a zero key that is to move along where it is not known how positions rotate heads."""
+    if zero_rope == "origin":
+        return
+    attention = attention_of(layer)
+    handed = "position_embeddings" in inspect.signature(layer.forward).parameters
+    problems = {
+        "has latent attention, in whose keys only the end is rotated": hasattr(attention, "qk_rope_head_dim"),
+        "is not handed the rotation of its positions": not handed and _rotation(attention) is not None,
+        "rotates its heads in a form of its own": handed and _rotation(attention) is None,
+        "rotates its heads under a condition that is not known": _rotates(attention) is None,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise ZerodraftError(
+                f'{type(layer).__name__} {problem}: zero_rope="{zero_rope}" is not supported for it; use "origin".'
+            )
+
+
+def _rotate_each(rotate: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def _rotate_part(rotate: Callable, width: int, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

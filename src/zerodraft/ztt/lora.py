@@ -20,9 +20,12 @@ Projection = nn.Linear | Conv1D
 
 
 def projections(layer: nn.Module) -> Iterator[tuple[str, Projection]]:
-    """The linear maps of a decoder layer with their names in it."""
+    """The linear maps of a decoder layer with their names in it.
+
+    Not those that compute more than a linear map: routers that go on to choose experts (Llama 4, PhiMoE).
+    """
     for name, module in layer.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward):
             yield name, module
 
 

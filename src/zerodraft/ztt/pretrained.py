@@ -57,11 +57,13 @@ class ExitRecord:
         self.model.last_exit = self.depth
 
 
-def _gate_ffn(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+def _gate_ffn(module: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook on an FFN: scale its output by one minus the layer's zero-token mass (mean over heads)."""
     call = current.call
     if call is None or call.mass is None:
         return None
+    if isinstance(output, tuple):  # and the router's scores (Llama 4)
+        return _gate_ffn(module, args, output[0]), *output[1:]
     return output * (1 - call.mass.mean(-1)).reshape(*output.shape[:-1], 1).to(output.dtype)
 
 
