@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import BertConfig, BertLMHeadModel, DynamicCache, StaticCache
 
 from tests.decoding.generating import spec_for
-from tests.ztt.tiny import tiny_plain, tokens
+from tests.ztt.tiny import SIZES, VOCABULARY, randomise, tiny_plain, tokens
 from zerodraft import ZerodraftError
 from zerodraft.caches import CACHE
 
@@ -76,3 +76,17 @@ def test_two_kinds_of_layers_in_the_configuration_alone() -> None:
     assert torch.equal(*decoded(model, "bare", prompt, None))
     with pytest.raises(ZerodraftError, match="has no sliding windows"):
         decoded(model, "dynamic", prompt, None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_that_makes_its_masks_by_itself(case: str) -> None:
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    model: Any = BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes, sliding_window=WINDOW)).eval()
+    randomise(model)
+    prompt = tokens(1, 2 * WINDOW + 3)
+    if case in ("usual", "dynamic"):
+        assert torch.equal(*decoded(model, case, prompt, None))
+    else:
+        with pytest.raises(ZerodraftError, match="makes its attention masks by itself"):
+            decoded(model, case, prompt, None)

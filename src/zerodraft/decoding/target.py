@@ -152,10 +152,20 @@ class HfTarget:
         Raises:
             ZerodraftError: tokens that plain decoding's cache drops for layers that look at all.
         """
-        if SLIDING not in self._kinds or self.cache.asked != {False}:
+        asked = self.cache.asked
+        if SLIDING not in self._kinds or True in asked:
             return
         in_pieces = self._is_static or self.cache.extent.start > 0
-        if self._drops and (len(self._kinds) > 1 or (in_pieces and columns > self._window)):
+        differs = in_pieces and columns > self._window
+        if not asked and (not self._drops or differs):
+            raise ZerodraftError(
+                f"{type(self.model).__name__} makes its attention masks by itself, so that nobody knows whether its "
+                f"layers have the sliding_window={self._window} of its configuration; leave the options of the cache "
+                "and prefill_chunk_size away, or take sliding_window out of the configuration."
+            )
+        if not asked:
+            return
+        if self._drops and (len(self._kinds) > 1 or differs):
             raise ZerodraftError(
                 f"{type(self.model).__name__} has no sliding windows, but its configuration says "
                 f"sliding_window={self._window}, and so plain decoding's cache drops tokens; give "
