@@ -32,7 +32,6 @@ from zerodraft.cli.decoding import encode, load_drafter, load_target, make_decod
 from zerodraft.decoding import engine
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress, TargetOutput
-from zerodraft.drafters import hybrid
 
 OVERHEAD = 0.001
 """Seconds of a step that are neither target nor drafter."""
@@ -142,10 +141,9 @@ def replay(model: Any, texts: Sequence[Written], source: Replay, **settings: flo
     decoder: Any = make_decoder(model, source)
     decoder.length = replace(decoder.length, **settings)
     decoder.make_target = lambda model: source
-    with (
-        patch.object(engine, "perf_counter", lambda: source.clock),
-        patch.object(hybrid, "perf_counter", lambda: source.clock),
-    ):
+    for known in (decoder.fallback, decoder.drafter.trial):
+        known.clock = lambda: source.clock
+    with patch.object(engine, "perf_counter", lambda: source.clock):
         for text in texts:
             source.read(text)
             out = model.generate(

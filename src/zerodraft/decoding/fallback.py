@@ -56,7 +56,9 @@ class Fallback:
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
     _taken: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
     _brought: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _lengths: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
     _balance: float = field(init=False)
+    _position: float = field(default=0.0, init=False)
     _longest: int = field(default=1, init=False)
     _tries: int = field(default=0, init=False)
     _rest: int = field(default=0, init=False)
@@ -87,7 +89,7 @@ class Fallback:
         useless = len(self._brought) == RECENT and sum(self._brought) == RECENT
         if len(self._plain) < FIRST_PLAIN or self._drafts >= (min(RECENT, self._until) if useless else self._until):
             return 0
-        return 0 if self.resting else self._longest
+        return 0 if self.resting else max(1, min(self._longest, self._affordable()))
 
     def learn(self, k: int, tokens: float, seconds: float, read: int = 0) -> None:
         """Take note of a step that drafted k positions (0: none), and brought so many tokens to a row; before that the
@@ -107,12 +109,15 @@ class Fallback:
         self._drafts += 1
         self._taken.append(1 + more)
         self._brought.append(tokens)
+        self._lengths.append(k)
         if len(self._taken) > 2:
-            more = min(more, BUSY * _median(self._taken) - 1)
+            # a longer draft than the recent ones may take longer
+            grown = max(1.0, k / _median(self._lengths))
+            more = min(more, BUSY * _median(self._taken) * grown - 1)
         earned = tokens - 1 - more
         self._balance = min(self._balance + earned, self.credit)
-        affordable = k * self._balance / more if more > 0 else UNLIMITED
-        self._longest = max(self._longest, int(min(affordable, UNLIMITED)))
+        self._position = more / k
+        self._longest = max(self._longest, self._affordable())
         if earned > 0 and self._balance >= 1:
             self._tries = 0
         elif self.resting:
@@ -125,6 +130,10 @@ class Fallback:
             return ""
         taken, brought = (sum(of) / len(of) for of in (self._taken, self._brought))
         return f"a step with a draft takes as long as {taken:.2f} plain ones and brings {brought:.2f} tokens"
+
+    def _affordable(self) -> int:
+        """Positions whose draft the account can pay for even if it brings nothing, as far as the last draft tells."""
+        return int(self._balance / self._position) if self._position > self._balance / UNLIMITED else UNLIMITED
 
     def _needed(self) -> float:
         """What the account must have for a draft: what the recent ones lost, and, but for one plain step, what one may
