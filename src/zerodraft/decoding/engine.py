@@ -91,7 +91,7 @@ class Engine:
         self._lengths = [self.length.fresh() for _ in real]
         self._proxies = [self.proxy.start() if self.proxy else None for _ in real]
         session = self.drafter.start(len(real), self.target.device, self.generator)
-        clock = self.fallback.clock if self.fallback else perf_counter
+        clock = self.fallback.timer(self.target.device) if self.fallback else perf_counter
         if self.fallback:
             self.fallback.begin()
         with self.stats.timed("prefill"):

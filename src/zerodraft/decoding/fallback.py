@@ -11,9 +11,11 @@ Which steps are plain changes how fast a text comes, never what it is (see `veri
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, thread_time
+
+import torch
 
 from zerodraft.errors import ZerodraftError
 
@@ -43,18 +45,19 @@ class Fallback:
     Attributes:
         allowance: What drafts may lose before they have earned anything, in plain steps.
         share: What they may lose after that, as a share of the plain steps made.
-        credit: The most that is kept of what they earned, in plain steps; beyond a call, at most the allowance.
+        credit: The most that is kept of what they earned, in plain steps. The next text begins with the allowance.
         measure: After so many drafts a plain step shows what one takes by now; this doubles up to eight times as many.
-        clock: Seconds.
+        clock: Seconds; None: see `timer`.
     """
 
     allowance: float = 4.0
     share: float = 0.02
     credit: float = 8.0
     measure: int = 48
-    clock: Callable[[], float] = perf_counter
+    clock: Callable[[], float] | None = None
     _plain: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
-    _taken: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _plain_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _seconds: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
     _brought: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
     _lengths: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
     _balance: float = field(init=False)
@@ -76,7 +79,12 @@ class Fallback:
     def begin(self) -> None:
         """A new text, in which drafts may do better or worse than in the last."""
         self._tries, self._rest = 0, min(self._rest, REST)
-        self._balance = min(self._balance, self.allowance)
+        self._balance = self.allowance
+
+    def timer(self, device: torch.device) -> Callable[[], float]:
+        """The clock for steps on a device. On a CPU the time of this thread, which other programs add nothing to: a
+        machine that is busy for a moment would make drafts look dear."""
+        return self.clock or (thread_time if device.type == "cpu" else perf_counter)
 
     @property
     def resting(self) -> bool:
@@ -95,7 +103,8 @@ class Fallback:
         """Take note of a step that drafted k positions (0: none), and brought so many tokens to a row; before that the
         drafter had to read so many that it did not know yet."""
         if k == 0:
-            self._plain.append(seconds / tokens)
+            self._plain.append(seconds)
+            self._plain_tokens.append(tokens)
             if self._drafts >= self._until:
                 self._until = min(2 * self._until, 8 * self.measure)
             self._drafts = 0
@@ -103,17 +112,16 @@ class Fallback:
             enough = min(max(self._needed(), 0.0) + 0.5, self.allowance)
             self._balance = max(self._balance, min(self._balance + self.share, enough))
             return
-        unit = _median(self._plain) if self._plain else seconds
-        # never less than a plain step: those that were timed were slow by chance then
-        more = max(seconds / unit - 1, 0.0) / (1 + read / READ)
         self._drafts += 1
-        self._taken.append(1 + more)
+        self._seconds.append((seconds, read))
         self._brought.append(tokens)
         self._lengths.append(k)
-        if len(self._taken) > 2:
+        taken = self._taken()
+        more = taken[-1] - 1
+        if len(taken) > 2:
             # a longer draft than the recent ones may take longer
             grown = max(1.0, k / _median(self._lengths))
-            more = min(more, BUSY * _median(self._taken) * grown - 1)
+            more = min(more, BUSY * _median(taken) * grown - 1)
         earned = tokens - 1 - more
         self._balance = min(self._balance + earned, self.credit)
         self._position = more / k
@@ -126,10 +134,18 @@ class Fallback:
 
     def why(self) -> str:
         """What drafts have lately cost and brought, in words."""
-        if not self._taken:
+        if not self._seconds:
             return ""
-        taken, brought = (sum(of) / len(of) for of in (self._taken, self._brought))
+        taken, brought = (sum(of) / len(of) for of in (self._taken(), self._brought))
         return f"a step with a draft takes as long as {taken:.2f} plain ones and brings {brought:.2f} tokens"
+
+    def _taken(self) -> list[float]:
+        """What the recent drafts took, by what a plain step's token takes as it is known by now. Plain steps bring several
+        tokens where they copy; a few of them tell little, so one that brought a single token is added."""
+        per_token = (1 + sum(self._plain_tokens)) / (1 + len(self._plain_tokens))
+        unit = _median(self._plain) / per_token if self._plain else self._seconds[0][0]
+        # never less than a plain step: those that were timed were slow by chance then
+        return [1 + max(seconds / unit - 1, 0.0) / (1 + read / READ) for seconds, read in self._seconds]
 
     def _affordable(self) -> int:
         """Positions whose draft the account can pay for even if it brings nothing, as far as the last draft tells."""
@@ -138,11 +154,12 @@ class Fallback:
     def _needed(self) -> float:
         """What the account must have for a draft: what the recent ones lost, and, but for one plain step, what one may
         lose that brings nothing."""
-        if not self._taken:
+        if not self._seconds:
             return 0.0
-        taken = _median(self._taken)
+        taken = _median(self._taken())
         return max(taken - sum(self._brought) / len(self._brought), taken - 2)
 
 
-def _median(values: deque[float]) -> float:
-    return sorted(values)[(len(values) - 1) // 2]
+def _median(values: Iterable[float]) -> float:
+    ranked = sorted(values)
+    return ranked[(len(ranked) - 1) // 2]

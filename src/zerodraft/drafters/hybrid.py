@@ -81,7 +81,7 @@ class HybridDrafter:
     least_gain: float | None = None
     """Ask the other drafter where its tokens are expected to add at least this share to those of the copy; None: where
     steps that asked it have brought more tokens per second than steps that did not."""
-    trial: Fallback = field(default_factory=lambda: Fallback(allowance=2.0, share=0.01), init=False)
+    trial: Fallback = field(default_factory=Fallback, init=False)
     """What is known of that, kept from call to call: its plain steps are those with copies alone."""
 
     @property
@@ -95,7 +95,7 @@ class HybridDrafter:
 
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "HybridSession":
         """A session for `batch` rows."""
-        return HybridSession(self, self.other.start(batch, device, generator), batch)
+        return HybridSession(self, self.other.start(batch, device, generator), batch, device)
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ class _Row:
 class HybridSession:
     """The texts, what was copied last, and what the other drafter brings."""
 
-    def __init__(self, drafter: HybridDrafter, other: DraftSession, batch: int) -> None:
+    def __init__(self, drafter: HybridDrafter, other: DraftSession, batch: int, device: torch.device) -> None:
         self.drafter, self.other = drafter, other
         self.rows = [_Row() for _ in range(batch)]
         self.gain = 0.8
@@ -120,12 +120,13 @@ class HybridSession:
         self._asked: int | None = None
         self._unread = self._read = 0
         drafter.trial.begin()
+        self._clock = drafter.trial.timer(device)
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""
         if self._asked is not None:
             trial, brought = self.drafter.trial, [len(news.tokens) for news in progress if len(news.tokens)]
-            seconds = trial.clock() - self._began
+            seconds = self._clock() - self._began
             trial.learn(self._asked, sum(brought) / len(brought), seconds, self._read)
         for row, news in zip(self.rows, progress, strict=True):
             tokens = news.tokens.cpu().numpy()
@@ -142,7 +143,7 @@ class HybridSession:
 
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """A copy and a draft for each row, side by side, or one of them."""
-        self._began = self.drafter.trial.clock()
+        self._began = self._clock()
         copies, open_rows = [], []
         for row, length in zip(self.rows, lengths, strict=True):
             row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
