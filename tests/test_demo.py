@@ -110,11 +110,11 @@ def test_a_target_that_cannot_be_had_is_one_sentence_and_the_rest_goes_on(
 
 
 def test_on_a_terminal_depths_are_colours(model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from zerodraft.cli.loading import load_tokenizer_for, load_ztt
+    from zerodraft.cli.loading import load_tokenizer, load_ztt
 
     model, path = load_ztt(str(model_dir))
     console = Console(file=sys.stdout, force_terminal=True, color_system="truecolor", width=200)
-    demo.write(console, model, load_tokenizer_for(model, path), model.calibrated_exit_rule(), 4)
+    demo.write(console, model, load_tokenizer(path), model.calibrated_exit_rule(), 4)
     out = capsys.readouterr().out
     assert "\x1b[" in out
     assert "depth of each new token" not in out

@@ -99,9 +99,11 @@ def test_a_damaged_target(plain_dir: Path, prompts: Path, tmp_path: Path, capsys
 
 def test_weights_that_are_no_safetensors(plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = copy(plain_dir, tmp_path / "target")
-    torch.save(LlamaForCausalLM.from_pretrained(plain_dir).state_dict(), target / "pytorch_model.bin")
     (target / "model.safetensors").unlink()
-    refuses(capsys, "safetensors", "generate", "hi", "--target", target, *SHORT)
+    (target / "pytorch_model.bin").write_bytes(b"no weights")
+    refuses(capsys, "pytorch_model.bin", "generate", "hi", "--target", target, *SHORT)
+    torch.save(LlamaForCausalLM.from_pretrained(plain_dir).state_dict(), target / "pytorch_model.bin")
+    assert main(["generate", "hi", "--target", str(target), *SHORT]) == 0
 
 
 def test_code_beside_the_weights_is_not_run(

@@ -6,6 +6,7 @@ a single row must be equal for one seed, as both ways draw once for each token. 
 `ZerodraftError` that is known here; any other exception is a failure.
 """
 
+import copy
 import random
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -210,7 +211,9 @@ def model_of(family: str, dtype: str, attention: str) -> Any:
         model = tiny_plain(family)
     else:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(MORE_FAMILIES[family], attn_implementation=attention).eval()
+        # the implementation is written into the configuration: each model has its own
+        config = copy.deepcopy(MORE_FAMILIES[family])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         randomise(model)
     model.to(DTYPES[dtype])
     if family not in MORE_FAMILIES:

@@ -96,7 +96,8 @@ DRAFTERS: dict[str, Callable[[Any], Drafter]] = {
         masked_from_target(tiny_plain("qwen2"), 1, block_size=4), vocab_size=VOCABULARY
     ),
     "block": lambda model: BlockDrafter(drafter_from_target(model, num_layers=1, block_size=4).eval(), model),
-    "hybrid": lambda model: HybridDrafter(other=DRAFTERS["block"](model)),
+    # by the copy alone: what steps took would decide what is drawn
+    "hybrid": lambda model: HybridDrafter(other=DRAFTERS["block"](model), least_gain=0.15),
 }
 
 

@@ -49,7 +49,7 @@ class Chat(Command):
     target: str = metavar("DIR|NAME", also=("model",), default="smollm2")
     """A causal language model with a chat template: directory, hub id or short name."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""
+    """What the target computes in; auto: float32 on CPUs, else as stored."""
     drafter: str = metavar("DIR|NAME", default="")
     """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
     drafter_steps: int = 1

@@ -49,7 +49,7 @@ class Command(ABC):
     """A command line that works, for the help."""
 
     json: bool = False
-    """Print the result as one JSON object on stdout; all else goes to stderr."""
+    """Print one JSON object on stdout, all else on stderr."""
 
     def check(self) -> None:  # noqa: B027  # most commands have nothing to check ahead
         """Raises ZerodraftError for bad input that can be told without torch, so that it is told at once."""

@@ -36,7 +36,7 @@ class Distill(Command):
     target: str = metavar("DIR|NAME", also=("model",))
     """The model that writes: directory, hub id or short name."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""
+    """What the target computes in; auto: float32 on CPUs, else as stored."""
     prompts: tuple[str, ...] = metavar("FILE...", default=())
     """Files with prompts."""
     out: str = metavar("DIR")

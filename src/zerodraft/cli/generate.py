@@ -49,7 +49,7 @@ class Generate(Command):
     target: str = metavar("DIR|NAME", default="")
     """The same, always to decode with drafts."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: float32 on CPUs, elsewhere what it is stored in."""
+    """What the target computes in; auto: float32 on CPUs, else as stored."""
     drafter: str = metavar("DIR|NAME", default="")
     """Who drafts; by default the target's own in models/, else lookup."""
     drafter_steps: int = 1
