@@ -42,6 +42,8 @@ def why(error: BaseException) -> str:
         return type(error).__name__
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is not run here"
+    if "Weights only load failed" in str(error):
+        return "its pickled weights are damaged or hold more than tensors; save the model as safetensors"
     # "Validation error for field 'x':" is followed by what is wrong with it
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if isinstance(error, (ArithmeticError, AttributeError, IndexError, TypeError, AssertionError)):

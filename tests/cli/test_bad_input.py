@@ -101,7 +101,7 @@ def test_weights_that_are_no_safetensors(plain_dir: Path, tmp_path: Path, capsys
     target = copy(plain_dir, tmp_path / "target")
     (target / "model.safetensors").unlink()
     (target / "pytorch_model.bin").write_bytes(b"no weights")
-    refuses(capsys, "pytorch_model.bin", "generate", "hi", "--target", target, *SHORT)
+    refuses(capsys, "pickled weights are damaged", "generate", "hi", "--target", target, *SHORT)
     torch.save(LlamaForCausalLM.from_pretrained(plain_dir).state_dict(), target / "pytorch_model.bin")
     assert main(["generate", "hi", "--target", str(target), *SHORT]) == 0
 

@@ -140,8 +140,8 @@ class Fallback:
         return f"a step with a draft takes as long as {taken:.2f} plain ones and brings {brought:.2f} tokens"
 
     def _taken(self) -> list[float]:
-        """What the recent drafts took, by what a plain step's token takes as it is known by now. Plain steps bring several
-        tokens where they copy; a few of them tell little, so one that brought a single token is added."""
+        """What the recent drafts took, in the time of a plain step's token as it is known by now. Plain steps that copy
+        bring several tokens; a few of them tell little, so one that brought a single token is added."""
         per_token = (1 + sum(self._plain_tokens)) / (1 + len(self._plain_tokens))
         unit = _median(self._plain) / per_token if self._plain else self._seconds[0][0]
         # never less than a plain step: those that were timed were slow by chance then
