@@ -53,6 +53,7 @@ def test_gradients_through_the_decoder_are_the_models() -> None:
     model, ids = tiny(cycle_gates=True).train(), tokens()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     head = model.get_output_embeddings()
+    assert head is not None
     model.loss_function(head(model.model(ids).last_hidden_state), ids, model.config.vocab_size).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness")
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
+Instance = pytest.importorskip("lm_eval.api.instance").Instance
 
 import torch  # noqa: E402  # after the skip
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from tests.saved import save_ztt, tiny_tokenizer  # noqa: E402
 from tests.ztt.tiny import randomise  # noqa: E402
@@ -60,7 +60,7 @@ def by_hand(harness: Any, context: str, continuation: str) -> tuple[float, bool]
     return total, rows.argmax(-1).tolist() == targets
 
 
-def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+def requests(kind: str, arguments: list[tuple]) -> list[Any]:
     return [Instance(kind, {}, pair, index) for index, pair in enumerate(arguments)]
 
 

@@ -100,6 +100,7 @@ def test_a_converted_model_trains_like_its_base_and_opens_its_gates(variant: str
     _, expected = trained(plain, tokenizer, tmp_path / "plain", kind, theirs)
     trainer, losses = trained(deep, tokenizer, tmp_path / "deep", kind, options)
     assert losses[0] == pytest.approx(expected[0], rel=1e-2 if variant == "bf16" else 1e-4)
+    assert deep.cycle_gates is not None
     assert bool((deep.cycle_gates().detach() != 0).all()), "the gates have not moved"
     if "modules_to_save" not in options:
         assert not torch.equal(deep.base.state_dict()["model.layers.1.mlp.up_proj.weight"], before)
