@@ -145,7 +145,7 @@ def test_the_trial_is_of_whole_steps() -> None:
         news = [[], [first, first + 1], [first, first + 1, first + 2]]
         session.observe([Progress(torch.tensor(tokens, dtype=torch.long), None) for tokens in news])
         now[0] += 9.0  # whatever others do between steps
-    assert list(drafter.trial._plain) == [5.0, 5.0]
+    assert drafter.trial._plain == (5.0, 5.0)
     # a plain step of one token is added: 2 tokens in 5 seconds; and there were a prompt and two steps to read
     assert drafter.trial._taken() == pytest.approx([1 + 1.0 / (1 + 9 / 64)])
     assert list(drafter.trial._brought) == [2.5]

@@ -10,14 +10,16 @@ unlucky is soon tried again.
 Which steps are plain changes how fast a text comes, never what it is (see `verify`).
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
+from typing import TypeVar
 
 import torch
 
 from zerodraft.errors import ZerodraftError
+
+T = TypeVar("T")
 
 FIRST_PLAIN = 2
 """Plain steps before the first draft: without them there is nothing to compare with."""
@@ -55,11 +57,11 @@ class Fallback:
     credit: float = 8.0
     measure: int = 48
     clock: Callable[[], float] | None = None
-    _plain: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
-    _plain_tokens: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
-    _seconds: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
-    _brought: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
-    _lengths: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT), init=False)
+    _plain: tuple[float, ...] = field(default=(), init=False)
+    _plain_tokens: tuple[float, ...] = field(default=(), init=False)
+    _seconds: tuple[tuple[float, int], ...] = field(default=(), init=False)
+    _brought: tuple[float, ...] = field(default=(), init=False)
+    _lengths: tuple[float, ...] = field(default=(), init=False)
     _balance: float = field(init=False)
     _position: float = field(default=0.0, init=False)
     _longest: int = field(default=1, init=False)
@@ -103,8 +105,8 @@ class Fallback:
         """Take note of a step that drafted k positions (0: none), and brought so many tokens to a row; before that the
         drafter had to read so many that it did not know yet."""
         if k == 0:
-            self._plain.append(seconds)
-            self._plain_tokens.append(tokens)
+            self._plain = _recent(self._plain, seconds)
+            self._plain_tokens = _recent(self._plain_tokens, tokens)
             if self._drafts >= self._until:
                 self._until = min(2 * self._until, 8 * self.measure)
             self._drafts = 0
@@ -113,9 +115,10 @@ class Fallback:
             self._balance = max(self._balance, min(self._balance + self.share, enough))
             return
         self._drafts += 1
-        self._seconds.append((seconds, read))
-        self._brought.append(tokens)
-        self._lengths.append(k)
+        self._brought = _recent(self._brought, tokens)
+        self._lengths = _recent(self._lengths, k)
+        # last: where there is none, other threads look at nothing else
+        self._seconds = _recent(self._seconds, (seconds, read))
         taken = self._taken()
         more = taken[-1] - 1
         if len(taken) > 2:
@@ -158,6 +161,11 @@ class Fallback:
             return 0.0
         taken = _median(self._taken())
         return max(taken - sum(self._brought) / len(self._brought), taken - 2)
+
+
+def _recent(values: tuple[T, ...], new: T) -> tuple[T, ...]:
+    """The last few with one more: tuples, since threads that share a decoder read while another one learns."""
+    return (*values, new)[-RECENT:]
 
 
 def _median(values: Iterable[float]) -> float:
