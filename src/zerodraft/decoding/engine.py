@@ -105,7 +105,8 @@ class Engine:
             if row is not None
         ]
         while any(self._goes_on(text) for text in self.texts):
-            began = clock()
+            watching = self.fallback is not None and self.fallback.watching
+            began = clock() if watching else 0.0
             lattices, asked, unread = self._draft(session)
             drafted = perf_counter()
             with self.stats.timed("search"):
@@ -118,9 +119,11 @@ class Engine:
                 out = self.target.score(ids, depth, visible, self.drafter.taps)
                 step, kept = self._settle(out, drafts)
                 self.target.keep(kept)
-            seconds = perf_counter() - drafted
-            self._lengths[0].observe_cost("verify", max(asked), seconds)
-            self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
+            if any(asked) or self.fallback is None or not self.fallback.resting:
+                # a rest is to cost nothing, and its steps say nothing new
+                seconds = perf_counter() - drafted
+                self._lengths[0].observe_cost("verify", max(asked), seconds)
+                self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
             for at, row in enumerate(step.rows):
                 if row is not None and asked[at]:
                     filled = _generated(lattices[at], self.stopping.eos_ids)
@@ -133,7 +136,8 @@ class Engine:
             self.stats.plain_steps += not any(asked)
             if self.fallback:
                 brought = [len(row.tokens) for row in step.rows if row is not None]
-                self.fallback.learn(max(asked), sum(brought) / len(brought), clock() - began, unread)
+                taken = clock() - began if watching else None
+                self.fallback.learn(max(asked), sum(brought) / len(brought), taken, unread)
                 if any(asked) and self.fallback.resting:
                     self.stats.fallback = self.fallback.why()
             yield step

@@ -26,6 +26,10 @@ FIRST_PLAIN = 2
 REST = 8
 """Plain steps before the first new try; each further one in a row waits twice as long."""
 LONGEST_REST = 512
+SHORT_REST, CHEAP = 32, 1.2
+"""The longest where a step with a draft takes less than so many plain ones."""
+TRY = 4
+"""Positions of the first draft after a rest: enough to see whether anything has changed."""
 READ = 64
 """Tokens that a drafter reads in about the time of one draft. What it read in a step, the prompt above all, it reads
 once, and says nothing of drafts to come."""
@@ -53,7 +57,7 @@ class Fallback:
     """
 
     allowance: float = 4.0
-    share: float = 0.02
+    share: float = 0.0125
     credit: float = 8.0
     measure: int = 48
     clock: Callable[[], float] | None = None
@@ -62,6 +66,8 @@ class Fallback:
     _seconds: tuple[tuple[float, int], ...] = field(default=(), init=False)
     _brought: tuple[float, ...] = field(default=(), init=False)
     _lengths: tuple[float, ...] = field(default=(), init=False)
+    _needed: float = field(default=0.0, init=False)
+    """What the account must have for a draft."""
     _balance: float = field(init=False)
     _position: float = field(default=0.0, init=False)
     _longest: int = field(default=1, init=False)
@@ -80,8 +86,9 @@ class Fallback:
 
     def begin(self) -> None:
         """A new text, in which drafts may do better or worse than in the last."""
+        # where they did not pay in the last one either, less is staked
+        self._balance = self.allowance / 2 if self.resting else self.allowance
         self._tries, self._rest = 0, min(self._rest, REST)
-        self._balance = self.allowance
 
     def timer(self, device: torch.device) -> Callable[[], float]:
         """The clock for steps on a device. On a CPU the time of this thread, which other programs add nothing to: a
@@ -91,28 +98,35 @@ class Fallback:
     @property
     def resting(self) -> bool:
         """Whether drafts have not paid lately."""
-        return self._rest > 0 or self._balance < min(self._needed(), self.allowance)
+        return self._rest > 0 or self._balance < min(self._needed, self.allowance)
+
+    @property
+    def watching(self) -> bool:
+        """Whether the time of the next step is of interest; not so before the last steps of a rest."""
+        return self._rest <= RECENT
 
     def longest(self) -> int:
         """The most positions to draft in the next step; 0 for a plain one."""
-        # a plain step loses nothing where drafts bring nothing
-        useless = len(self._brought) == RECENT and sum(self._brought) == RECENT
-        if len(self._plain) < FIRST_PLAIN or self._drafts >= (min(RECENT, self._until) if useless else self._until):
+        if len(self._plain) < FIRST_PLAIN or self._drafts >= self._until:
             return 0
         return 0 if self.resting else max(1, min(self._longest, self._affordable()))
 
-    def learn(self, k: int, tokens: float, seconds: float, read: int = 0) -> None:
+    def learn(self, k: int, tokens: float, seconds: float | None, read: int = 0) -> None:
         """Take note of a step that drafted k positions (0: none), and brought so many tokens to a row; before that the
-        drafter had to read so many that it did not know yet."""
+        drafter had to read so many that it did not know yet. The time of a step that nobody watched is None."""
         if k == 0:
-            self._plain = _recent(self._plain, seconds)
-            self._plain_tokens = _recent(self._plain_tokens, tokens)
+            if seconds is not None:
+                self._plain = _recent(self._plain, seconds)
+                self._plain_tokens = _recent(self._plain_tokens, tokens)
             if self._drafts >= self._until:
                 self._until = min(2 * self._until, 8 * self.measure)
             self._drafts = 0
             self._rest = max(self._rest - 1, 0)
-            enough = min(max(self._needed(), 0.0) + 0.5, self.allowance)
+            enough = min(max(self._needed, 0.0) + 0.5, self.allowance)
             self._balance = max(self._balance, min(self._balance + self.share, enough))
+            return
+        if seconds is None:
+            # another thread has made drafts rest meanwhile
             return
         self._drafts += 1
         self._brought = _recent(self._brought, tokens)
@@ -121,18 +135,24 @@ class Fallback:
         self._seconds = _recent(self._seconds, (seconds, read))
         taken = self._taken()
         more = taken[-1] - 1
-        if len(taken) > 2:
+        if len(taken) > 1:
             # a longer draft than the recent ones may take longer
             grown = max(1.0, k / _median(self._lengths))
             more = min(more, BUSY * _median(taken) * grown - 1)
+        typical = _median(taken)
+        # for the next draft: what the recent ones lost, and, but for one plain step, what one loses that brings nothing
+        self._needed = max(typical - sum(self._brought) / len(self._brought), typical - 2)
         earned = tokens - 1 - more
         self._balance = min(self._balance + earned, self.credit)
         self._position = more / k
         self._longest = max(self._longest, self._affordable())
+        # whatever the clock says: it may be wrong about what a plain step takes
+        useless = len(self._brought) == RECENT and sum(self._brought) == RECENT
         if earned > 0 and self._balance >= 1:
             self._tries = 0
-        elif self.resting:
-            self._rest = min(REST << self._tries, LONGEST_REST)
+        elif self.resting or useless:
+            limit = SHORT_REST if typical < CHEAP else LONGEST_REST
+            self._rest, self._longest = min(REST << self._tries, limit), TRY
             self._tries = min(self._tries + 1, 16)
 
     def why(self) -> str:
@@ -153,14 +173,6 @@ class Fallback:
     def _affordable(self) -> int:
         """Positions whose draft the account can pay for even if it brings nothing, as far as the last draft tells."""
         return int(self._balance / self._position) if self._position > self._balance / UNLIMITED else UNLIMITED
-
-    def _needed(self) -> float:
-        """What the account must have for a draft: what the recent ones lost, and, but for one plain step, what one may
-        lose that brings nothing."""
-        if not self._seconds:
-            return 0.0
-        taken = _median(self._taken())
-        return max(taken - sum(self._brought) / len(self._brought), taken - 2)
 
 
 def _recent(values: tuple[T, ...], new: T) -> tuple[T, ...]:

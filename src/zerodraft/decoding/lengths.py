@@ -402,7 +402,8 @@ class CostAwareTree:
         else:
             seconds = self._costs.curve(len(chances), "score") + self._costs.at(self.k, "draft")
             promise = self._tokens(chances) / seconds
-            n = int(np.flatnonzero(promise >= (1 - self.slack) * promise.max())[-1])
+            # one at least: what is drafted is verified, or nothing would be learnt from it
+            n = max(int(np.flatnonzero(promise >= (1 - self.slack) * promise.max())[-1]), min(1, len(chances)))
         self._hoped, self._nodes = float(chances[:n].sum()), n
         return n
 
