@@ -49,6 +49,13 @@ CYCLED: dict[str, Callable[[], ZttForCausalLM]] = {
     "cycled qwen3, FFN gate, keys turned": lambda: over("qwen3", ffn_gate=True, zero_rope="none", zero_token_start=2),
     "cycled qwen3, gates alone": lambda: over("qwen3", zero_tokens=False, cycle_gates=True),
     "cycled llama, nothing added": lambda: over("llama", zero_tokens=False, ffn_gate=True),
+    "cycled llama, fed again": lambda: over("llama", input_injection=True),
+    "cycled qwen3, fed again and scaled, gates": lambda: over(
+        "qwen3", input_injection=True, cycle_scales=True, cycle_gates=True, ffn_gate=True
+    ),
+    "cycled qwen2, fed again and scaled, no head and tail": lambda: over(
+        "qwen2", input_injection=True, cycle_scales=True, zero_tokens=False, head_layers=0, tail_layers=0
+    ),
     "deepened mistral": lambda: converted("mistral", trained=False, cycles=3),
     "deepened qwen3, trained": lambda: converted("qwen3", trained=True),
     "deepened llama, one cycle": lambda: converted("llama", trained=True, cycles=1),

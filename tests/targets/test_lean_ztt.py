@@ -46,7 +46,8 @@ def test_the_same_tokens_are_written(name: str, rows: int) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_states_are_numbered_as_transformers_numbers_them(attention: str) -> None:
-    model, prompt = tiny("qwen3", cycle_gates=True, tail_layers=0), tokens(2, 8)
+    parts = {"cycle_gates": True, "input_injection": True, "cycle_scales": True}
+    model, prompt = tiny("qwen3", tail_layers=0, **parts), tokens(2, 8)
     model.set_attn_implementation(attention)
     taps = tuple(range(model.config.num_hidden_layers + 1))
     with torch.no_grad():
@@ -102,9 +103,19 @@ def test_the_packed_weights_do_not_keep_the_model() -> None:
     assert target.prefill(prompt, prompt >= 0, ()).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["zero_tokens.keys", "zero_tokens.edge_keys", "cycle_gates.weight"])
-def test_changed_zero_tokens_and_gates_are_noticed(name: str) -> None:
-    model, prompt = tiny("llama", cycle_gates=True, edge_zero_tokens=True), tokens(1, 6)
+OWN = [
+    "zero_tokens.keys",
+    "zero_tokens.edge_keys",
+    "cycle_gates.weight",
+    "input_injection.weight",
+    "cycle_scales.weight",
+]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_changed_own_parts_are_noticed(name: str) -> None:
+    options = dict.fromkeys(("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales"), True)
+    model, prompt = tiny("llama", **options), tokens(1, 6)
     before = lean_target(model).prefill(prompt, prompt >= 0, ()).logits
     with torch.no_grad():
         model.get_parameter(name).add_(0.5)

@@ -22,6 +22,7 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(6)
         self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6, bias=False)
         self.cycle_gates = nn.Parameter(torch.zeros(2, 3))
+        self.input_injection, self.cycle_scales = nn.Linear(1, 2, bias=False), nn.Linear(1, 3, bias=False)
         self.zero_tokens = nn.Module()
         self.zero_tokens.keys = nn.Parameter(torch.ones(2, 3, 1, 4))
         self.lm_head = nn.Linear(6, 11, bias=False)
@@ -32,6 +33,7 @@ class Toy(nn.Module):
     def forward(self, ids):
         hidden = self.norm(self.embed(ids))
         hidden = hidden + self.down(self.up(hidden).relu()) * (1 + self.cycle_gates.sum())
+        hidden = hidden * (self.input_injection.weight.sum() + self.cycle_scales.weight.sum())
         return self.lm_head(hidden) + self.zero_tokens.keys.sum()
 
 
@@ -65,7 +67,8 @@ def test_only_matrices_decay():
     assert [group["weight_decay"] for group in (decayed, own, rest)] == [0.3, 0.0, 0.0]
     assert [group["lr"] for group in (decayed, own, rest)] == [0.1, 0.2, 0.1]
     assert {id(p) for p in decayed["params"]} == {id(model.up.weight), id(model.down.weight)}
-    assert {id(p) for p in own["params"]} == {id(model.cycle_gates), id(model.zero_tokens.keys)}
+    numbers = (model.cycle_gates, model.input_injection.weight, model.cycle_scales.weight, model.zero_tokens.keys)
+    assert {id(p) for p in own["params"]} == {id(p) for p in numbers}
     assert sum(len(group["params"]) for group in (decayed, own, rest)) == len(list(model.parameters()))
 
 

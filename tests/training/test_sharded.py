@@ -13,7 +13,14 @@ from tests.training.resuming import losses
 from zerodraft.training.run import pretrain
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
-OPTIONS = ("training.steps=6", "loss.token_depths=0", "training.schedule=constant", "model.tie_word_embeddings=false")
+OPTIONS = (
+    "training.steps=6",
+    "loss.token_depths=0",
+    "training.schedule=constant",
+    "model.tie_word_embeddings=false",
+    "model.ztt.input_injection=true",
+    "model.ztt.cycle_scales=true",
+)
 SHARDED = ("training.batch_size=2", "training.fsdp=true", "training.save_every=3")
 
 

@@ -19,7 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
 
-EVERYTHING: dict[str, Any] = {"ffn_gate": True, "cycle_lora_rank": 2, "cycle_gates": True, "edge_zero_tokens": True}
+PARTS = ("ffn_gate", "cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales")
+EVERYTHING: dict[str, Any] = {"cycle_lora_rank": 2, **dict.fromkeys(PARTS, True)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "without zero tokens": {"cycle_lora_rank": 2, "zero_tokens": False},

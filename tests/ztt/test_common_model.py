@@ -21,7 +21,7 @@ from tests.ztt.tiny import VOCABULARY, base_config, gap, left_padded, tiny, toke
 from zerodraft import ZttConfig, ZttForCausalLM, ZttModel
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
-FULL: dict[str, Any] = {"cycle_gates": True, "edge_zero_tokens": True}
+FULL: dict[str, Any] = dict.fromkeys(("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales"), True)
 
 pytestmark = [
     pytest.mark.parametrize("family", FAMILIES),

@@ -92,3 +92,14 @@ def test_closed_gates_are_told() -> None:
     plain = tiny("qwen3").base
     with pytest.raises(ZerodraftError, match="All gates of the model are closed"):
         Ruler(ZttForCausalLM.from_base(plain, cycles=2), tokens(2, 8))
+
+
+@torch.no_grad()
+def test_cycles_that_are_fed_or_scaled_do_something_behind_closed_gates() -> None:
+    plain = tiny("qwen3").base
+    for part in ("input_injection", "cycle_scales"):
+        model = ZttForCausalLM.from_base(plain, cycles=2, **{part: True})
+        with pytest.raises(ZerodraftError, match="All gates of the model are closed"):
+            Ruler(model, tokens(2, 8))
+        getattr(model, part).weight[-1] = 0.5
+        assert Ruler(model, tokens(2, 8)).full.loss > 0

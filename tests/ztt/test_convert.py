@@ -106,6 +106,7 @@ def test_layers_keep_their_kind(family: str) -> None:
         ({"mode": "compress", "cycles": 3}, r"cycles can be 2; with these cycles, head_layers \+ tail_layers can be 1"),
         ({"mode": "compress", "head_layers": 2, "tail_layers": 2}, "leave no layer to cycle"),
         ({"cycle_gates": False}, "cycle_gates=False would change"),
+        ({"input_injection": True, "input_injection_start": 0.5}, "input_injection_start=0.5 would change"),
         ({"zero_token_start": 1}, "zero_token_start=1 would change"),
         ({"edge_zero_tokens": True}, "edge_zero_tokens=True would change"),
     ],

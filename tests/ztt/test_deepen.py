@@ -42,6 +42,8 @@ def test_deepened_model_starts_as_the_base_model(family: str) -> None:
         {"zero_tokens": False},
         {"ffn_gate": True},
         {"cycles": 1},
+        {"input_injection": True, "cycle_scales": True, "cycles": 3},
+        {"input_injection": True, "cycle_scales": True, "cycles": 1},
     ],
     ids=str,
 )
@@ -58,6 +60,19 @@ def test_deepened_model_learns_through_its_gates() -> None:
     assert deep.cycle_gates.weight.grad is not None
     assert bool((deep.cycle_gates.weight.grad != 0).all())
     open_gates(deep, 0.5)
+    assert not torch.allclose(logits(deep), logits(tiny_plain()), atol=1e-3)
+
+
+def test_deepened_model_learns_how_much_to_feed_again_and_to_scale() -> None:
+    """From the first step on, with all gates closed."""
+    deep = from_base(tiny_plain(), cycles=3, input_injection=True, cycle_scales=True).train()
+    assert deep.config.input_injection_start == 0
+    inputs = tokens()
+    deep(inputs, labels=inputs).loss.backward()
+    for part in (deep.input_injection, deep.cycle_scales):
+        assert bool((part.weight.grad != 0).all())
+    with torch.no_grad():
+        deep.input_injection.weight.fill_(0.1)
     assert not torch.allclose(logits(deep), logits(tiny_plain()), atol=1e-3)
 
 

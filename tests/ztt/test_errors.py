@@ -30,6 +30,13 @@ def model() -> ZttForCausalLM:
         ({"zero_rope": "everywhere"}, "zero_rope='everywhere' is unknown; choose one of origin, none, relative"),
         ({"zero_token_start": 0}, "zero_token_start=0 must lie between 1 and cycles \\+ 1 = 3"),
         ({"zero_token_start": 4}, "zero_token_start=4 must lie between"),
+        (
+            {"input_injection": True, "schedule": "layer"},
+            'input_injection needs schedule="block": with "layer" the cycles',
+        ),
+        ({"cycle_scales": True, "schedule": "layer"}, 'cycle_scales needs schedule="block"'),
+        ({"input_injection_start": "x"}, "input_injection_start='x' must be a finite number"),
+        ({"input_injection_start": float("nan")}, "input_injection_start=nan must be a finite number"),
     ],
 )
 def test_configuration(options: dict[str, Any], complaint: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ztt.tiny import base_config, gap, left_padded, tiny, tokens
-from tests.ztt.unrolled import executions, layers_of, unroll
+from tests.ztt.unrolled import unroll
 from zerodraft import (
     ConfidenceExit,
     CycleOutput,
@@ -54,24 +54,15 @@ def splitting(model: ZttForCausalLM, name: str = "zero-mass", **options: Any) ->
     return make(threshold=sign * middle[widest : widest + 2].mean().item(), **options)
 
 
-def frozen_oracle(model: ZttForCausalLM, depth: Tensor, ids: Tensor) -> Tensor:
-    """Logits of the physically unrolled model in which a token passes unchanged through the layers beyond its depth."""
-    plain = unroll(model)
-    for (_, cycle), layer in zip(executions(model.config), layers_of(plain), strict=True):
-        running = (cycle < depth)[..., None]
-        layer.register_forward_hook(lambda _, args, out, running=running: torch.where(running, out, args[0]))
-    return plain(ids).logits
-
-
+@pytest.mark.parametrize("options", [{}, {"input_injection": True, "cycle_scales": True, "cycle_gates": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "smollm3", "gpt2", "opt", "gpt_neox"])
 @torch.no_grad()
-def test_propagate_equals_the_unrolled_model_with_frozen_tokens(family: str) -> None:
-    model, ids = tiny(family), tokens(3, 10)
+def test_propagate_equals_the_unrolled_model_with_frozen_tokens(family: str, options: dict[str, bool]) -> None:
+    model, ids = tiny(family, **options), tokens(3, 10)
     out = model(ids, exit_rule=splitting(model))
     assert len(out.exit_depth.unique()) > 1, "the rule must tell tokens apart for this to prove anything"
-    assert gap(out.logits, frozen_oracle(model, out.exit_depth, ids)) <= 1e-5
-    wrong = out.exit_depth.flip(1)
-    assert gap(out.logits, frozen_oracle(model, wrong, ids)) > 1e-3
+    assert gap(out.logits, unroll(model, out.exit_depth)(ids).logits) <= 1e-5
+    assert gap(out.logits, unroll(model, out.exit_depth.flip(1))(ids).logits) > 1e-3
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -100,6 +91,9 @@ def test_every_rule_equals_running_everything_and_selecting(name: str, policy: s
 OPTIONS = [
     {"ffn_gate": True},
     {"cycle_gates": True},
+    {"input_injection": True},
+    {"cycle_scales": True},
+    {"input_injection": True, "cycle_lora_rank": 2},
     {"cycle_lora_rank": 2},
     {"cycle_lora_rank": 2, "cycles": 5},
     {"edge_zero_tokens": True},
@@ -146,7 +140,8 @@ class StopsIn:
         return (out.hidden[:, 0] > 0) & (out.cycle in self.cycles)
 
 
-EVERYTHING = {"cycle_lora_rank": 2, "ffn_gate": True, "cycle_gates": True}
+SCALARS = {"input_injection": True, "cycle_scales": True}
+EVERYTHING = {"cycle_lora_rank": 2, "ffn_gate": True, "cycle_gates": True} | SCALARS
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -255,6 +250,18 @@ def test_depths_may_change_within_a_text() -> None:
     deep = model(ids[:, 5:], past_key_values=past).logits
     depth = torch.tensor([[1] * 5 + [3] * 4]).expand(2, -1)
     assert gap(deep, model(ids, exit_depth=depth).logits[:, 5:]) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_rule_sees_the_state_before_the_input_is_fed_again() -> None:
+    model, ids, seen = tiny("llama", **SCALARS), tokens(2, 5), []
+
+    def spy(out: CycleOutput) -> Tensor:
+        seen.append((out.previous, out.hidden))
+        return torch.zeros(len(out.hidden), dtype=torch.bool)
+
+    model(ids, exit_rule=spy)
+    assert torch.equal(seen[1][0], seen[0][1]), "what a cycle starts from is what the one before has made"
 
 
 @torch.no_grad()

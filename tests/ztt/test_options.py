@@ -1,4 +1,4 @@
-"""Gates, FFN gating, per-cycle LoRA, checkpointing and the losses over cycles: properties that they must have."""
+"""Gates, FFN gating, per-cycle LoRA and numbers, checkpointing, losses over cycles: properties that they must have."""
 
 from typing import Any
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ztt.tiny import gap, tiny, tokens
+from tests.ztt.tiny import base_config, gap, tiny, tokens
 from tests.ztt.unrolled import executions, layers_of, unroll
-from zerodraft import ZttForCausalLM
+from zerodraft import ZttConfig, ZttForCausalLM
 from zerodraft.ztt.lora import projections
 
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "gpt_neox"]
-EVERYTHING = {"ffn_gate": True, "cycle_gates": True, "cycle_lora_rank": 2, "edge_zero_tokens": True}
+SCALARS = {"input_injection": True, "cycle_scales": True}
+ANYWHERE = {"ffn_gate": True, "cycle_gates": True, "cycle_lora_rank": 2, "edge_zero_tokens": True}
+EVERYTHING = ANYWHERE | SCALARS
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -87,6 +89,63 @@ def test_lora_of_each_cycle_is_added_to_its_copy_of_the_unrolled_model(family: s
     assert gap(model(ids).logits, unroll(model)(ids).logits) > 1e-3
 
 
+@pytest.mark.parametrize("options", [{"input_injection": True}, {"cycle_scales": True}, SCALARS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_input_injection_and_scales_are_those_of_the_unrolled_model(family: str, options: dict[str, bool]) -> None:
+    """With gates, which see the input that was fed again, and for every number of cycles."""
+    for extra in ({}, {"cycle_gates": True}, {"head_layers": 0, "tail_layers": 0}):
+        model, ids = tiny(family, **options, **extra), tokens()
+        for cycles in (1, 2, 3):
+            plain = unroll(model, torch.full(ids.shape, cycles))
+            assert gap(model(ids, cycles=cycles).logits, plain(ids).logits) <= 1e-5
+        for name in options:
+            without = tiny(family, **options, **extra)
+            setattr(without, name, None)
+            assert gap(model(ids).logits, without(ids).logits) > 1e-3
+
+
+@torch.no_grad()
+def test_cached_pieces_are_fed_with_their_own_heads_output() -> None:
+    model, ids, past = tiny("llama", **SCALARS), tokens(), None
+    whole = model(ids, use_cache=False).logits
+    for piece, expected in zip(ids.split([5, 3, 1], 1), whole.split([5, 3, 1], 1), strict=True):
+        out = model(piece, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        assert gap(out.logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("extra", [{}, {"exit_depth": torch.tensor([[1, 3, 2, 3, 1, 3], [3, 3, 1, 2, 3, 2]])}], ids=str)
+def test_gradients_of_injection_and_scales_are_slopes(extra: dict[str, Tensor]) -> None:
+    model, ids = tiny("gpt2", **SCALARS).double().train(), tokens(2, 6)  # its norms compute in float64 then
+
+    def output() -> Tensor:
+        return model(ids, **extra).logits.logsumexp(-1).mean()
+
+    output().backward()
+    for weight in (model.input_injection.weight, model.cycle_scales.weight):
+        for place, gradient in enumerate(weight.grad.tolist()):
+            ends = []
+            for step in (1e-4, -2e-4):
+                with torch.no_grad():
+                    weight[place] += step
+                    ends.append(output().item())
+            with torch.no_grad():
+                weight[place] += 1e-4
+            assert abs(gradient - (ends[0] - ends[1]) / 2e-4) <= 1e-6
+            assert abs(gradient) > 1e-5
+
+
+def test_injection_and_scales_start_where_the_configuration_says() -> None:
+    model = ZttForCausalLM(ZttConfig(base_config=base_config("llama"), cycles=3, **SCALARS))
+    assert model.input_injection.weight.tolist() == [0.5, 0.5]
+    assert model.cycle_scales.weight.tolist() == [1.0, 1.0, 1.0]
+    quiet = ZttConfig(base_config=base_config("llama"), cycles=3, input_injection_start=0.25, **SCALARS)
+    assert ZttForCausalLM(quiet).input_injection.weight.tolist() == [0.25, 0.25]
+    once = ZttForCausalLM(ZttConfig(base_config=base_config("llama"), cycles=1, **SCALARS))
+    assert once.input_injection is once.cycle_scales is None
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) -> None:
@@ -122,12 +181,9 @@ def count_calls(model: ZttForCausalLM) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_selected_depths_are_differentiable(family: str) -> None:
     """Gradients equal those of the unrolled model with frozen tokens."""
-    model, ids = tiny(family).train(), tokens(2, 8)
-    plain = unroll(model)
+    model, ids = tiny(family, **SCALARS).train(), tokens(2, 8)
     depth = torch.randint(1, 4, (2, 8), generator=torch.Generator().manual_seed(0))
-    for (_, cycle), layer in zip(executions(model.config), layers_of(plain), strict=True):
-        running = (cycle < depth)[..., None]
-        layer.register_forward_hook(lambda _, args, out, running=running: torch.where(running, out, args[0]))
+    plain = unroll(model, depth)
     ours = model(ids, labels=ids, exit_depth=depth)
     theirs = plain(ids, labels=ids)
     assert abs(ours.loss - theirs.loss) <= 1e-5
@@ -147,7 +203,7 @@ def test_selected_depths_with_the_latest_policy_are_differentiable() -> None:
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in gradients(model).values())
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING, {"schedule": "layer"}, {"schedule": "layer"} | EVERYTHING])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {"schedule": "layer"}, {"schedule": "layer"} | ANYWHERE])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_weighted_losses_are_those_of_each_depth(family: str, options: dict[str, Any]) -> None:
     model, ids, weights = tiny(family, **options).train(), tokens(2, 8), [1.0, 2.0, 5.0]

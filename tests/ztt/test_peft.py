@@ -12,6 +12,7 @@ from tests.ztt.tiny import gap, open_gates, tiny_plain, tokens
 from zerodraft import ZerodraftError, ZttForCausalLM
 from zerodraft.training.adapters import load_adapters
 from zerodraft.ztt.convert import from_base
+from zerodraft.ztt.pretrained import OWN_PARTS
 
 peft = pytest.importorskip("peft", reason="needs the peft extra")
 # peft asks for an attribute that transformers has renamed
@@ -50,9 +51,10 @@ def states(model: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", TARGETS)
-@pytest.mark.parametrize("parts", [OWN, OWN | {"cycle_lora"}], ids=["own parts", "per-cycle LoRA too"])
+@pytest.mark.parametrize("parts", [OWN, {*OWN_PARTS}], ids=["own parts", "every own part"])
 def test_named_parts_are_trained_and_come_back(family: str, parts: set[str], tmp_path: Path) -> None:
-    model = converted(family, cycle_lora_rank=2 if "cycle_lora" in parts else 0)
+    others = {part: True for part in ("input_injection", "cycle_scales") if part in parts}
+    model = converted(family, cycle_lora_rank=2 if "cycle_lora" in parts else 0, **others)
     start = copy.deepcopy(model)
     tuned = adapted(model, parts, family)
     trainable = {name for name, p in tuned.named_parameters() if p.requires_grad and ".lora_" not in name}

@@ -82,6 +82,22 @@ def test_what_a_plain_model_cannot_compute() -> None:
         to_base(bare, unroll=True)
 
 
+@torch.no_grad()
+def test_cycles_that_are_fed_or_scaled_do_not_convert_back() -> None:
+    base = tiny_plain()
+    deep = from_base(base, cycles=2, zero_tokens=False, input_injection=True, cycle_scales=True)
+    open_gates(deep, 1.0)
+    torch.testing.assert_close(logits(to_base(deep, unroll=True)), logits(deep), atol=1e-5, rtol=1e-5)
+    deep.cycle_scales.weight[1] = 1.5
+    with pytest.raises(
+        ZerodraftError, match=r"output of cycle 2 is multiplied by 1\.5, which a plain LlamaForCausalLM"
+    ):
+        to_base(deep, unroll=True)
+    deep.input_injection.weight[0] = -0.25
+    with pytest.raises(ZerodraftError, match=r"Cycle 2 adds -0\.25 of the head's output"):
+        to_base(deep, unroll=True)
+
+
 def test_layers_that_know_their_position_are_not_unrolled() -> None:
     config = ZttConfig(base_config=base_config("gpt2"), cycles=2, zero_tokens=False)
     assert config.scale_attn_by_inverse_layer_idx

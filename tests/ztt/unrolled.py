@@ -1,7 +1,8 @@
 """The oracle: a plain model of the family with one layer for every execution, and the zero token as a real token.
 
-Nothing of the package's forward pass is used. The order of the layers is written down here a second time, and attention
-is written out with the zero key and a zero value put in front of the keys and values.
+Nothing of the package's forward pass is used. The order of the layers is written down here a second time, attention is
+written out with the zero key and a zero value put in front of the keys and values, and what happens between layers
+(gates, input that is fed in again, scales, tokens that have left) are hooks.
 """
 
 import copy
@@ -70,8 +71,11 @@ def attention_of(layer: Any) -> Any:
     return next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
 
 
-def unroll(model: ZttForCausalLM) -> Any:
-    """The physically unrolled model with copies of all weights; zero keys must not be rotated (`origin`)."""
+def unroll(model: ZttForCausalLM, depth: Tensor | None = None) -> Any:
+    """The physically unrolled model with copies of all weights; zero keys must not be rotated (`origin`).
+
+    With `depth` a token passes unchanged through the layers beyond it.
+    """
     config, order = model.config, executions(model.config)
     plain_config = copy.deepcopy(config.base_config)
     for name in ("layer_types", "no_rope_layers"):  # one entry a layer
@@ -102,4 +106,38 @@ def unroll(model: ZttForCausalLM) -> Any:
             attention.zero_key = zero[row, index - head]
         elif not in_cycles and edge is not None:
             attention.zero_key = edge[index if index < head else index - stored_layers + len(edge)]
+    hook_cycles(model, layers_of(plain), depth)
     return plain
+
+
+def hook_cycles(model: ZttForCausalLM, layers: Any, depth: Tensor | None) -> None:
+    """Gates, input injection, scales and frozen tokens, around the layers of the unrolled model."""
+    config, state = model.config, model.state_dict()
+    first, last = config.head_layers, config.base_config.num_hidden_layers - config.tail_layers - 1
+    gates, injection, scales = (
+        state.get(f"{name}.weight") for name in ("cycle_gates", "input_injection", "cycle_scales")
+    )
+    head_output: dict[str, Tensor] = {}
+    for (index, cycle), layer in zip(executions(config), layers, strict=True):
+        running = torch.tensor(True) if depth is None else (cycle < depth)[..., None]
+
+        def enter(_: Any, args: Any, index: int = index, cycle: int = cycle, running: Tensor = running) -> Any:
+            if injection is None or index != first:
+                return None
+            if cycle == 0:
+                head_output["last"] = args[0]
+                return None
+            fed = args[0] + injection[cycle - 1] * head_output["last"]
+            return torch.where(running, fed, args[0]), *args[1:]
+
+        def leave(
+            _: Any, args: Any, out: Tensor, index: int = index, cycle: int = cycle, running: Tensor = running
+        ) -> Tensor:
+            if gates is not None and cycle > 0:
+                out = args[0] + gates[cycle - 1, index - first] * (out - args[0])
+            if scales is not None and index == last:
+                out = out * scales[cycle]
+            return torch.where(running, out, args[0])
+
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)

@@ -284,12 +284,17 @@ class LeanTarget:
         values = seen[:, :, weights.kv_heads :].unbind(0)
         fresh = seen[:, :, :, past:].unbind(0)
         tapped: dict[int, Tensor] = {}
-        masks = Once()
+        masks, head_output = Once(), x
 
         if 0 in taps:
             tapped[0] = x
         for index, layer in enumerate(weights.layers):
-            before, zero, ffn_share = x, layer.zero, None
+            zero, ffn_share = layer.zero, None
+            if index == weights.head_layers:
+                head_output = x
+            if zero is not None and zero.injection is not None:
+                x = torch.add(x, head_output, alpha=zero.injection)
+            before = x
             qkv = layer.qkv(_unit(x, floor))
             if layer.qk_gain is not None:
                 qk = qkv.view(rows, all_heads, -1)[:, :turning]
@@ -325,10 +330,12 @@ class LeanTarget:
             y = layer.up.times(y, layer.gate.silu(y))
             x = layer.down.add(y, x) if ffn_share is None else torch.addcmul(x, layer.down(y), ffn_share)
             if index + 1 in taps:
-                # as transformers has it: what the layer returns, which a cycle's gate has not seen yet
+                # as transformers has it: what the layer returns, which a cycle's gate and scale have not seen yet
                 tapped[index + 1] = x
             if zero is not None and zero.gate is not None:
                 x = torch.lerp(before, x, zero.gate)
+            if zero is not None and zero.scale is not None:
+                x = x * zero.scale
         return x, tapped
 
 

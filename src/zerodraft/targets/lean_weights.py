@@ -78,14 +78,15 @@ class LeanSettings:
 class LeanWeights:
     """All that the lean path needs of a model.
 
-    **Fields:** `layers` are in the order in which they run, each as often as it runs; `floor` and `head_floor` are
-    sqrt(width * eps), what a norm's hypotenuse has beside the vector's length; `frequencies` and `rope_scale` give the
-    rotary angles; `score_scale` multiplies the attention scores; `compiled` is all layers in one call, None where they
-    cannot be.
+    **Fields:** `layers` are in the order in which they run, each as often as it runs; `head_layers` of them come before
+    a Zero Token Transformer's cycles; `floor` and `head_floor` are sqrt(width * eps), what a norm's hypotenuse has
+    beside the vector's length; `frequencies` and `rope_scale` give the rotary angles; `score_scale` multiplies the
+    attention scores; `compiled` is all layers in one call, None where they cannot be.
     """
 
     embedding: Tensor
     layers: tuple[LeanLayer, ...]
+    head_layers: int
     final_gain: Tensor
     eps: float
     head: PackedLinear
@@ -285,6 +286,7 @@ def _pack(model: Any, settings: LeanSettings) -> LeanWeights:
     return LeanWeights(
         embedding=decoder.embed_tokens.weight.detach(),
         layers=tuple(packed),
+        head_layers=0 if settings.plan is None else settings.plan.head_layers,
         final_gain=decoder.norm.weight.detach(),
         eps=eps,
         head=_linear([plain.lm_head]).of(plain.lm_head, _gain(decoder.norm)),

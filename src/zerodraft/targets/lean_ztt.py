@@ -1,4 +1,5 @@
-"""What a Zero Token Transformer adds to the lean decode path: the order in which its layers run, zero tokens and gates.
+"""What a Zero Token Transformer adds to the lean decode path: the order in which its layers run, zero tokens, gates,
+and what its cycles are fed with and scaled by.
 
 Every execution of a layer becomes a lean layer of its own. Those of one stored layer share its packed weights and
 differ in what is defined here. All cycles are run for every token: early exit is left to the model's own forward.
@@ -20,8 +21,9 @@ from zerodraft.ztt.gates import CycleGates
 from zerodraft.ztt.interface import Once, current
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.pool import ZeroTokenPool
+from zerodraft.ztt.scalars import CycleScales, InputInjection
 
-CYCLED_PARTS = (ZttForCausalLM, CycledLayers, ZeroTokenPool, CycleGates)
+CYCLED_PARTS = (ZttForCausalLM, CycledLayers, ZeroTokenPool, CycleGates, InputInjection, CycleScales)
 """The modules that a Zero Token Transformer has beside its family's and that are computed here: no per-cycle LoRA."""
 
 CYCLED_HOOKS = ("zerodraft.ztt.interface", "zerodraft.ztt.pretrained")
@@ -34,13 +36,16 @@ class LeanZero:
 
     **Fields:** `key` is the zero token's, its rotary pairs side by side, or None without one; `turned`: it is rotated
     along with each query; `gates_ffn`: the FFN's output is scaled by the attention mass that is not the zero token's;
-    `gate` scales what the layer adds to the residual stream, None for all of it.
+    `gate` scales what the layer adds to the residual stream, None for all of it; `injection` is how much of the head's
+    output is added before the layer, `scale` what the stream is multiplied by after it, None where nothing is.
     """
 
     key: Float[Tensor, "kv D"] | None
     turned: bool
     gates_ffn: bool
     gate: float | None
+    injection: float | None = None
+    scale: float | None = None
 
     def attend(
         self,
@@ -85,6 +90,9 @@ def exits_early(model: nn.Module) -> bool:
 def executions(model: ZttForCausalLM, frequencies: Float[Tensor, "half"]) -> list[tuple[Step, LeanZero | None]]:
     """The executions of a model's layers in order, each with what it has beyond its layer."""
     plan, gates = model._plan, None if model.cycle_gates is None else model.cycle_gates()
+    first, last = plan.head_layers, plan.head_layers + plan.shared_layers - 1
+    injection = None if model.input_injection is None else [None, *model.input_injection().tolist()]
+    scales = None if model.cycle_scales is None else model.cycle_scales().tolist()
     keys = {} if model.zero_tokens is None else model.zero_tokens()
     made = []
     for step in (*plan.head, *plan.shared, *plan.tail):
@@ -93,8 +101,10 @@ def executions(model: ZttForCausalLM, frequencies: Float[Tensor, "half"]) -> lis
         key = keys.get(step)
         if key is not None:
             key = _ordered(key, frequencies if plan.zero_rope == "relative" else None)
-        zero = LeanZero(key, plan.zero_rope != "origin", plan.ffn_gate, gate)
-        made.append((step, None if key is None and gate is None else zero))
+        fed = None if injection is None or step.layer != first else injection[step.cycle]
+        scale = None if scales is None or step.layer != last else scales[step.cycle]
+        zero = LeanZero(key, plan.zero_rope != "origin", plan.ffn_gate, gate, fed, scale)
+        made.append((step, zero if any(part is not None for part in (key, gate, fed, scale)) else None))
     return made
 
 

@@ -1,7 +1,7 @@
 """LoRA on a Zero Token Transformer through PEFT, and what PEFT would leave out.
 
 PEFT trains and saves what it added and what it is told by name. A fine-tuned conversion is nothing without its zero
-tokens and gates (they begin closed), so they go into `modules_to_save`.
+tokens, gates (they begin closed) and other own parts, so they go into `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_adapters(model: nn.Module, recipe: PeftRecipe) -> Any:
 
 
 def trained_parts(model: nn.Module) -> dict[str, int]:
-    """Numbers of parameters that are trained: zero tokens, gates, per-cycle LoRA, adapters, and all other weights."""
+    """Numbers of parameters that are trained: each of `OWN_PARTS`, adapters, and all other weights."""
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

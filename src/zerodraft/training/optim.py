@@ -1,8 +1,8 @@
 """Learning-rate schedule, parameter groups, and Muon joined with AdamW.
 
-Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens and gates have none: a decayed zero token
-drifts to the key 0, whose score is the same for every query, and a decayed gate pulls a deepened model back to its
-base. With `muon`, the decayed matrices go to Muon and everything else stays with AdamW.
+Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens, gates and the numbers of cycles have none: a
+decayed zero token drifts to the key 0, whose score is the same for every query, and a decayed gate pulls a deepened
+model back to its base. With `muon`, the decayed matrices go to Muon and everything else stays with AdamW.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from zerodraft.training.muon import Muon
 from zerodraft.training.recipe import TrainingRecipe
 
-OWN_PARTS = ("zero_tokens", "cycle_gates")
+OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales")
 
 
 def learning_rate_scale(recipe: TrainingRecipe, step: int, elapsed: float = 0.0) -> float:
@@ -48,7 +48,7 @@ def learning_rate_scale(recipe: TrainingRecipe, step: int, elapsed: float = 0.0)
 
 
 def is_decayed(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool:
-    """Whether weight decay acts on a parameter: matrices do, unless they are embeddings, zero tokens or gates."""
+    """Whether weight decay acts on a parameter: matrices do, unless they are embeddings or own parts."""
     return parameter.ndim == 2 and id(parameter) not in embeddings and not _is_own(name)
 
 

@@ -70,7 +70,7 @@ class ModelRecipe:
     zero_tokens: bool = True
     """Trainable zero tokens in the cycled layers."""
     ztt: dict[str, Any] = field(default_factory=dict)
-    """Any other key of ZttConfig (zero_rope, ffn_gate, cycle_gates, ...)."""
+    """Any other key of ZttConfig (input_injection, cycle_scales, zero_rope, ffn_gate, cycle_gates, ...)."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -154,7 +154,7 @@ class TrainingRecipe:
     muon_learning_rate: float = 0.0
     """Peak learning rate of the Muon matrices; 0 means the same as `learning_rate`."""
     ztt_learning_rate: float = 0.0
-    """Peak learning rate of zero tokens and cycle gates; 0 means the same as `learning_rate`."""
+    """Peak learning rate of zero tokens, gates, injection and scales; 0 means the same as `learning_rate`."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
     """After the warm-up: cosine decay, a plateau with a linear decay at the end, or a plateau."""
     warmup_steps: int = 50
@@ -166,7 +166,7 @@ class TrainingRecipe:
     betas: tuple[float, ...] = (0.9, 0.95)
     """AdamW betas."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; norms, embeddings, zero tokens and gates have none."""
+    """Weight decay of matrices; norms, embeddings, zero tokens, gates, injection and scales have none."""
     max_grad_norm: float = 1.0
     """Gradient norm is clipped here."""
     bf16: bool = False

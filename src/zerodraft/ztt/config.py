@@ -9,6 +9,7 @@ Idea: Li et al., "Efficient Transformer Parameter Reuse via Zero-Token Mechanism
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -81,6 +82,10 @@ class ZttConfig(PreTrainedConfig):
         ffn_gate: Scale the FFN output by one minus the zero-token mass (mean over heads).
         cycle_gates: From the second cycle on, `h + g * (layer(h) - h)` with a trainable `g` per (cycle, layer) that
             starts at zero: the extra cycles begin as the exact identity.
+        input_injection: Add the head's output, times a trainable number per cycle, at the start of every cycle but the
+            first.
+        input_injection_start: Those numbers at first. A deepened model starts from 0, so as to be its base model.
+        cycle_scales: Multiply the block's output by a trainable number per cycle, 1 at first.
         cycle_lora_rank: Rank of the per-cycle low-rank deltas on the shared layers' projections; 0 for none.
         exit_rule: The early-exit rule found by calibration, as `zerodraft.exit_rule_to_dict` writes it.
 
@@ -102,6 +107,9 @@ class ZttConfig(PreTrainedConfig):
     edge_zero_tokens: bool = False
     ffn_gate: bool = False
     cycle_gates: bool = False
+    input_injection: bool = False
+    input_injection_start: float = 0.5
+    cycle_scales: bool = False
     cycle_lora_rank: int = 0
     exit_rule: dict[str, Any] | None = None
 
@@ -260,6 +268,12 @@ def check_cycling(config: ZttConfig) -> None:
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:
             raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
+    for name in ("input_injection", "cycle_scales"):
+        if getattr(config, name) and config.schedule != "block":
+            raise ZerodraftError(f'{name} needs schedule="block": with "layer" the cycles have no start and no end.')
+    start = config.input_injection_start
+    if not isinstance(start, (int, float)) or not abs(start) < math.inf:
+        raise ZerodraftError(f"input_injection_start={start!r} must be a finite number.")
     if not isinstance(config.exit_rule, (dict, type(None))):
         raise ZerodraftError(f"exit_rule={config.exit_rule!r} is no rule; expected what 'zerodraft calibrate' writes.")
     if not 1 <= config.zero_token_start <= config.cycles + 1:

@@ -1,7 +1,7 @@
 """Turn a pretrained model into a Zero Token Transformer, and back.
 
-*Deepen*: the same weights, more cycles. Gates of the extra cycles start closed and the first cycle has no zero tokens,
-so the logits are exactly the base model's until training opens the gates.
+*Deepen*: the same weights, more cycles. Gates of the extra cycles start closed, the first cycle has no zero tokens and
+nothing of the input is fed in again, so the logits are exactly the base model's until training opens the gates.
 
 *Compress*: L layers become head + K shared + tail, run in N cycles, with the depth kept: head + N * K + tail = L. So
 step `s` of the unrolled model stands for layer `s` of the base model, and the shared weights are chosen from the base's
@@ -70,6 +70,8 @@ def from_base(
     model = check_base(model)
     cycling: dict[str, Any] = {"head_layers": head_layers, "tail_layers": tail_layers, "cycles": cycles}
     base_config = copy.deepcopy(model.config)
+    if settings.get("input_injection"):  # layers that never saw it are not to be fed with it at once
+        settings = {"input_injection_start": 0.0} | settings
     if mode == "deepen":
         return _deepen(model, ZttConfig(base_config=base_config, **cycling, **_deepen_settings(settings, cycles)))
     return _compress(model, cycling, init, settings)
@@ -83,7 +85,8 @@ def to_base(model: ZttForCausalLM, *, unroll: bool = False) -> PreTrainedModel:
         unroll: Give every execution of a shared layer a layer of its own, where there is more than one cycle.
 
     Raises:
-        ZerodraftError: the plain family cannot compute what this model does: zero tokens, gates between 0 and 1.
+        ZerodraftError: the plain family cannot compute what this model does: zero tokens, gates between 0 and 1, input
+            that is fed in again, cycles that are scaled.
     """
     config = model.config
     if config.cycles > 1 and not unroll:
@@ -104,6 +107,7 @@ def to_base(model: ZttForCausalLM, *, unroll: bool = False) -> PreTrainedModel:
                 f"The gate of layer {step.layer} in cycle {step.cycle + 1} is {_gate(model, step):.4g}, and a plain "
                 f"{type(model.base).__name__} has no gates; only gates of exactly 0 and 1 convert back."
             )
+    _check_scalars(model)
     path = find_parts(model.base).path  # pyright: ignore[reportArgumentType]  # a PreTrainedModel in ZttForCausalLM
     order = [step.layer for step in steps]
     try:
@@ -158,6 +162,8 @@ def _deepen_settings(settings: dict[str, Any], cycles: int) -> dict[str, Any]:
         exact = {"cycle_gates": True, "zero_token_start": 2}
     chosen = exact | settings
     broken = [name for name in ("cycle_gates", "zero_tokens") if name in exact and chosen[name] != exact[name]]
+    if chosen.get("input_injection") and chosen["input_injection_start"] != 0:
+        broken.append("input_injection_start")
     if chosen.get("zero_tokens", True):
         broken += [name for name in ("edge_zero_tokens",) if chosen.get(name)]
         if chosen.get("zero_token_start", 1) < 2:
@@ -348,6 +354,25 @@ def _gate(model: ZttForCausalLM, step: Step) -> float:
     if model.cycle_gates is None or step.cycle == 0 or not model.config.is_shared(step.layer):
         return 1.0
     return float(model.cycle_gates().detach()[step.cycle - 1, step.layer - model.config.head_layers])
+
+
+def _check_scalars(model: ZttForCausalLM) -> None:
+    """Raise `ZerodraftError` if input is fed in again, or if a cycle's output is scaled."""
+    family = type(model.base).__name__
+    injection = [] if model.input_injection is None else model.input_injection().tolist()
+    scales = [] if model.cycle_scales is None else model.cycle_scales().tolist()
+    for cycle, value in enumerate(injection, 2):
+        if value != 0:
+            raise ZerodraftError(
+                f"Cycle {cycle} adds {value:.4g} of the head's output to its input, which a plain {family} cannot; "
+                "only an input injection of exactly 0 converts back."
+            )
+    for cycle, value in enumerate(scales, 1):
+        if value != 1:
+            raise ZerodraftError(
+                f"The output of cycle {cycle} is multiplied by {value:.4g}, which a plain {family} cannot; only scales "
+                "of exactly 1 convert back."
+            )
 
 
 @torch.no_grad()

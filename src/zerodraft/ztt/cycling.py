@@ -119,6 +119,8 @@ class CycleRun(Recorder):
         parts: How they are called.
         zero_keys: Keys of the zero tokens by step.
         gates: `(cycles - 1, shared layers)` of `cycle_gates`, or None.
+        injection: `(cycles - 1,)` of `input_injection`, or None.
+        scales: `(cycles,)` of `cycle_scales`, or None.
         rotary: The family's rotary module, or None.
         cache: Cache of the unrolled model, or None.
         cycles: Cycles to run for every token.
@@ -132,6 +134,8 @@ class CycleRun(Recorder):
     parts: DecoderParts
     zero_keys: dict[Step, Tensor]
     gates: Tensor | None
+    injection: Tensor | None
+    scales: Tensor | None
     rotary: nn.Module | None
     cache: Cache | None
     cycles: int
@@ -144,6 +148,7 @@ class CycleRun(Recorder):
     shallower: list[Tensor] = field(default_factory=list)
     exit_depth: Tensor | None = None
     shape: torch.Size | None = None
+    head_output: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.attention_masks = Once()  # no default_factory, which torch.compile cannot trace
@@ -177,6 +182,7 @@ class CycleRun(Recorder):
         shared = [step for step in self.plan.shared if step.cycle < self.cycles]
         for step in self.plan.head:
             hidden = self.run_layer(step, hidden)
+        self.head_output = hidden
         if self.options.every_cycle:
             return self.run_every_cycle(shared, hidden)
         hidden = (self.run_all if self.options.rule is None else self.run_exits)(shared, hidden)
@@ -189,6 +195,7 @@ class CycleRun(Recorder):
         memory = KvMemory() if self.options.depth is not None and self.options.policy == "latest" else None
         for step in shared:
             running = None if self.options.depth is None or step.cycle == 0 else step.cycle < self.options.depth
+            hidden = self.inject(step, hidden, running=running)
             view = SlotView(self.cache, step.slot, memory, running=running)
             out = self.run_layer(step, hidden, view if memory or self.cache is not None else None)
             hidden = out if running is None else torch.where(running[..., None], out, hidden)
@@ -222,6 +229,7 @@ class CycleRun(Recorder):
         for cycle, steps in enumerate(cycles, 1):
             before, masses = states, [] if getattr(self.options.rule, "reads_zero_mass", True) else None
             for step in steps:
+                states = self.inject(step, states, grid)
                 states = self.run_layer(step, states, SlotView(self.cache, step.slot, memory, grid), grid, masses)
             if cycle == self.cycles:
                 break
@@ -295,6 +303,17 @@ class CycleRun(Recorder):
 
     # -- one layer ------------------------------------------------------------------------------------------------
 
+    def inject(
+        self, step: Step, hidden: Tensor, grid: TokenGrid | None = None, running: Tensor | None = None
+    ) -> Tensor:
+        """The states with the head's output added where a further cycle begins; tokens that have left keep theirs."""
+        if self.injection is None or step.cycle == 0 or step.layer != self.plan.head_layers:
+            return hidden
+        assert self.head_output is not None
+        again = self.head_output if grid is None else grid.pack(self.head_output)
+        fed = hidden + self.injection[step.cycle - 1].to(hidden.dtype) * again
+        return fed if running is None else torch.where(running[..., None], fed, hidden)
+
     def run_layer(
         self,
         step: Step,
@@ -303,7 +322,7 @@ class CycleRun(Recorder):
         grid: TokenGrid | None = None,
         masses: list[Tensor] | None = None,
     ) -> Tensor:
-        """One execution of a stored layer, with its slot, zero token and gate."""
+        """One execution of a stored layer, with its slot, zero token and gate, and at a cycle's end the scale."""
         layer, place = self.layers[step.layer], step.layer - self.plan.head_layers
         if view is None and self.cache is not None:
             view = SlotView(self.cache, step.slot)
@@ -330,6 +349,8 @@ class CycleRun(Recorder):
         if self.gates is not None and is_shared and step.cycle > 0:
             gate = self.gates[step.cycle - 1, place]
             out = hidden + gate.to(hidden.dtype) * (out - hidden)
+        if self.scales is not None and place == self.plan.shared_layers - 1:
+            out = self.scales[step.cycle].to(out.dtype) * out
         return out
 
     def layer_inputs(self, step: Step, grid: TokenGrid | None) -> dict[str, Any]:

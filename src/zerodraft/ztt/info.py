@@ -21,8 +21,20 @@ from zerodraft.ztt.families import attention_of, kv_shape
 from zerodraft.ztt.lora import CycleLora, matrix, projections
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.pool import ZeroTokenPool
+from zerodraft.ztt.pretrained import OWN_PARTS
 
-Part = Literal["embedding", "head", "shared", "tail", "output", "zero_tokens", "cycle_gates", "cycle_lora"]
+Part = Literal[
+    "embedding",
+    "head",
+    "shared",
+    "tail",
+    "output",
+    "zero_tokens",
+    "cycle_gates",
+    "input_injection",
+    "cycle_scales",
+    "cycle_lora",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +117,7 @@ def count_parameters(model: ZttForCausalLM) -> dict[str, int]:
 
 
 def _part(model: ZttForCausalLM, name: str, key: int, embeddings: set[int], layers: list[set[int]]) -> Part:
-    for own in ("zero_tokens", "cycle_gates", "cycle_lora"):
+    for own in OWN_PARTS:
         if name.startswith(own):
             return own
     for index, layer in enumerate(layers):

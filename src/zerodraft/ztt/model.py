@@ -1,9 +1,8 @@
 """`ZttForCausalLM` and `ZttModel`: any decoder family of transformers, its middle layers run several times.
 
 The model contains the family's own model (`.base`), built from its own configuration, with its list of layers turned
-into a `CycledLayers`; besides that it owns the zero tokens, the cycle gates and nothing else. Keys of saved
-weights are the family's behind `base.`, plus `zero_tokens.*` and `cycle_gates`. A shared layer exists once: there is
-nothing to tie.
+into a `CycledLayers`; besides that it owns `OWN_PARTS` (zero tokens, cycle gates, ...) and nothing else. Keys of saved
+weights are the family's behind `base.`, plus those of these parts. A shared layer exists once: there is nothing to tie.
 
 `ZttForCausalLM.model` is the same decoder without its head, as `LlamaForCausalLM.model` is: a `ZttModel` over the very
 modules. It is no submodule, so that parameters and state dict have everything once.
@@ -46,8 +45,8 @@ class ZttCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ZttForCausalLM`.
 
     Attributes:
-        hidden_states: The embeddings, then what each executed layer returns (a gate has not seen it yet); the last is
-            after the final norm.
+        hidden_states: The embeddings, then what each executed layer returns (without gate, injection and scale); the
+            last is after the final norm.
         attentions: One for each executed layer, with eager attention; what a row lacks to 1 lies on the zero token.
         hidden_states: None in place of those that `output_hidden_states` did not choose.
         cycle_losses: `(cycles,)`, loss of each cycle's readout, with `cycle_weights`.

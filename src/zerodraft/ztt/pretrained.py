@@ -1,7 +1,7 @@
 """What the Zero Token Transformer's models share: construction over a family's own model, and one forward pass.
 
 The family's model (`.base`) is built from its own configuration and its list of layers turned into a `CycledLayers`;
-besides that there are the zero tokens, the cycle gates, the per-cycle LoRA and nothing else.
+besides that there are the `OWN_PARTS` and nothing else.
 """
 
 import copy
@@ -33,8 +33,9 @@ from zerodraft.ztt.hooks import SlotHook
 from zerodraft.ztt.interface import announce_call, attention_name, current
 from zerodraft.ztt.lora import CycleLora, projections
 from zerodraft.ztt.pool import ZeroTokenPool
+from zerodraft.ztt.scalars import CycleScalars, CycleScales, InputInjection
 
-OWN_PARTS = ("zero_tokens", "cycle_gates", "cycle_lora")
+OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales", "cycle_lora")
 """The modules that a Zero Token Transformer has beside its family's model."""
 
 
@@ -92,7 +93,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         super().__init__(config)
 
     def _attach(self, base: nn.Module, family: PreTrainedModel) -> None:
-        """Take over a family's model: cycle its layers, add zero tokens, gates and LoRA."""
+        """Take over a family's model: cycle its layers, add the parts that are not the family's."""
         config = self.config
         parts = find_parts(family)
         parent, name = family.get_submodule(parts.path.rpartition(".")[0]), parts.path.rpartition(".")[2]
@@ -107,6 +108,8 @@ class ZttPreTrainedModel(PreTrainedModel):
             check_zero_rope(config.zero_rope, self.layers[0])
             self.zero_tokens = ZeroTokenPool(config, *shared_kv_shape(config.family, zeroed or self.layers[:1]))
         self.cycle_gates = CycleGates(config) if config.cycle_gates and config.cycles > 1 else None
+        self.input_injection = InputInjection(config) if config.input_injection and config.cycles > 1 else None
+        self.cycle_scales = CycleScales(config) if config.cycle_scales and config.cycles > 1 else None
         self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
         if config.ffn_gate or config.cycle_lora_rank:
             for layer in self.layers:
@@ -191,7 +194,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroTokenPool):
             for keys in module.parameters(recurse=False):
                 initialization.normal_(keys, std=std)
-        elif isinstance(module, (CycleGates, CycleLora)):
+        elif isinstance(module, (CycleGates, CycleScalars, CycleLora)):
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -261,6 +264,8 @@ class ZttPreTrainedModel(PreTrainedModel):
             parts=self._parts,
             zero_keys={} if self.zero_tokens is None else self.zero_tokens(),
             gates=None if self.cycle_gates is None else self.cycle_gates(),
+            injection=None if self.input_injection is None else self.input_injection(),
+            scales=None if self.cycle_scales is None else self.cycle_scales(),
             rotary=rotary_module(self.family, self._parts.path),
             cache=cache,
             cycles=cycles,

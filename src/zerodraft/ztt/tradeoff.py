@@ -99,7 +99,7 @@ class Ruler:
             raise ZerodraftError("The model has one cycle, so no token can leave early; it needs cycles of at least 2.")
         if model.config.schedule != "block":
             raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
-        if model.cycle_gates is not None and not bool(model.cycle_gates().any()):
+        if _changes_nothing(model):
             raise ZerodraftError(
                 "All gates of the model are closed, as conversion leaves them, so every depth gives the same text and "
                 "there is no exit to choose yet: train it first (zerodraft finetune --model MODEL --data FILE --output "
@@ -188,6 +188,14 @@ class Ruler:
             loss=losses.mean().item(),
             loss_increase=0.0,
         )
+
+
+def _changes_nothing(model: ZttForCausalLM) -> bool:
+    """Whether the cycles after the first are the identity, as conversion leaves them."""
+    if model.cycle_gates is None or bool(model.cycle_gates().any()):
+        return False
+    fed_again = model.input_injection is not None and bool(model.input_injection().any())
+    return not fed_again and (model.cycle_scales is None or bool((model.cycle_scales()[1:] == 1).all()))
 
 
 class _Collector:
