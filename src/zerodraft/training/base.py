@@ -34,6 +34,10 @@ from zerodraft.training.strict import did_you_mean
 PARTIAL = ".partial"
 
 
+class LossNotFinite(ZerodraftError):
+    """The loss became infinite or not a number."""
+
+
 class RecipeTrainer(Trainer):
     """Trains a model as a `TrainingRecipe` says; sub-classes say what the loss is and how to evaluate.
 
@@ -97,7 +101,7 @@ class RecipeTrainer(Trainer):
         arguments = self.step_arguments(inputs)
         loss = super().training_step(model, {**inputs, **arguments}, num_items_in_batch)
         if not math.isfinite(loss.item()):
-            raise ZerodraftError(
+            raise LossNotFinite(
                 f"the loss became {loss.item()} at step {step}: lower training.learning_rate "
                 "(or check the weights that the run started from); checkpoints up to here are kept"
             )

@@ -80,7 +80,7 @@ def check_folder(folder: Path, recipe: Any, resume: bool, begun: bool) -> str | 
         old = from_mapping(type(recipe), read_json(folder / RECIPE, "recipe"))
     except ZerodraftError as error:
         raise ZerodraftError(f"'{folder / RECIPE}' cannot be read, so the run cannot be resumed: {error}") from error
-    changed = _differences(to_mapping(old), to_mapping(recipe))
+    changed = differences(to_mapping(old), to_mapping(recipe))
     changed = [key for key in changed if key not in {*PLACES, *(f"training.{name}" for name in MAY_CHANGE)}]
     if changed:
         raise ZerodraftError(f"'{folder}' holds a run with another {', '.join(changed)}: a resumed run must keep it")
@@ -113,12 +113,13 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
+    """Dotted keys of what differs between two mappings."""
     keys = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            keys += _differences(a, b, f"{where}{key}.")
+            keys += differences(a, b, f"{where}{key}.")
         elif a != b:
             keys.append(f"{where}{key}")
     return keys

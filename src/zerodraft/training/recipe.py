@@ -277,7 +277,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ZerodraftError(f"'{path}' extends itself")
         names = ", which extends ".join(f"'{file}'" for file in (*chain[1:], other))
         raise ZerodraftError(f"'{chain[0]}' extends {names}: one of them must stand by itself")
-    return _merge(_read(other, chain), mapping)
+    return merge(_read(other, chain), mapping)
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -302,11 +302,12 @@ def parse_yaml(text: str, what: str) -> Any:
     return value
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both mappings in one, section by section; where both have a value `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = _merge(below[key], value) if both else value
+        merged[key] = merge(below[key], value) if both else value
     return merged
 
 

@@ -1,0 +1,333 @@
+"""The page of evidence: every word and figure on it comes from the tables' files, verdicts included."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from evidence_figures import draw_curves, draw_losses
+from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
+from evidence_table import Row, Table, read_table
+from zerodraft.bench.measure import write_text
+from zerodraft.errors import ZerodraftError
+from zerodraft.training.recipe import ModelRecipe
+
+HEAD = """# Evidence
+
+Written by `python benchmarks/evidence.py report` from `results/evidence/`; do not edit.
+
+Losses are nats per token on text that was not trained on, after the last cycle unless it says otherwise; lower is
+better. Runs of one seed read the same text in the same order, whatever the arm, so arms are compared seed by seed: a
+difference is the mean over the seeds that both arms have, its brackets are the 95% t-interval over them. Each arm is
+shown at its best learning rate of those tried, which was chosen on the validation loss: that flatters every arm a
+little, and none more than another that tried as many rates. FLOPs are three times those counted in a forward pass.
+"""
+
+PHI = """phi: r cycles of a shared block are worth r^phi copies of it
+([arXiv 2604.21106](https://arxiv.org/abs/2604.21106)). The loss is taken to be linear in the logarithm of the
+parameters in layers, between `{baseline}` and `{bound}`; phi is found for every seed. 0: the cycles bring nothing, 1:
+as much as stored copies.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """What is said about the method: that an arm has a lower loss than another; None where no table can tell."""
+
+    text: str
+    arm: str | None = None
+    other: str | None = None
+
+
+CLAIMS = (
+    Claim(text="better than the vanilla model of equal parameters", arm="ztt", other="vanilla"),
+    Claim(text="better than basic cycling", arm="ztt", other="basic"),
+    Claim(text="better than head-tail cycling: zero tokens help", arm="ztt", other="head-tail"),
+    Claim(text="early exit cuts compute and keeps the quality"),
+    Claim(text="pretrained models gain by fine-tuning as Zero Token Transformers"),
+)
+
+
+def write_report(folder: Path, page: Path) -> None:
+    """Writes the page and its figures, which lie in `figures/` beside it.
+
+    Raises:
+        ZerodraftError: a table is damaged, or two have one name.
+    """
+    tables = read_tables(folder)
+    for name, table in tables.items():
+        for what, draw in (("losses", draw_losses), ("curves", draw_curves)):
+            draw(table, page.parent / figure(name, what))
+    write_text(markdown(tables), page)
+
+
+def read_tables(folder: Path) -> dict[str, Table]:
+    """The tables with results in a folder, by name.
+
+    Raises:
+        ZerodraftError: one is damaged, or is not called what its file is called.
+    """
+    tables = {path.stem: read_table(path) for path in sorted(folder.glob("*.json"))}
+    for name, table in tables.items():
+        if table.plan.table != name:
+            raise ZerodraftError(
+                f"The result '{folder / name}.json' is that of the table '{table.plan.table}': rename it."
+            )
+    return {name: table for name, table in tables.items() if table.rows}
+
+
+def figure(name: str, what: str) -> str:
+    """Where a figure lies, seen from the page."""
+    return f"figures/evidence-{name}-{what}.png"
+
+
+def markdown(tables: Mapping[str, Table]) -> str:
+    """The page."""
+    parts = [HEAD, "## The claims\n", *claims(tables)]
+    for name, table in tables.items():
+        parts += section(name, table)
+    return "\n".join(parts)
+
+
+# --- claims ---
+
+
+def claims(tables: Mapping[str, Table]) -> Iterator[str]:
+    """A row for each claim and each table that tests it."""
+    yield "A Zero Token Transformer is, or does, this. A claim holds where the whole interval lies below 0.\n"
+    rows = []
+    for claim in CLAIMS:
+        tested = [(name, difference(table, claim.arm, claim.other)) for name, table in tables.items()]
+        found = [(name, value) for name, value in tested if value is not None]
+        rows += [tested_claim(claim, name, value, tables[name]) for name, value in found]
+        if not found:
+            rows.append([claim.text, "-", "-", "-", "-", bold(verdict(None))])
+    header = ["claim", "table", "arms", "difference of losses", "parameters, FLOPs", "verdict"]
+    yield grid(header, rows)
+
+
+def tested_claim(claim: Claim, name: str, value: Estimate, table: Table) -> list[str]:
+    """The row of a claim in a table that has both arms."""
+    arm, other = (next(iter(table.best_rows(which or "").values())) for which in (claim.arm, claim.other))
+    costs = f"{arm.parameters / other.parameters:.3f}x, {arm.flops / other.flops:.2f}x"
+    return [
+        claim.text,
+        f"[{name}](#{name})",
+        f"{claim.arm}, {claim.other}",
+        interval(value),
+        costs,
+        bold(verdict(value)),
+    ]
+
+
+def difference(table: Table, arm: str | None, other: str | None, text: str = "validation") -> Estimate | None:
+    """The loss of an arm minus that of another, at the best rate of each, paired by seed."""
+    if arm is None or other is None:
+        return None
+    return paired(final_losses(table, arm, text), final_losses(table, other, text))
+
+
+def final_losses(table: Table, arm: str, text: str) -> dict[int, float]:
+    """An arm's losses after the last cycle, by seed."""
+    return {seed: row.losses[text][-1] for seed, row in table.best_rows(arm).items() if text in row.losses}
+
+
+# --- a table ---
+
+
+def section(name: str, table: Table) -> Iterator[str]:
+    """Everything about one table."""
+    plan = table.plan
+    yield f"## {name}\n"
+    if plan.title:
+        yield f"{plan.title}.\n"
+    yield setting(table)
+    yield "### Means\n"
+    yield grid(*means(table))
+    if differences := compared(table):
+        yield f"### Against {plan.baseline}\n"
+        yield grid(*differences)
+        if plan.bound in table.arms():
+            yield PHI.format(baseline=plan.baseline, bound=plan.bound)
+    yield "### Every run\n"
+    yield f"From `{provenance(table)}`. Losses by cycle.\n"
+    yield grid(*every_run(table))
+    if table.diverged:
+        yield grid(["run", "did not end"], [[f"`{found.run}`", found.why] for found in table.diverged])
+    yield f"![Losses of every run]({figure(name, 'losses')})\n\n![Training loss]({figure(name, 'curves')})\n"
+
+
+def setting(table: Table) -> str:
+    """What all runs have in common, in a sentence."""
+    recipe, first = table.rows[0].whole_recipe(), table.rows[0]
+    training, seeds = recipe.training, {row.seed for row in table.rows}
+    swept = f"every rate for {table.plan.sweep} of them" if table.plan.sweep else "every rate for all of them"
+    return (
+        f"Hidden size {recipe.model.hidden_size}, vocabulary {recipe.tokenizer.vocab_size:,}, context "
+        f"{recipe.data.context_length}, batch {training.batch_size * training.accumulation}, {training.optimizer}; "
+        f"{first.tokens:,} tokens in the first run, {first.tokens / first.parameters:.0f} a stored parameter. Results "
+        f"of {len(table.rows)} runs with {len(seeds)} of the {len(table.plan.seeds)} planned seeds, {swept}.\n"
+    )
+
+
+def means(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Every arm at its best rate."""
+    texts = texts_of(table)
+    header = [
+        "arm",
+        "layers run",
+        "zero tokens",
+        "stored parameters",
+        "tokens",
+        "FLOPs",
+        "minutes",
+        "rate (tried)",
+        "seeds",
+    ]
+    header += [f"{text} loss" for text in texts] + ["validation loss by cycle"]
+    base = next(iter(table.best_rows(table.plan.baseline).values()), None)
+    rows = []
+    for arm in table.arms():
+        runs = list(table.best_rows(arm).values())
+        if not runs:
+            continue
+        first, minutes = runs[0], [row.seconds / 60 for row in runs if row.seconds is not None]
+        rows.append(
+            [
+                arm,
+                layers(first.model),
+                "yes" if first.model.zero_tokens and first.model.kind == "ztt" else "no",
+                f"{first.parameters:,}{over(first.parameters, base and base.parameters)}",
+                f"{first.tokens:,}",
+                f"{first.flops:.3g}{over(first.flops, base and base.flops)}",
+                f"{fmean(minutes):.1f}" if minutes else "-",
+                f"{first.rate} ({len(table.rates_tried(arm))})",
+                str(len(runs)),
+                *(interval(estimate(list(final_losses(table, arm, text).values()))) for text in texts),
+                by_cycle(mean_by_cycle(runs)),
+            ]
+        )
+    return header, rows
+
+
+def compared(table: Table) -> tuple[list[str], list[list[str]]] | None:
+    """The differences from the baseline, and phi; None where there is nothing to compare."""
+    texts, baseline, bound = texts_of(table), table.plan.baseline, table.plan.bound
+    with_phi = bound in table.arms()
+    rows = []
+    for arm in table.arms():
+        value = difference(table, arm, baseline)
+        if arm != baseline and value is not None:
+            others = [interval(difference(table, arm, baseline, text)) for text in texts[1:]]
+            exponent = [interval(phi_of(table, arm), digits=2)] if with_phi else []
+            rows.append([arm, str(value.count), interval(value), *others, *exponent])
+    header = ["arm", "pairs", *(f"{text} loss" for text in texts), *(["phi"] if with_phi else [])]
+    return (header, rows) if rows else None
+
+
+def phi_of(table: Table, arm: str) -> Estimate | None:
+    """phi over the seeds that the arm, the baseline and the bound have; None of an arm without cycles or of another
+    depth than the bound, and where a seed allows none."""
+    plan = table.plan
+    looped, vanilla, unshared = (table.best_rows(name) for name in (arm, plan.baseline, plan.bound or ""))
+    values = []
+    for seed in looped.keys() & vanilla.keys() & unshared.keys():
+        model = looped[seed].model
+        shared = model.num_hidden_layers - model.head_layers - model.tail_layers
+        if model.cycles < 2 or depth(model) != depth(unshared[seed].model):
+            return None
+        layer = looped[seed].layer_parameters // model.num_hidden_layers
+        value = phi(
+            loss=looped[seed].loss, vanilla=vanilla[seed].loss, unshared=unshared[seed].loss, copies=model.cycles,
+            once=layer * (model.num_hidden_layers - shared), shared=layer * shared,
+        )  # fmt: skip
+        if value is None:
+            return None
+        values.append(value)
+    return estimate(values)
+
+
+def every_run(table: Table) -> tuple[list[str], list[list[str]]]:
+    """All runs, in the order of arms, rates and seeds, with what repeats them."""
+    texts = texts_of(table)
+    order = {arm: at for at, arm in enumerate(table.arms())}
+    rows = [
+        [
+            row.arm,
+            row.rate,
+            str(row.seed),
+            *(by_cycle(row.losses.get(text, ())) for text in texts),
+            "-" if row.seconds is None else f"{row.tokens / row.seconds:,.0f}",
+            f"`{row.provenance.get('command', '-')}`",
+        ]
+        for row in sorted(table.rows, key=lambda row: (order[row.arm], row.rate, row.seed))
+    ]
+    return ["arm", "rate", "seed", *(f"{text} loss" for text in texts), "tokens/s", "again by"], rows
+
+
+def provenance(table: Table) -> str:
+    """Where the runs were made: versions, machines and commits."""
+    found = [row.provenance for row in table.rows]
+    versions = {f"{name} {version}" for one in found for name, version in one.get("versions", {}).items()}
+    machines = {f"{one.get('cpu', '-')}, {one.get('threads', '-')} threads" for one in found}
+    commits = {str(one.get("commit", "-"))[:10] for one in found}
+    return "; ".join(", ".join(sorted(values)) for values in (versions, machines, commits))
+
+
+def texts_of(table: Table) -> list[str]:
+    """Names of the texts that losses were measured on, the validation text first."""
+    return list(dict.fromkeys(["validation", *(text for row in table.rows for text in row.losses)]))
+
+
+def depth(model: ModelRecipe) -> int:
+    """Layers of the unrolled model."""
+    edge = model.head_layers + model.tail_layers
+    return edge + model.cycles * (model.num_hidden_layers - edge) if model.kind == "ztt" else model.num_hidden_layers
+
+
+def layers(model: ModelRecipe) -> str:
+    """Layers in the order in which they run."""
+    if model.kind != "ztt" or model.cycles == 1:
+        return str(model.num_hidden_layers)
+    shared = model.num_hidden_layers - model.head_layers - model.tail_layers
+    parts = [model.head_layers, f"{model.cycles} x {shared}", model.tail_layers]
+    return " + ".join(str(part) for part in parts if part)
+
+
+def mean_by_cycle(rows: Sequence[Row]) -> list[float]:
+    """Mean validation losses after each cycle."""
+    return [fmean(losses) for losses in zip(*(row.losses["validation"] for row in rows), strict=True)]
+
+
+# --- cells ---
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [
+        "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in (header, *rows)
+    ]
+    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]]) + "\n"
+
+
+def interval(value: Estimate | None, digits: int = 4) -> str:
+    """A mean with its interval, as far as there are any."""
+    if value is None:
+        return "-"
+    mean = f"{value.mean:.{digits}f}"
+    return mean if value.count < 2 else f"{mean} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def by_cycle(losses: Sequence[float]) -> str:
+    """Losses after each cycle."""
+    return ", ".join(f"{loss:.4f}" for loss in losses) or "-"
+
+
+def over(value: float, base: float | None) -> str:
+    """How many times the baseline's."""
+    return f" ({value / base:.2f}x)" if base else ""
+
+
+def bold(text: Verdict) -> str:
+    """A verdict as it stands out."""
+    return f"**{text}**"

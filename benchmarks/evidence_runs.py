@@ -1,0 +1,202 @@
+"""Making the runs of a table in turn: finished ones are skipped, a stopped one goes on from its checkpoint."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from evidence_plan import Plan, Run, chosen, other_keys
+from evidence_table import Diverged, Row, Table, open_table, write_table
+from zerodraft.bench.measure import provenance
+from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json
+from zerodraft.lock import LOCK, locked
+from zerodraft.training.base import LossNotFinite
+from zerodraft.training.callbacks import ProgressBar, read_log
+from zerodraft.training.folder import RECIPE, RESULTS, checkpoint_step, last_checkpoint
+from zerodraft.training.recipe import Recipe
+from zerodraft.training.run import pretrain
+from zerodraft.training.strict import from_mapping
+from zerodraft.ztt.flops import count_flops
+
+PASSES = 3
+"""FLOPs of a training step in those of its forward pass; going back takes as many for states and again for weights."""
+POINTS = 50
+"""Of a loss curve."""
+
+
+class Paused(Exception):
+    """A run was stopped at a checkpoint."""
+
+
+class PauseAt(TrainerCallback):
+    """Stops a run at a checkpoint of its own when a time has come.
+
+    Args:
+        deadline: In seconds of `time.monotonic`.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.pausing = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for a checkpoint, unless the run is over anyway."""
+        if time.monotonic() >= self.deadline and state.global_step < state.max_steps:
+            self.pausing = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves the training."""
+        if self.pausing:
+            raise Paused
+
+
+def make_runs(
+    plan: Plan,
+    file: Path,
+    folder: Path,
+    *,
+    words: Sequence[str],
+    only: str | None = None,
+    minutes: float = math.inf,
+    tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> Table:
+    """Makes the runs of a plan that are not done, and writes the table after each.
+
+    Args:
+        plan: The runs.
+        file: With the table.
+        folder: Where the runs live.
+        words: The command line that makes all of them; a run is repeated by this and `--only`.
+        only: Only runs of this name.
+        minutes: Begin no run after this time, and stop one at a checkpoint.
+        tell: Takes a line about what happens.
+
+    Returns:
+        The table with what is done.
+
+    Raises:
+        ZerodraftError: another process makes these runs, a file is damaged, or a recipe does not fit.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    place = folder / plan.table
+    with locked(place, f"Another process makes the runs in '{place}': wait for its end, or choose another folder."):
+        table = open_table(file, plan)
+        chosen(list(plan.runs()), only)
+        while left := [run for run in table.wanted() if run not in table.done() and (not only or run.is_below(only))]:
+            run = left[0]
+            if time.monotonic() >= deadline:
+                tell(f"The time is over; {len(left)} runs are left.")
+                break
+            tell(f"{run}: {len(left)} left")
+            try:
+                found = make_run(plan, run, place, [*words, "--only", str(run)], deadline)
+            except Paused:
+                tell(f"{run}: stopped at a checkpoint, the time is over; {len(left)} runs are left.")
+                break
+            if isinstance(found, Row):
+                table = replace(table, rows=(*table.rows, found))
+                tell(f"{run}: validation loss {found.loss:.4f} after {found.tokens:,} tokens")
+            else:
+                table = replace(table, diverged=(*table.diverged, found))
+                tell(f"{run}: {found.why}")
+            write_table(table, file)
+    return table
+
+
+def make_run(plan: Plan, run: Run, place: Path, words: Sequence[str], deadline: float = math.inf) -> Row | Diverged:
+    """Makes one run, or goes on with it; of a finished one only reads what is there.
+
+    Raises:
+        Paused: the deadline has come.
+        ZerodraftError: the recipe does not fit, or the folder holds another run.
+    """
+    recipe = plan.recipe_of(run, place)
+    output = Path(recipe.output)
+    block = recipe.training.batch_size * recipe.training.accumulation * recipe.data.context_length
+    try:
+        if (output / RESULTS).exists():
+            results = finished(output / RESULTS, recipe)
+        else:
+            begun = (output / RECIPE).exists() or (output / LOCK).exists()
+            results = pretrain(recipe, resume=begun, callbacks=[ProgressBar(block), PauseAt(deadline)])
+    except LossNotFinite as error:
+        return Diverged(**run._asdict(), recipe=plan.changes_of(run), why=str(error))
+    return Row(
+        **run._asdict(), recipe=plan.changes_of(run), provenance=provenance(seed=run.seed, words=words),
+        **measured(recipe, results),
+    )  # fmt: skip
+
+
+def finished(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """The results of a run that is over.
+
+    Raises:
+        ZerodraftError: they cannot be read, or are those of another recipe.
+    """
+    results = read_json(path, "result")
+    if changed := other_keys(from_mapping(Recipe, results.get("recipe")), recipe):
+        raise ZerodraftError(f"'{path.parent}' holds a run with another {', '.join(changed)}: choose another folder")
+    return results
+
+
+def measured(recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a finished run, from its results and its folder."""
+    model: Any = AutoModelForCausalLM.from_pretrained(Path(recipe.output) / "model").eval()
+    ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
+    with count_flops() as counted, torch.no_grad():
+        model(ids, use_cache=False)
+    forward = counted.total // recipe.data.context_length
+    # a run that went on has its clock from there
+    speed = results["tokens_per_second"]
+    return {
+        "parameters": results["parameters"],
+        "layer_parameters": sum(p.numel() for layer in model.get_decoder().layers for p in layer.parameters()),
+        "steps": results["steps"],
+        "tokens": results["tokens"],
+        "flops": PASSES * forward * results["tokens"],
+        "seconds": results["tokens"] / speed if speed else None,
+        "losses": losses_by_cycle(results["evaluation"]),
+        "curve": curve(read_log(Path(recipe.output) / "log.jsonl")),
+    }
+
+
+def losses_by_cycle(evaluation: dict[str, float]) -> dict[str, tuple[float, ...]]:
+    """Losses after each cycle by text, from the Trainer's flat names."""
+    losses: dict[str, list[float]] = {}
+    for key, value in evaluation.items():
+        name, found, cycle = key.removeprefix("eval_").rpartition("_loss_")
+        if found and cycle.isdecimal():
+            losses.setdefault(name, []).append(value)
+    return {name: tuple(values) for name, values in losses.items()}
+
+
+def curve(log: Sequence[dict[str, Any]], points: int = POINTS) -> tuple[tuple[float, float], ...]:
+    """The mean training loss of stretches of equal length, each with its last step."""
+    losses = [(row["step"], row["loss"]) for row in log if "loss" in row]
+    length = max(1, -(-len(losses) // points))
+    parts = [losses[start : start + length] for start in range(0, len(losses), length)]
+    return tuple((part[-1][0], round(sum(loss for _, loss in part) / len(part), 5)) for part in parts)
+
+
+def progress(plan: Plan, file: Path, folder: Path, only: str | None = None) -> list[str]:
+    """A line for each run: done, diverged, begun, or left."""
+    table = open_table(file, plan)
+    chosen(list(plan.runs()), only)
+    done = {row.run: f"validation loss {row.loss:.4f}" for row in table.rows} | {d.run: d.why for d in table.diverged}
+    lines = []
+    for run in table.wanted():
+        if not only or run.is_below(only):
+            output = Path(plan.recipe_of(run, folder / plan.table).output)
+            step = checkpoint_step(last_checkpoint(output))
+            lines.append(f"{run!s:32s} {done.get(run) or (f'at step {step}' if step else 'left')}")
+    waiting = {seed for seed in plan.seeds if not plan.is_swept(seed)} - {run.seed for run in table.wanted()}
+    if waiting:
+        lines.append(f"seeds {', '.join(map(str, sorted(waiting)))}: each arm at its best rate, once that is known")
+    return lines

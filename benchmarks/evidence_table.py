@@ -1,0 +1,188 @@
+"""The results of a table of evidence: one JSON file, written whole after every run."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from evidence_plan import Plan, Run, other_keys
+from zerodraft.bench.measure import write_json
+from zerodraft.errors import ZerodraftError
+from zerodraft.files import read_json
+from zerodraft.training.recipe import ModelRecipe, Recipe
+from zerodraft.training.strict import from_mapping, to_mapping
+
+BENCHMARK = "evidence"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """What came out of one run."""
+
+    arm: str
+    rate: str
+    seed: int
+    recipe: dict[str, Any]
+    """As far as it is not the default."""
+    parameters: int
+    """Stored ones; a weight that is used in several places counts once."""
+    layer_parameters: int
+    """Those in layers: without embeddings, output matrix, final norm, and what ZTT adds to the layers."""
+    steps: int
+    tokens: int
+    flops: int
+    """Of the whole training."""
+    seconds: float | None
+    """Of the whole training at the speed of its last part; None where that was not measured."""
+    losses: dict[str, tuple[float, ...]]
+    """By text: nats per token after each cycle. The last one is the model's."""
+    curve: tuple[tuple[float, ...], ...]
+    """Steps, and the mean training loss up to there since the point before."""
+    provenance: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        complete = all(losses and all(map(math.isfinite, losses)) for losses in self.losses.values())
+        if "validation" not in self.losses or not complete:
+            raise ZerodraftError(f"the losses of {self.run} are not all there")
+
+    @property
+    def run(self) -> Run:
+        """Which run it was."""
+        return Run(self.arm, self.rate, self.seed)
+
+    @property
+    def loss(self) -> float:
+        """On the validation text, after the last cycle."""
+        return self.losses["validation"][-1]
+
+    @property
+    def model(self) -> ModelRecipe:
+        """The model's part of the recipe, defaults included."""
+        return self.whole_recipe().model
+
+    def whole_recipe(self) -> Recipe:
+        """The recipe, defaults included."""
+        return from_mapping(Recipe, {**self.recipe, "output": ""})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diverged:
+    """A run whose loss did not stay finite."""
+
+    arm: str
+    rate: str
+    seed: int
+    recipe: dict[str, Any]
+    why: str
+
+    @property
+    def run(self) -> Run:
+        """Which run it was."""
+        return Run(self.arm, self.rate, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A plan and what came out of its runs so far."""
+
+    benchmark: str = BENCHMARK
+    plan: Plan
+    rows: tuple[Row, ...] = ()
+    diverged: tuple[Diverged, ...] = ()
+
+    def done(self) -> set[Run]:
+        """Runs that need not be made again."""
+        return {found.run for found in (*self.rows, *self.diverged)}
+
+    def arms(self) -> list[str]:
+        """Arms with results, in the order of the plan."""
+        known = dict.fromkeys([*self.plan.arms, *(row.arm for row in self.rows)])
+        return [arm for arm in known if any(row.arm == arm for row in self.rows)]
+
+    def best_rate(self, arm: str) -> str | None:
+        """The rate with the lowest mean validation loss, over the seeds that all the arm's rates were run with."""
+        lost = {found.rate for found in self.diverged if found.arm == arm}
+        tried: dict[str, dict[int, float]] = {}
+        for row in self.rows:
+            if row.arm == arm and row.rate not in lost:
+                tried.setdefault(row.rate, {})[row.seed] = row.loss
+        common = set.intersection(*map(set, tried.values())) if tried else set()
+        means = {
+            rate: fmean(loss for seed, loss in losses.items() if seed in (common or losses))
+            for rate, losses in tried.items()
+        }
+        return min(means, key=lambda rate: means[rate], default=None)
+
+    def best_rows(self, arm: str) -> dict[int, Row]:
+        """An arm's results at its best rate, by seed."""
+        rate = self.best_rate(arm)
+        return {
+            row.seed: row for row in sorted(self.rows, key=lambda row: row.seed) if (row.arm, row.rate) == (arm, rate)
+        }
+
+    def rates_tried(self, arm: str) -> list[str]:
+        """In the order of the plan."""
+        tried = {found.rate for found in (*self.rows, *self.diverged) if found.arm == arm}
+        return [rate for rate in dict.fromkeys([*self.plan.rates, *sorted(tried)]) if rate in tried]
+
+    def wanted(self) -> list[Run]:
+        """The plan's runs in their order. Of a seed that is not swept an arm has its best rate alone, and none before
+        the runs that choose it are done."""
+        done = self.done()
+        runs = list(self.plan.runs())
+        open_arms = {run.arm for run in runs if self.plan.is_swept(run.seed) and run not in done}
+        best = {arm: None if arm in open_arms else self.best_rate(arm) for arm in self.plan.arms}
+        return [run for run in runs if self.plan.is_swept(run.seed) or run.rate == best[run.arm]]
+
+
+def read_table(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        ZerodraftError: it is damaged, or something else.
+    """
+    found = read_json(path, "result")
+    if found.get("benchmark") != BENCHMARK:
+        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/evidence.py run'.")
+    try:
+        table = from_mapping(Table, found)
+        for run in (found.run for found in (*table.rows, *table.diverged)):
+            if [*(row.run for row in table.rows), *(row.run for row in table.diverged)].count(run) > 1:
+                raise ZerodraftError(f"{run} is in it twice")
+        for row in table.rows:
+            row.whole_recipe()
+    except ZerodraftError as error:
+        raise ZerodraftError(
+            f"The result '{path}' is damaged ({error}): mend it, or move it away to collect finished runs again."
+        ) from error
+    return table
+
+
+def open_table(path: Path, plan: Plan) -> Table:
+    """The results of a plan so far; of none before its first run.
+
+    Raises:
+        ZerodraftError: the file is damaged, or its runs were made by a plan that said something else about them.
+    """
+    if not path.exists():
+        return Table(plan=plan)
+    table = read_table(path)
+    for found in (*table.rows, *table.diverged):
+        if found.arm in plan.arms and found.rate in plan.rates:
+            check_same(found, plan, path)
+    return Table(plan=plan, rows=table.rows, diverged=table.diverged)
+
+
+def check_same(found: Row | Diverged, plan: Plan, path: Path) -> None:
+    """Raise `ZerodraftError` unless the plan would make the same run as the one that is in the file."""
+    old = from_mapping(Recipe, {**found.recipe, "output": ""})
+    if changed := other_keys(old, plan.recipe_of(found.run, Path("runs"))):
+        raise ZerodraftError(
+            f"'{path}' holds {found.run} with another {', '.join(changed)}: give the table, or the arm, another name"
+        )
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Writes the table, beside its place first."""
+    write_json(to_mapping(table), path)
