@@ -85,6 +85,8 @@ def make_runs(
         ZerodraftError: another process makes these runs, a file is damaged, or a recipe does not fit.
     """
     deadline = time.monotonic() + 60 * minutes
+    # of the code that is loaded now, whatever is checked out hours later
+    source = {key: provenance(seed=0, words=[])[key] for key in ("commit", "uncommitted_changes")}
     place = folder / plan.table
     with locked(place, f"Another process makes the runs in '{place}': wait for its end, or choose another folder."):
         table = open_table(file, plan)
@@ -101,7 +103,8 @@ def make_runs(
                 tell(f"{run}: stopped at a checkpoint, the time is over; {len(left)} runs are left.")
                 break
             if isinstance(found, Row):
-                table = replace(table, rows=(*table.rows, found))
+                row = replace(found, provenance={**found.provenance, **source})
+                table = replace(table, rows=(*table.rows, row))
                 tell(f"{run}: validation loss {found.loss:.4f} after {found.tokens:,} tokens")
             else:
                 table = replace(table, diverged=(*table.diverged, found))
