@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.ztt.tiny import tiny
 from zerodraft.training.muon import orthogonalise
 from zerodraft.training.optim import JoinedOptimizer, build_optimizer, learning_rate_scale
 from zerodraft.training.recipe import TrainingRecipe
@@ -70,6 +71,26 @@ def test_only_matrices_decay():
     numbers = (model.cycle_gates, model.input_injection.weight, model.cycle_scales.weight, model.zero_tokens.keys)
     assert {id(p) for p in own["params"]} == {id(p) for p in numbers}
     assert sum(len(group["params"]) for group in (decayed, own, rest)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_of_cycled_layers_learn_at_their_own_rate(optimizer):
+    model = tiny(cycles=2, input_injection=True)
+    rates = {"learning_rate": 0.1, "muon_learning_rate": 0.4, "ztt_learning_rate": 0.2}
+    recipe = TrainingRecipe(optimizer=optimizer, shared_learning_rate_factor=0.5, weight_decay=0.3, **rates)
+    rate = 0.4 if optimizer == "muon" else 0.1
+    groups = build_optimizer(model, recipe).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (rate, 0.3),
+        (rate / 2, 0.3),
+        (0.2, 0.0),
+        (0.1, 0.0),
+    ]
+    matrices = [{id(p) for p in layer.parameters() if p.ndim == 2} for layer in model.layers]
+    head, *shared, tail = matrices
+    assert [{id(p) for p in group["params"]} for group in groups[:2]] == [head | tail, set().union(*shared)]
+    once = build_optimizer(tiny(cycles=1), recipe).param_groups
+    assert [group["lr"] for group in once] == [rate, 0.2, 0.1]
 
 
 def test_frozen_parameters_are_left_out():

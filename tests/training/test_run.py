@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,62 @@ def test_resume_after_kill_gives_the_same_losses(make_recipe, tmp_path):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
+SCHEDULED = (
+    "model.cycles=3",
+    "model.ztt.input_injection=true",
+    "loss.kind=weighted",
+    "loss.token_depths=0",
+    "loss.cycles_from=[0.4, 0.6]",
+    "loss.exits_from=0.8",
+    "training.steps=10",
+    "training.optimizer=muon",
+    "training.shared_learning_rate_factor=0.5",
+)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_schedules_over_cycles_go_on_where_a_run_was_cut(make_recipe, tmp_path, step):
+    """Before and after a cycle opens, and after the exits have begun."""
+    options = (*SCHEDULED, "training.save_every=3", "training.keep_checkpoints=9")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pretrain(make_recipe(*options, f"output={whole}"), callbacks=[])
+    rows = [row for row in read_log(whole / "log.jsonl") if "loss" in row]
+    assert [row.get("cycles") for row in rows] == [1] * 4 + [2] * 2 + [None] * 4
+    shutil.copytree(whole, cut)
+    (cut / "results.json").unlink()
+    for folder in cut.glob("checkpoint-*"):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+    results = pretrain(make_recipe(*options, f"output={cut}"), resume=True, callbacks=[])
+    assert results["resumed_from"] == f"checkpoint-{step}"
+    assert [row for row in read_log(cut / "log.jsonl") if "loss" in row] == rows
+    expected, got = weights(whole), weights(cut)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_late_exits_change_nothing_before_they_begin(make_recipe, tmp_path):
+    late, never = tmp_path / "late", tmp_path / "never"
+    pretrain(make_recipe(*SCHEDULED, f"output={late}"), callbacks=[])
+    pretrain(make_recipe(*SCHEDULED, "loss.kind=last", "loss.exits_from=0", f"output={never}"), callbacks=[])
+    first, second = losses(late), losses(never)
+    assert [step for step in first if first[step] == second[step]] == list(range(1, 9))
+
+
+def test_cycles_open_by_the_clock_where_it_ends_the_run(make_recipe):
+    recipe = make_recipe(
+        "training.steps=100000",
+        "training.max_minutes=0.05",
+        "loss.kind=last",
+        "loss.token_depths=0",
+        "loss.cycles_from=[0.5]",
+    )
+    pretrain(recipe, callbacks=[])
+    ran = [row.get("cycles") for row in read_log(Path(recipe.output) / "log.jsonl") if "loss" in row]
+    opened = ran.index(None)
+    assert 0 < opened < len(ran)
+    assert ran == [1] * opened + [None] * (len(ran) - opened)
+
+
 def test_time_limit_moves_the_decay_forward(make_recipe):
     recipe = make_recipe("training.steps=100000", "training.max_minutes=0.05", "training.schedule=cosine")
     results = pretrain(recipe, callbacks=[])
@@ -177,6 +234,8 @@ def test_loss_that_is_not_finite_stops_the_run(make_recipe):
         (["model.start=somewhere"], "use finetune"),
         (["training.fsdp=true"], "needs several processes"),
         (["loss.weights=[1.0]"], "the model has 2 cycles"),
+        (["loss.cycles_from=[0.1, 0.2]"], r"loss\.cycles_from has 2 numbers, the model has 2 cycles"),
+        (["loss.kind=last", "loss.token_depths=0", "loss.exits_from=0.5"], r"loss\.exits_from needs loss\.kind"),
     ],
 )
 def test_refusals(make_recipe, monkeypatch, overrides, message):

@@ -49,7 +49,7 @@ class RecipeTrainer(Trainer):
 
     def __init__(self, *, recipe: TrainingRecipe, log: JsonLog | None, **kwargs: Any) -> None:
         self.recipe, self.json_log = recipe, log
-        self._micro_step, self._step = 0, 0
+        self._micro_step, self._step, self._passed = 0, 0, 0.0
         self._saving = False
         self._unwritten: list[tuple[dict[str, Any], torch.Tensor]] = []
         super().__init__(**kwargs)
@@ -79,10 +79,14 @@ class RecipeTrainer(Trainer):
         return broadcast_object_list([elapsed])[0] if self.args.world_size > 1 else elapsed
 
     def _scale(self, step: int) -> float:
-        elapsed = self._elapsed()
-        if elapsed >= 1:
+        self._passed = self._elapsed()
+        if self._passed >= 1:
             self.control.should_training_stop = True
-        return learning_rate_scale(self.recipe, step, elapsed)
+        return learning_rate_scale(self.recipe, step, self._passed)
+
+    def progress(self) -> float:
+        """Share of the training that has passed: of the steps or of the time limit, whichever is further."""
+        return max(self.state.global_step / self.recipe.steps, self._passed)
 
     def step_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What a forward pass gets beside its batch; also goes to the log, under `logged_arguments`."""

@@ -5,6 +5,9 @@ pays for one readout (tail and LM head) a cycle; `sampled` trains one exit a ste
 With `token_depths` some steps draw a depth for every token: then a token attends to others that stopped before it, as
 it will at inference.
 
+Cycles may be opened one after the other (`cycles_from`): the early steps are cheaper. Exits may be trained late
+(`exits_from`), as their losses from the first step on cost quality at full depth.
+
 Draws are a pure function of (seed, step, micro-step), so a resumed run repeats them, and all processes run the same
 cycles.
 """
@@ -42,6 +45,16 @@ def weights_over_cycles(weights: Weights, cycles: int) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
 
 
+def _check_openings(shares: tuple[float, ...], cycles: int) -> None:
+    if shares and len(shares) != cycles - 1:
+        raise ZerodraftError(
+            f"loss.cycles_from has {len(shares)} numbers, the model has {cycles} cycles: give one for each but the "
+            "first"
+        )
+    if not all(0 <= share < 1 for share in shares) or list(shares) != sorted(shares):
+        raise ZerodraftError(f"loss.cycles_from is {list(shares)}, expected ascending shares of at least 0 and below 1")
+
+
 class CycleLoss:
     """Says for every forward pass how many cycles to run and how to weigh them.
 
@@ -56,10 +69,22 @@ class CycleLoss:
             raise ZerodraftError(f"loss.token_depths is {recipe.token_depths}, expected a share between 0 and 1")
         if recipe.token_depths and recipe.kind != "sampled":
             raise ZerodraftError(f"loss.token_depths needs loss.kind 'sampled', got '{recipe.kind}'")
+        if recipe.exits_from and recipe.kind == "last":
+            raise ZerodraftError("loss.exits_from needs loss.kind 'weighted' or 'sampled', got 'last'")
+        if not 0 <= recipe.exits_from < 1:
+            raise ZerodraftError(f"loss.exits_from is {recipe.exits_from}, expected a share of at least 0 and below 1")
+        _check_openings(recipe.cycles_from, cycles)
         self.kind, self.token_depths, self.cycles, self.seed = recipe.kind, recipe.token_depths, cycles, seed
+        self.cycles_from, self.exits_from = recipe.cycles_from, recipe.exits_from
         self.weights = weights_over_cycles(recipe.weights, cycles)
 
-    def forward_arguments(self, step: int, micro_step: int, shape: Sequence[int], rank: int = 0) -> dict[str, Any]:
+    def open_cycles(self, progress: float) -> int:
+        """How many cycles run when a share `progress` of the training has passed."""
+        return 1 + sum(progress >= share for share in self.cycles_from) if self.cycles_from else self.cycles
+
+    def forward_arguments(
+        self, step: int, micro_step: int, shape: Sequence[int], rank: int = 0, *, progress: float
+    ) -> dict[str, Any]:
         """Keyword arguments for `ZttForCausalLM.forward`.
 
         Args:
@@ -67,20 +92,24 @@ class CycleLoss:
             micro_step: forward pass within the step.
             shape: (batch, tokens) of the input.
             rank: of the process; it changes only the depths of single tokens, never the number of cycles that run.
+            progress: share of the training that has passed.
         """
-        if self.kind == "last" or self.cycles == 1:
-            return {}
+        cycles = self.open_cycles(progress)
+        everything = {} if cycles == self.cycles else {"cycles": cycles}
+        weights = self.weights[:cycles]
+        if self.kind == "last" or cycles == 1 or progress < self.exits_from or not any(weights):
+            return everything
         if self.kind == "weighted":
-            return {"cycle_weights": self.weights}
+            return {**everything, "cycle_weights": weights}
         draw = random.Random(f"{self.seed}:{step}:{micro_step}")
         if draw.random() < self.token_depths:
-            return {"exit_depth": self._depths(step, micro_step, shape, rank)}
-        return {"cycles": draw.choices(range(1, self.cycles + 1), self.weights)[0]}
+            return {**everything, "exit_depth": self._depths(step, micro_step, shape, rank, weights)}
+        return {"cycles": draw.choices(range(1, cycles + 1), weights)[0]}
 
-    def _depths(self, step: int, micro_step: int, shape: Sequence[int], rank: int) -> torch.Tensor:
+    def _depths(
+        self, step: int, micro_step: int, shape: Sequence[int], rank: int, weights: tuple[float, ...]
+    ) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{step}:{micro_step}:{rank}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        drawn = torch.multinomial(
-            torch.tensor(self.weights), shape[0] * shape[1], replacement=True, generator=generator
-        )
+        drawn = torch.multinomial(torch.tensor(weights), shape[0] * shape[1], replacement=True, generator=generator)
         return (drawn + 1).view(shape[0], shape[1])

@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay, for 2-D parameters.
 
     Args:
-        params: matrices.
+        params: matrices, or groups of them with a learning rate and weight decay of their own.
         lr: learning rate; updates are scaled to the root mean square of AdamW's (Liu et al. 2025), so that AdamW's
             suit.
         weight_decay: as in AdamW.
@@ -43,7 +43,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 

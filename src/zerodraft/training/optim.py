@@ -3,6 +3,7 @@
 Weight decay acts on matrices only. Norms, biases, embeddings, zero tokens, gates and the numbers of cycles have none: a
 decayed zero token drifts to the key 0, whose score is the same for every query, and a decayed gate pulls a deepened
 model back to its base. With `muon`, the decayed matrices go to Muon and everything else stays with AdamW.
+The matrices of cycled layers can have a learning rate of their own: they get a gradient from every cycle.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 
 from zerodraft.training.muon import Muon
 from zerodraft.training.recipe import TrainingRecipe
+from zerodraft.ztt.model import ZttForCausalLM
 
 OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales")
 
@@ -56,6 +58,16 @@ def _is_own(name: str) -> bool:
     return any(part in name.split(".") for part in OWN_PARTS)
 
 
+def cycled(model: nn.Module) -> set[int]:
+    """Identities of the parameters in layers that run several times."""
+    found: set[int] = set()
+    for ztt in (module for module in model.modules() if isinstance(module, ZttForCausalLM)):
+        if ztt.config.cycles > 1:
+            shared = (layer for index, layer in enumerate(ztt.layers) if ztt.config.is_shared(index))
+            found |= {id(parameter) for layer in shared for parameter in layer.parameters()}
+    return found
+
+
 def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """AdamW, or Muon for the decayed matrices and AdamW for the rest."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -66,18 +78,22 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Opt
     decayed = [p for name, p in trained if is_decayed(name, p, embeddings)]
     own = [p for name, p in trained if _is_own(name)]
     rest = [p for name, p in trained if not is_decayed(name, p, embeddings) and not _is_own(name)]
+    muon = recipe.optimizer == "muon" and bool(decayed)
+    rate = (muon and recipe.muon_learning_rate) or recipe.learning_rate
+    factor = recipe.shared_learning_rate_factor
+    apart = cycled(model) if factor != 1 else set()
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in decayed if id(p) not in apart], "weight_decay": recipe.weight_decay, "lr": rate},
+        {"params": [p for p in decayed if id(p) in apart], "weight_decay": recipe.weight_decay, "lr": rate * factor},
         {"params": own, "weight_decay": 0.0, "lr": recipe.ztt_learning_rate or recipe.learning_rate},
-        {"params": rest, "weight_decay": 0.0},
+        {"params": rest, "weight_decay": 0.0, "lr": recipe.learning_rate},
     ]
     # not every model has parameters of every kind
-    undecayed = [group for group in groups[1:] if group["params"]]
-    adamw = partial(torch.optim.AdamW, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1]))
-    if recipe.optimizer == "adamw" or not decayed:
-        return adamw([group for group in groups if group["params"]])
-    muon = Muon(decayed, lr=recipe.muon_learning_rate or recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return JoinedOptimizer([muon, adamw(undecayed)] if undecayed else [muon])
+    matrices, others = ([group for group in part if group["params"]] for part in (groups[:2], groups[2:]))
+    adamw = partial(torch.optim.AdamW, betas=(recipe.betas[0], recipe.betas[1]))
+    if not muon:
+        return adamw(matrices + others)
+    return JoinedOptimizer([Muon(matrices), *([adamw(others)] if others else [])])
 
 
 class JoinedOptimizer(torch.optim.Optimizer):

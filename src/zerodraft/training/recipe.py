@@ -133,6 +133,10 @@ class LossRecipe:
     """Weight (`weighted`) or probability (`sampled`) of each cycle: a list, `uniform` or `linear` (1, 2, 3...)."""
     token_depths: float = 0.0
     """`sampled`: share of the steps that draw a depth for every token, as at inference with an exit rule."""
+    cycles_from: tuple[float, ...] = ()
+    """Share of the training from which on each cycle but the first runs, such as 0.4 0.65; empty: all at once."""
+    exits_from: float = 0.0
+    """`weighted`, `sampled`: share of the training until which only the last cycle's loss counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +157,8 @@ class TrainingRecipe:
     """Peak learning rate."""
     muon_learning_rate: float = 0.0
     """Peak learning rate of the Muon matrices; 0 means the same as `learning_rate`."""
+    shared_learning_rate_factor: float = 1.0
+    """Multiplies the learning rate of the cycled layers' matrices, which collect gradients from every cycle."""
     ztt_learning_rate: float = 0.0
     """Peak learning rate of zero tokens, gates, injection and scales; 0 means the same as `learning_rate`."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
@@ -198,6 +204,9 @@ class TrainingRecipe:
         check_least("training", self, **counts, **dict.fromkeys(zero_or_more, 0))
         if not 0 < self.learning_rate < math.inf:
             raise ZerodraftError(f"training.learning_rate is {self.learning_rate}; it must be a number above 0")
+        factor = self.shared_learning_rate_factor
+        if not 0 < factor < math.inf:
+            raise ZerodraftError(f"training.shared_learning_rate_factor is {factor}; it must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,11 @@ class ZttTrainer(RecipeTrainer):
     def step_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """How many cycles to run."""
         return self.cycle_loss.forward_arguments(
-            self.state.global_step, self._micro_step, inputs["input_ids"].shape, self.args.process_index
+            self.state.global_step,
+            self._micro_step,
+            inputs["input_ids"].shape,
+            self.args.process_index,
+            progress=self.progress(),
         )
 
     # --- evaluation ---
