@@ -36,7 +36,11 @@ def table(make_plan: Callable[..., Plan]) -> Table:
 def row_of(page: str, *beginning: str) -> list[str]:
     """The cells of the one row that begins so."""
     (found,) = [line for line in page.splitlines() if line.startswith(f"| {' | '.join(beginning)} |")]
-    return [cell.strip() for cell in found.strip("|").split("|")]
+    return cells(found)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_verdicts_follow_the_intervals(table: Table) -> None:
@@ -44,11 +48,21 @@ def test_verdicts_follow_the_intervals(table: Table) -> None:
     # differences -0.05, -0.06 and -0.04: standard deviation 0.01, half width 4.3027 * 0.01 / sqrt(3)
     assert row_of(page, "better than the vanilla model of equal parameters") == [
         "better than the vanilla model of equal parameters", "[tiny](#tiny)", "ztt, vanilla",
-        "-0.0500 [-0.0748, -0.0252]", "1.000x, 2.00x", "**holds**",
+        "-0.0500 [-0.0748, -0.0252]", "other -0.0500 [-0.0748, -0.0252]", "1.000x, 2.00x", "3", "**holds**",
     ]  # fmt: skip
-    assert row_of(page, "better than basic cycling")[3:] == ["-0.1000", "1.000x, 2.00x", "**undecided**"]
+    basic = row_of(page, "better than basic cycling")
+    assert basic[3:] == ["-0.1000", "other -0.1000", "1.000x, 2.00x", "1", "**undecided**"]
     assert row_of(page, "better than head-tail cycling: zero tokens help")[-1] == "**not tested yet**"
-    assert page.count("**not tested yet**") == 3
+    assert page.count("**not tested yet**") == 4
+
+
+def test_arms_with_further_options_test_a_claim_unless_it_is_about_zero_tokens(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan(arms={"ztt-input": {}, "head-tail": {}})
+    losses = {"vanilla": 3.0, "ztt": 2.9, "ztt-input": 2.8, "head-tail": 2.95}
+    rows = [made_row(plan, arm, seed, loss + seed) for arm, loss in losses.items() for seed in plan.seeds]
+    page = markdown({"tiny": Table(plan=plan, rows=tuple(rows))})
+    arms = [cells(line)[2] for line in page.splitlines() if line.startswith("| better than")]
+    assert arms == ["ztt, vanilla", "ztt-input, vanilla", "-", "ztt, head-tail", "-"]
 
 
 def test_a_claim_that_falls_the_other_way_is_told_as_plainly(make_plan: Callable[..., Plan]) -> None:
@@ -108,7 +122,7 @@ def test_without_results_all_claims_wait(tmp_path: Path) -> None:
     write_report(tmp_path / "none", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith(HEAD)
-    assert page.count("**not tested yet**") == 5
+    assert page.count("**not tested yet**") == 6
 
 
 def test_a_file_with_another_tables_results_is_refused(table: Table, tmp_path: Path) -> None:
