@@ -10,17 +10,21 @@ from transformers import AutoModelForCausalLM
 from zerodraft import ZttForCausalLM
 from zerodraft.cli.main import main
 
+LOOPS = ["--ztt.input-injection", "true", "--ztt.cycle-scales", "true"]
 
+
+@pytest.mark.parametrize("words", [[], LOOPS], ids=["as it is", "fed again and scaled"])
 def test_deepen_writes_a_model_with_the_same_logits_and_the_tokenizer(
-    plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], plain_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "ztt"
-    assert main(["convert", str(plain_dir), "--output", str(out), "--cycles", "3", "--json"]) == 0
+    assert main(["convert", str(plain_dir), "--output", str(out), "--cycles", "3", "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["depth_before"], found["depth"]) == (4, 8)
     tokens = torch.arange(9)[None]
     plain, deeper = AutoModelForCausalLM.from_pretrained(plain_dir), ZttForCausalLM.from_pretrained(out)
     torch.testing.assert_close(deeper(tokens).logits, plain(tokens).logits, rtol=0, atol=1e-6)
+    assert (deeper.input_injection is not None) == (deeper.cycle_scales is not None) == bool(words)
     assert (out / "tokenizer.json").is_file()
     assert [path.name for path in out.parent.iterdir()] == ["ztt"]
 

@@ -68,6 +68,14 @@ def test_svd_of_full_rank_is_the_base_model(family: str) -> None:
     assert distance("svd", 32) < 1e-5 < distance("svd", 24) < distance("svd", 0)
 
 
+def test_compressed_layers_are_not_fed_with_what_they_never_saw() -> None:
+    options = {"mode": "compress", "cycles": 2, "input_injection": True, "cycle_scales": True}
+    fed, plain = from_base(tiny_plain(), **options), from_base(tiny_plain(), mode="compress", cycles=2)
+    plain.zero_tokens.load_state_dict(fed.zero_tokens.state_dict())
+    assert torch.equal(logits(fed), logits(plain))
+    assert from_base(tiny_plain(), input_injection_start=0.25, **options).input_injection.weight.tolist() == [0.25]
+
+
 def test_low_rank_is_the_best_there_is() -> None:
     residual = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(residual)
