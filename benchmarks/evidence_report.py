@@ -20,7 +20,8 @@ Losses are nats per token on text that was not trained on, after the last cycle 
 better. Runs of one seed read the same text in the same order, whatever the arm, so arms are compared seed by seed: a
 difference is the mean over the seeds that both arms have, its brackets are the 95% t-interval over them. Each arm is
 shown at its best learning rate of those tried, which was chosen on the validation loss: that flatters every arm a
-little, and none more than another that tried as many rates. FLOPs are three times those counted in a forward pass.
+little. Differences are between best rates among those that both arms have tried, so that it flatters both alike. FLOPs
+are three times those counted in a forward pass.
 """
 
 PHI = """phi: r cycles of a shared block are worth r^phi copies of it
@@ -133,13 +134,13 @@ def tested(claim: Claim, name: str, table: Table) -> Iterator[list[str]]:
 
 
 def difference(table: Table, arm: str, other: str, text: str = "validation") -> Estimate | None:
-    """The loss of an arm minus that of another, at the best rate of each, paired by seed."""
-    return paired(final_losses(table, arm, text), final_losses(table, other, text))
+    """The loss of an arm minus that of another, paired by seed, each at its best rate of those that both have tried."""
+    return paired(final_losses(table, arm, text, [other]), final_losses(table, other, text, [arm]))
 
 
-def final_losses(table: Table, arm: str, text: str) -> dict[int, float]:
-    """An arm's losses after the last cycle, by seed."""
-    return {seed: row.losses[text][-1] for seed, row in table.best_rows(arm).items() if text in row.losses}
+def final_losses(table: Table, arm: str, text: str, beside: Sequence[str] = ()) -> dict[int, float]:
+    """An arm's losses after the last cycle, by seed, at its best rate of those that the arms `beside` it have tried."""
+    return {seed: row.losses[text][-1] for seed, row in table.best_rows(arm, beside).items() if text in row.losses}
 
 
 # --- a table ---
@@ -239,7 +240,8 @@ def phi_of(table: Table, arm: str) -> Estimate | None:
     """phi over the seeds that the arm, the baseline and the bound have; None of an arm without cycles or of another
     depth than the bound, and where a seed allows none."""
     plan = table.plan
-    looped, vanilla, unshared = (table.best_rows(name) for name in (arm, plan.baseline, plan.bound or ""))
+    names = (arm, plan.baseline, plan.bound or "")
+    looped, vanilla, unshared = (table.best_rows(name, names) for name in names)
     values = []
     for seed in looped.keys() & vanilla.keys() & unshared.keys():
         model = looped[seed].model

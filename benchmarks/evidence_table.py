@@ -1,6 +1,7 @@
 """The results of a table of evidence: one JSON file, written whole after every run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -100,12 +101,18 @@ class Table:
         known = dict.fromkeys([*self.plan.arms, *(row.arm for row in self.rows)])
         return [arm for arm in known if any(row.arm == arm for row in self.rows)]
 
-    def best_rate(self, arm: str) -> str | None:
-        """The rate with the lowest mean validation loss, over the seeds that all the arm's rates were run with."""
+    def best_rate(self, arm: str, beside: Sequence[str] = ()) -> str | None:
+        """The rate with the lowest mean validation loss, over the seeds that all the arm's rates were run with.
+
+        Args:
+            arm: Which one.
+            beside: Only rates count that these arms were tried with too.
+        """
         lost = {found.rate for found in self.diverged if found.arm == arm}
+        counting = {*self.rates_tried(arm)}.intersection(*map(self.rates_tried, beside)) - lost
         tried: dict[str, dict[int, float]] = {}
         for row in self.rows:
-            if row.arm == arm and row.rate not in lost:
+            if row.arm == arm and row.rate in counting:
                 tried.setdefault(row.rate, {})[row.seed] = row.loss
         common = set.intersection(*map(set, tried.values())) if tried else set()
         means = {
@@ -114,12 +121,11 @@ class Table:
         }
         return min(means, key=lambda rate: means[rate], default=None)
 
-    def best_rows(self, arm: str) -> dict[int, Row]:
-        """An arm's results at its best rate, by seed."""
-        rate = self.best_rate(arm)
-        return {
-            row.seed: row for row in sorted(self.rows, key=lambda row: row.seed) if (row.arm, row.rate) == (arm, rate)
-        }
+    def best_rows(self, arm: str, beside: Sequence[str] = ()) -> dict[int, Row]:
+        """An arm's results at its best rate, by seed; `beside` as in `best_rate`."""
+        rate = self.best_rate(arm, beside)
+        rows = sorted(self.rows, key=lambda row: row.seed)
+        return {row.seed: row for row in rows if (row.arm, row.rate) == (arm, rate)}
 
     def rates_tried(self, arm: str) -> list[str]:
         """In the order of the plan."""

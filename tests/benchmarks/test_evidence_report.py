@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evidence_plan import Plan
-from evidence_report import HEAD, markdown, phi_of, read_tables, write_report
+from evidence_report import HEAD, difference, markdown, phi_of, read_tables, write_report
 from evidence_table import Diverged, Table, write_table
 from tests.benchmarks.conftest import made_row
 from zerodraft.errors import ZerodraftError
@@ -71,6 +71,17 @@ def test_a_claim_that_falls_the_other_way_is_told_as_plainly(make_plan: Callable
     rows = [made_row(plan, arm, seed, loss) for arm, values in losses.items() for seed, loss in enumerate(values)]
     page = markdown({"tiny": Table(plan=plan, rows=tuple(rows))})
     assert row_of(page, "better than the vanilla model of equal parameters")[-1] == "**does not hold**"
+
+
+def test_an_arm_that_tried_more_rates_is_not_better_for_that(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan(rates={"1e-2": {"learning_rate": 1e-2}, "1e-3": {"learning_rate": 1e-3}})
+    rows = [made_row(plan, "vanilla", 0, 3.0), made_row(plan, "ztt", 0, 3.1), made_row(plan, "ztt", 0, 2.0, "1e-3")]
+    table = Table(plan=plan, rows=tuple(rows))
+    found = difference(table, "ztt", "vanilla")
+    assert found is not None
+    assert found.mean == pytest.approx(0.1)
+    assert "2.0000" in markdown({"tiny": table}).split("### Against")[0]
+    assert difference(Table(plan=plan, rows=tuple(rows[::2])), "ztt", "vanilla") is None, "no rate that both tried"
 
 
 def test_means_and_differences(table: Table) -> None:
