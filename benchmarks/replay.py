@@ -97,6 +97,9 @@ class Replay:
     def observe(self, progress: Sequence[Progress]) -> None:
         """All is known."""
 
+    def rewind(self, row: int, length: int) -> None:
+        """All stays known."""
+
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """The lattice of this position."""
         self.clock += self.draft_seconds

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def test_a_conversation(chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert captured.err.count("tokens/s") == 3
     assert "/what is no command" in captured.err
     assert all(answer["new_tokens"] == 6 for answer in answers)
+
+
+def test_earlier_turns_are_not_computed_again(
+    chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "the cat\nthe fox\nonce upon a time\n/new\nthe fox\n"
+    assert chat(monkeypatch, typed, "--target", str(chat_dir), "--system", "be kind", "--json") == 0
+    answers = json.loads(capsys.readouterr().out.rstrip("\n").split("\n")[-1])["answers"]
+    assert answers[0]["reused_tokens"] == 0
+    for before, after in pairwise(answers[:3]):
+        # all but the answer, which may come to other tokens when it is read as text
+        assert after["reused_tokens"] >= before["prompt_tokens"] - 1
+    messages, system = [], {"role": "system", "content": "be kind"}
+    for answer in answers[:3]:
+        messages.append({"role": "user", "content": answer["message"]})
+        assert answer["text"] == plain_answer(chat_dir, [system, *messages])
+        messages.append({"role": "assistant", "content": answer["text"]})
+    # a new conversation begins with the same system message
+    assert 0 < answers[3]["reused_tokens"] < answers[0]["prompt_tokens"]
+    assert answers[3]["text"] == plain_answer(chat_dir, [system, {"role": "user", "content": "the fox"}])
 
 
 def test_it_ends_with_the_input_and_takes_a_system_message(

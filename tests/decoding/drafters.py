@@ -49,6 +49,9 @@ class NoisySession:
         for text, news in zip(self.texts, progress, strict=True):
             text += news.tokens.tolist()
 
+    def rewind(self, row: int, length: int) -> None:
+        del self.texts[row][length:]
+
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         return [self.lattice(at, length) for at, length in enumerate(lengths)]
 

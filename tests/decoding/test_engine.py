@@ -98,6 +98,9 @@ def lattice_drafter(probabilities: Sequence[Sequence[float]]) -> Any:
         def observe(self, progress: Any) -> None:
             pass
 
+        def rewind(self, row: int, length: int) -> None:
+            pass
+
         def propose(self, lengths: Sequence[int]) -> list[Lattice]:
             lattices = []
             for length in lengths:

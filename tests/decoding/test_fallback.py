@@ -177,6 +177,9 @@ class Drafting:
         for text, news in zip(self.text, progress, strict=True):
             text += news.tokens.tolist()
 
+    def rewind(self, row: int, length: int) -> None:
+        del self.text[row][length:]
+
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         self.clock.now += self.seconds * max(lengths)
         return [self._lattice(text[-1], length) for text, length in zip(self.text, lengths, strict=True)]

@@ -76,6 +76,9 @@ class Knowing:
     def observe(self, progress: Sequence[Progress]) -> None:
         self.known += progress[0].tokens.tolist()
 
+    def rewind(self, row: int, length: int) -> None:
+        del self.known[length:]
+
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         said = decode(self.tokenizer, self.known)
         if not self.text.startswith(said):

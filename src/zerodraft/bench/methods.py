@@ -156,6 +156,10 @@ class WatchedSession:
         self.watched.note(lengths)
         return self.session.propose(lengths)
 
+    def rewind(self, row: int, length: int) -> None:
+        """As the drafter does."""
+        self.session.rewind(row, length)
+
 
 def is_block(drafter: Any) -> bool:
     """Whether it fills several positions at once."""

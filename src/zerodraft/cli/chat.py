@@ -41,7 +41,8 @@ class Chat(Command):
     """Talk with a model that decodes with drafts; its answers come as they are written.
 
     One line is one message, and so are lines that are pasted at once. /new starts a new conversation, /quit (or the end
-    of the input) ends the program. Ctrl-C stops an answer; what is there of it stays in the conversation.
+    of the input) ends the program. Ctrl-C stops an answer; what is there of it stays in the conversation. Of earlier
+    turns nothing is computed again.
     """
 
     example: ClassVar[str] = "zerodraft chat --target smollm2"
@@ -71,7 +72,7 @@ class Chat(Command):
         drafter, name = load_drafter(
             self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
         )
-        decode = make_decoder(model, drafter)
+        decode = make_decoder(model, drafter, reuse=True)
         start = [{"role": "system", "content": whole_characters(self.system)}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
         console.print(Text(f"{self.target} with drafts by {name}; /new starts anew, /quit ends", style="dim"))
@@ -113,6 +114,8 @@ class Chat(Command):
         return {
             "text": tokenizer.decode(written.tokens, skip_special_tokens=True),
             "stopped": False,
+            "prompt_tokens": stats.prompt_tokens,
+            "reused_tokens": stats.reused_tokens,
             "new_tokens": len(written.tokens),
             "mat": stats.mat,
             "tokens_per_second": written.speed,

@@ -350,6 +350,7 @@ def make_decoder(
     search: bool = True,
     adaptive: bool = True,
     lean: bool = True,
+    reuse: bool = False,
 ) -> "DiffuSpec":
     """The decoder as the commands use it: the fastest exact one there is. The switches take parts of it away.
 
@@ -364,6 +365,7 @@ def make_decoder(
         adaptive: Drafts as long as they pay by measured costs, rather than always the drafter's longest.
         lean: The decoding path that is made for the model and machine if there is one (packed weights on a CPU, CUDA
             graphs), rather than the model's own forward pass.
+        reuse: Read of a text only what it has beyond the beginning that it shares with the last one.
     """
     from zerodraft.decoding.huggingface import DiffuSpec
     from zerodraft.decoding.lengths import CostAwareLength, CostAwareTree, FixedLength
@@ -392,6 +394,7 @@ def make_decoder(
         tree=tree,
         make_target="auto" if lean else None,
         trace=trace,
+        reuse=reuse,
     )
 
 

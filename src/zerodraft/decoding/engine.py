@@ -22,9 +22,10 @@ from torch import Tensor
 from zerodraft.decoding.choice import TokenChoice
 from zerodraft.decoding.fallback import UNLIMITED, Fallback
 from zerodraft.decoding.instep import InStep
+from zerodraft.decoding.kept import Kept, Origin
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
-from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, TargetOutput
+from zerodraft.decoding.protocols import Drafter, DraftSession, LastingTarget, Progress, Target, TargetOutput
 from zerodraft.decoding.rotary import Horizon
 from zerodraft.decoding.scorers import CausalProxy, ProxySession
 from zerodraft.decoding.search import SearchConfig, build_tree, sample_draft
@@ -59,6 +60,8 @@ class Engine:
         generator: Randomness of the drafter.
         trace: Keep every step in the statistics.
         fallback: Makes steps plain while drafts do not pay; None: never.
+        kept: The target and a session of the drafter, which know the prompt's beginning already; None: nothing of it.
+        held: Columns of the prompts that the target has in a cache of the caller.
     """
 
     target: Target
@@ -78,36 +81,47 @@ class Engine:
     generator: torch.Generator | None = None
     trace: bool = False
     fallback: Fallback | None = None
+    kept: Kept | None = None
+    held: int = 0
 
     texts: list[Text] = field(init=False)
     stats: DecodeStats = field(init=False)
+    session: DraftSession = field(init=False)
 
     def run(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Iterator[Step]:
         """Decode; yields what each pass of the target brought. `texts` and `stats` are up to date at every yield."""
         start = perf_counter()
         real = mask.sum(1).tolist()
         self.texts = [Text(prompt, n) for prompt, n in zip(prompts, real, strict=True)]
-        self.stats = DecodeStats(len(real), sum(real), trace=[] if self.trace else None)
+        known = len(self.kept.tokens) if self.kept else 0
+        reused = int(mask[:, : known + self.held].sum())
+        self.stats = DecodeStats(len(real), sum(real), reused, trace=[] if self.trace else None)
         self._lengths = [self.length.fresh() for _ in real]
         self._proxies = [self.proxy.start() if self.proxy else None for _ in real]
-        session = self.drafter.start(len(real), self.target.device, self.generator)
+        if self.kept:
+            self.session = self.kept.session
+            self._tell_proxies([self.kept.tokens])
+        else:
+            self.session = self.drafter.start(len(real), self.target.device, self.generator)
         clock = self.fallback.timer(self.target.device) if self.fallback else perf_counter
         if self.fallback:
             self.fallback.begin()
         with self.stats.timed("prefill"):
-            out = self._prefill(prompts.to(self.target.device), mask.to(self.target.device))
+            out = self._prefill(prompts[:, known:].to(self.target.device), mask[:, known:].to(self.target.device))
             step, _ = self._settle(out, [NOTHING] * len(real))
         self._finish(step, [0] * len(real), start, draft=False)
         yield step
         self._untold = [
             [Progress(torch.cat([prompt[own], prompt.new_tensor(row.tokens)]), None if out.taps is None else taps[own])]
-            for prompt, own, row, taps in zip(prompts, mask, step.rows, _rows(out.taps, len(real)), strict=True)
+            for prompt, own, row, taps in zip(
+                prompts[:, known:], mask[:, known:], step.rows, _rows(out.taps, len(real)), strict=True
+            )
             if row is not None
         ]
         while any(self._goes_on(text) for text in self.texts):
             watching = self.fallback is not None and self.fallback.watching
             began = clock() if watching else 0.0
-            lattices, asked, unread = self._draft(session)
+            lattices, asked, unread = self._draft()
             drafted = perf_counter()
             with self.stats.timed("search"):
                 drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
@@ -131,7 +145,7 @@ class Engine:
             for untold, news in zip(self._untold, self._news(step, kept, out.taps), strict=True):
                 untold.append(news)
             if any(asked):
-                self._tell(session)
+                self._tell()
             self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], start, draft=True)
             self.stats.plain_steps += not any(asked)
             if self.fallback:
@@ -141,6 +155,15 @@ class Engine:
                 if any(asked) and self.fallback.resting:
                     self.stats.fallback = self.fallback.why()
             yield step
+
+    def keep(self, origin: Origin) -> Kept | None:
+        """What the text, which is over, leaves for the next one; None where the target cannot go on from it."""
+        if not isinstance(self.target, LastingTarget):
+            return None
+        if any(self._untold):
+            self._tell()
+        (text,) = self.texts
+        return Kept(tokens=text.ids()[0, :-1], target=self.target, session=self.session, origin=origin)
 
     def width(self) -> int:
         """Length of the longest text, as `generate` counts it."""
@@ -160,19 +183,22 @@ class Engine:
             return outs[-1]
         return TargetOutput(outs[-1].logits, torch.cat([out.taps for out in outs if out.taps is not None], 1))
 
-    def _tell(self, session: DraftSession) -> None:
+    def _tell(self) -> None:
         """Hand on what became known since the last time: plain steps tell nobody, so that they cost no more."""
         known = [_joined(news) for news in self._untold]
         self._untold = [[] for _ in known]
         with self.stats.timed("draft"):
-            session.observe(known)
+            self.session.observe(known)
+        self._tell_proxies([progress.tokens for progress in known])
+
+    def _tell_proxies(self, known: Sequence[Tensor]) -> None:
         if self.proxy:
             with self.stats.timed("search"):
-                for proxy, progress in zip(self._proxies, known, strict=True):
-                    if proxy is not None and len(progress.tokens):
-                        proxy.observe(progress.tokens.tolist())
+                for proxy, tokens in zip(self._proxies, known, strict=True):
+                    if proxy is not None and len(tokens):
+                        proxy.observe(tokens.tolist())
 
-    def _draft(self, session: DraftSession) -> tuple[Sequence[Lattice], list[int], int]:
+    def _draft(self) -> tuple[Sequence[Lattice], list[int], int]:
         """A lattice for every row, how many positions it was asked for, and how many tokens of a row the drafter had to
         read before."""
         longest = self.fallback.longest() if self.fallback else UNLIMITED
@@ -181,10 +207,10 @@ class Engine:
             return [Lattice.empty()] * len(asked), asked, 0
         unread = max(sum(len(news.tokens) for news in untold) for untold in self._untold)
         if any(self._untold):
-            self._tell(session)
+            self._tell()
         began = perf_counter()
         with self.stats.timed("draft"):
-            lattices = session.propose(asked)
+            lattices = self.session.propose(asked)
         self._lengths[0].observe_cost("draft", max(asked), perf_counter() - began)
         return lattices, asked, unread
 

@@ -5,6 +5,7 @@ us for the loop. The result is that of plain decoding: the same tokens for greed
 sampling. What cannot be had is one clear error. The model is not changed.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from zerodraft.decoding.engine import Engine
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.feeding import feeding
 from zerodraft.decoding.instep import InStep
+from zerodraft.decoding.kept import Kept, Origin
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
 from zerodraft.decoding.protocols import Drafter, Target
 from zerodraft.decoding.rotary import horizon
@@ -63,6 +65,10 @@ class DiffuSpec:
             `FixedLength`, which is taken at its word. False: always draft, as the published method does.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
+        reuse: Keep the keys, values and drafts' state of the last text: a call whose prompt begins like it, as the next
+            turn of a conversation does, reads what is new alone (`last_stats.reused_tokens`). For one row without
+            padding, nothing else given to the model, and no exit rule; other calls read everything. A change of the
+            weights is noticed, other changes of the model (adapters switched on or off) are not: call `forget` then.
 
     Attributes:
         last_stats: What the last call did (of a running one: so far).
@@ -85,6 +91,7 @@ class DiffuSpec:
         fallback: Fallback | Literal[False] | None = None,
         generator: torch.Generator | None = None,
         dice: Randomness | None = None,
+        reuse: bool = False,
     ) -> None:
         self.drafter, self.proxy = drafter, proxy
         self.make_target: MakeTarget | Literal["auto"] | None = make_target
@@ -95,6 +102,9 @@ class DiffuSpec:
         if fallback is None:
             fallback = False if isinstance(self.length, FixedLength) else Fallback()
         self.fallback = fallback or None
+        self.reuse = reuse
+        # whoever takes it out has it: threads may share a decoder
+        self._kept: deque[Kept] = deque(maxlen=1)
         self.last_stats: DecodeStats | None = None
         self.last_result: Result | None = None
 
@@ -122,6 +132,10 @@ class DiffuSpec:
     def _followed(self, model: Any, input_ids: Int[Tensor, "B T"], **arguments: Any) -> Iterator[Step]:
         self.last_result = None
         self.last_result = yield from self._decode(model, input_ids, **arguments)
+
+    def forget(self) -> None:
+        """Drop what `reuse` keeps."""
+        self._kept.clear()
 
     @torch.no_grad()
     def _decode(
@@ -182,8 +196,12 @@ class DiffuSpec:
             static = config.cache_implementation == "static" and stopping.max_length is not None
             room = stopping.max_length + ROOM_FOR_DRAFTS if static and stopping.max_length else 0
             target = HfTarget(model, capacity=room, inputs=inputs, past=past)
+        whole = rows == 1 and bool(mask.all()) and config.cache_implementation in (None, "dynamic")
+        reuses = self.reuse and whole and not held and not inputs and changes is None and not _exits_early()
+        origin = Origin.of(model, self.drafter) if reuses else None
+        kept = None if origin is None else self._take(input_ids[0], target, origin)
         engine = Engine(
-            target=target,
+            target=kept.target if kept else target,
             drafter=self.drafter,
             length=self.length,
             choice=choice,
@@ -197,10 +215,13 @@ class DiffuSpec:
             context=context,
             horizon=changes,
             # what a cache holds is no part of the prompt that is left to read
-            chunk=None if held else config.prefill_chunk_size,
+            chunk=None if held or kept else config.prefill_chunk_size,
             generator=self.generator,
             trace=self.trace,
             fallback=self.fallback,
+            kept=kept,
+            # hidden states are in no cache: where the drafter wants them, all is read after all
+            held=0 if self.drafter.taps else held,
         )
         stream = Streaming(streamer, engine, pad)
         for step in engine.run(input_ids, mask):
@@ -208,9 +229,11 @@ class DiffuSpec:
             stream.advance()
             yield step
         stream.end()
+        if origin is not None and (left := engine.keep(origin)):
+            self._kept.append(left)
         sequences = stream.sequences(input_ids)
         new = sequences.shape[1] - input_ids.shape[1]
-        export = getattr(target, "export", None)
+        export = getattr(engine.target, "export", None)
         if export is None:
             past = None
         elif past is not None and (returns or getattr(past, "_is_user_defined", False)):
@@ -225,6 +248,14 @@ class DiffuSpec:
             **for_return(past),
         )
 
+    def _take(self, ids: Int[Tensor, " T"], fresh: Target, origin: Origin) -> Kept | None:
+        """What the last text left for a prompt with these ids, cut down to their common beginning."""
+        try:
+            kept = self._kept.pop()
+        except IndexError:
+            return None
+        return kept.for_text(ids, fresh, origin)
+
     def _fast_target(self, model: Any, inputs: dict[str, Any]) -> Target | None:
         """What `make_target` stands for; None for the model's own forward pass."""
         if self.make_target is None:
@@ -235,6 +266,14 @@ class DiffuSpec:
         from zerodraft.targets.best import best_target
 
         return None if inputs else best_target(model)
+
+
+def _exits_early() -> bool:
+    """Whether a Zero Token Transformer decodes with an exit rule: what it keeps depends on the rule."""
+    # not at the top: `ztt` stands beside `decoding`, which works without it
+    from zerodraft.ztt.interface import current
+
+    return current.generation is not None
 
 
 class _Steps:

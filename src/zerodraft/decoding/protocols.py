@@ -57,6 +57,19 @@ class Target(Protocol):
         ...
 
 
+@runtime_checkable
+class LastingTarget(Target, Protocol):
+    """A target whose cache can serve another text that begins like the last one."""
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget what rows have cached beyond so many tokens."""
+        ...
+
+    def goes_on_from(self, earlier: Target) -> bool:
+        """Whether this fresh target would cache the numbers that an earlier one of the model has cached."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What became known of one row: `tokens` (new ones, accepted and then the target's own), and the hidden states of
@@ -80,6 +93,11 @@ class DraftSession(Protocol):
 
     def propose(self, lengths: Sequence[int]) -> Sequence[Lattice]:
         """Candidates for the next `lengths[b]` positions of each row (0: none wanted). A shorter lattice is allowed."""
+        ...
+
+    def rewind(self, row: int, length: int) -> None:
+        """Take back all but the first `length` tokens that a row was told, and the hidden states of all but as many
+        positions; what is told next goes on from there. Asked for where texts share a beginning alone (`kept.py`)."""
         ...
 
 

@@ -42,6 +42,7 @@ class DecodeStats:
     Attributes:
         rows: Texts generated at once.
         prompt_tokens: Tokens of the prompts, without padding.
+        reused_tokens: Those of them that the target did not read, as their keys and values were kept.
         new_tokens: Tokens generated.
         steps: Passes of the target after the prompt's.
         row_steps: The same, counted once for each row that took part.
@@ -58,6 +59,7 @@ class DecodeStats:
 
     rows: int
     prompt_tokens: int
+    reused_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
     row_steps: int = 0
@@ -121,6 +123,7 @@ class DecodeStats:
         return {
             "rows": self.rows,
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "new_tokens": self.new_tokens,
             "steps": self.steps,
             "plain_steps": self.plain_steps,

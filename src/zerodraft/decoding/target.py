@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 
 from zerodraft.caches import argument_of
 from zerodraft.decoding.cache import DraftCache, check_readable, drops_windows
-from zerodraft.decoding.protocols import TargetOutput
+from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.errors import ZerodraftError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -115,6 +115,23 @@ class HfTarget:
                 self._text = torch.nn.functional.pad(self._text, (0, missing + 64))
             for row, (start, end) in enumerate(zip(before, self.cache.lengths, strict=True)):
                 self._text[row, start:end] = True
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """See `LastingTarget.crop`; for a single row without padding."""
+        (length,) = lengths
+        self.cache.extent.start, self.cache.lengths = length, [length]
+        self._positions = [length]
+        self._text = torch.ones(1, length, dtype=torch.bool, device=self.device)
+
+    def goes_on_from(self, earlier: Target) -> bool:
+        """See `LastingTarget.goes_on_from`."""
+        return (
+            isinstance(earlier, type(self))
+            and self.model is earlier.model
+            and self._additive == earlier._additive
+            # else what a window hides depends on how the text was read
+            and (SLIDING not in earlier._kinds or True in earlier.cache.asked)
+        )
 
     def masks(self, depth: Int[Tensor, "B T"], visible: Bool[Tensor, "B T T"]) -> Any:
         """What the model takes as its attention mask: of shape (B, 1, T, S + T), or one such for each kind of layer."""

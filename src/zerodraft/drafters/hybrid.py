@@ -166,6 +166,15 @@ class HybridSession:
         drafts = self.other.propose(asked)
         return [_beside(draft, copied) for draft, copied in zip(drafts, copies, strict=True)]
 
+    def rewind(self, row: int, length: int) -> None:
+        """Takes back the text, not what was learned from it; both drafters go on with another."""
+        one = self.rows[row]
+        one.text.cut(length)
+        one.copied, one.drafted = one.copied[:0], False
+        self._asked, self._unread = None, 0
+        self.drafter.trial.begin()
+        self.other.rewind(row, length)
+
     def _gains(self, rates: Float64[np.ndarray, " k"]) -> bool:
         """Whether a copy with these rates leaves enough to gain to ask the other drafter beside it."""
         least = LEAST_GAIN if self.drafter.least_gain is None else self.drafter.least_gain

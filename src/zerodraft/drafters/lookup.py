@@ -142,6 +142,10 @@ class LookupSession:
             for text, length in zip(self.texts, lengths, strict=True)
         ]
 
+    def rewind(self, row: int, length: int) -> None:
+        """Shortens the text."""
+        self.texts[row].cut(length)
+
 
 class GrowingText:
     """An array that is appended to in place, with room to grow."""
@@ -162,3 +166,7 @@ class GrowingText:
             self._room = np.concatenate([self.tokens, np.empty(2 * length - self._length, np.int64)])
         self._room[self._length : length] = tokens
         self._length = length
+
+    def cut(self, length: int) -> None:
+        """Keeps the first tokens alone."""
+        self._length = min(self._length, length)

@@ -27,3 +27,6 @@ class NoDrafter:
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """Nothing, for every row."""
         return [Lattice.empty() for _ in lengths]
+
+    def rewind(self, row: int, length: int) -> None:
+        """Knew nothing."""

@@ -12,7 +12,7 @@ ends*: the last token is unsure, for the drafter's next one might have made it l
 drafted, and cut off.
 
 As the text grows, its end may be encoded anew (`m` + `at` is one token `mat`). The drafter then goes back to the
-longest common prefix: by `rewind` where its session has it, else by reading the text again.
+longest common prefix.
 """
 
 import logging
@@ -101,12 +101,16 @@ class RetokenizedSession:
             row.propose(length) if length else Lattice.empty() for row, length in zip(self.rows, lengths, strict=True)
         ]
 
+    def rewind(self, row: int, length: int) -> None:
+        """Takes back the target's tokens; the drafter's follow with the next draft."""
+        del self.rows[row].known[length:]
+
 
 class _Row:
     """One text: the target's tokens, and the drafter's that its session has seen."""
 
     def __init__(self, drafter: RetokenizedDrafter, device: torch.device, generator: torch.Generator | None) -> None:
-        self.drafter, self.device, self.generator = drafter, device, generator
+        self.drafter, self.device = drafter, device
         self.known: list[int] = []
         self.own: list[int] = []
         self.session: DraftSession = drafter.drafter.start(1, device, generator)
@@ -141,11 +145,7 @@ class _Row:
         same = common_prefix(self.own, own)
         # where nothing is new the session has drafted on, and must go back too
         if same < len(self.own) or same == len(own):
-            rewind = getattr(self.session, "rewind", None)
-            if rewind is None:
-                self.session, same = self.drafter.drafter.start(1, self.device, self.generator), 0
-            else:
-                rewind(0, same)
+            self.session.rewind(0, same)
         self.own = own
         self.session.observe([Progress(torch.tensor(own[same:], dtype=torch.long, device=self.device), None)])
 

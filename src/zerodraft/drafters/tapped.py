@@ -61,6 +61,13 @@ class TappedRow(ABC):
         self.pending = []
         return taps
 
+    def rewind(self, length: int) -> None:
+        """Take back the states of all but the first `length` positions."""
+        if length < self.length:
+            self.length, self.pending = length, []
+        elif self.pending:
+            self.pending = [torch.cat(self.pending)[: length - self.length]]
+
     @abstractmethod
     def draft(self, length: int) -> Lattice:
         """The next `length` positions."""
@@ -87,6 +94,10 @@ class TappedSession:
         return [
             row.draft(length) if length else Lattice.empty() for row, length in zip(self._rows, lengths, strict=True)
         ]
+
+    def rewind(self, row: int, length: int) -> None:
+        """Takes back states of the target; see the protocol."""
+        self._rows[row].rewind(length)
 
 
 def grown(cache: Tensor, needed: int) -> Tensor:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zerodraft.decoding.protocols import TargetOutput
+from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.decoding.target import HfTarget
 from zerodraft.errors import ZerodraftError
 from zerodraft.targets.modules import VARYING_ROPE, has_plain_parameters, is_untouched, settings_of
@@ -111,6 +111,11 @@ class GraphedTarget(HfTarget):
             self._recording.put_first(kept[0], self._count)
             kept = [range(len(kept[0]))]
         super().keep(kept)
+
+    def goes_on_from(self, earlier: Target) -> bool:
+        """See `LastingTarget.goes_on_from`."""
+        mine, before = self._recording, earlier._recording if isinstance(earlier, GraphedTarget) else None
+        return mine is not None and before is not None and mine.mark == before.mark and super().goes_on_from(earlier)
 
 
 class CudaGraphs:

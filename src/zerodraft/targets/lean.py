@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from zerodraft.decoding.protocols import TargetOutput
+from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.ztt.interface import Once
 
 from .check import scores_as_model
@@ -123,6 +123,10 @@ class LeanTarget:
         self._slots = max(self._lengths)
         if len(kept) > 1:
             self._rows = torch.tensor(self._lengths, device=CPU)[:, None]
+
+    def goes_on_from(self, earlier: Target) -> bool:
+        """See `LastingTarget.goes_on_from`."""
+        return isinstance(earlier, LeanTarget) and self._weights is earlier._weights and earlier._gaps is None
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget what rows have cached beyond so many tokens."""

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Complex64, Float, Int
 from torch import Tensor, nn
 
+from zerodraft.decoding.kept import versions
 from zerodraft.ztt.config import Plan
 from zerodraft.ztt.interface import PREFIX
 
@@ -161,10 +162,9 @@ def release_lean(model: nn.Module) -> None:
 def _mark(model: nn.Module) -> tuple[Any, ...]:
     """Where a model's tensors are, how often they were changed, and some of their numbers."""
     tensors = (*model.parameters(), *model.buffers())
-    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     with torch.no_grad():
         some = torch.cat([_some(t) for t in tensors if t.dtype == torch.float32])
-    return places, some.numpy().tobytes()  # bytes: a NaN is equal to itself
+    return versions(tensors), some.numpy().tobytes()  # bytes: a NaN is equal to itself
 
 
 def _some(tensor: Tensor) -> Tensor:
