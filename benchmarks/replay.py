@@ -27,11 +27,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from harness import emit
+from zerodraft import decoder as decoder_of
 from zerodraft.bench.prompts import default_files, read_questions
-from zerodraft.cli.decoding import encode, load_drafter, load_target, make_decoder
+from zerodraft.cli.decoding import encode, load_target
 from zerodraft.decoding import engine
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress, TargetOutput
+from zerodraft.generate.drafters import find_drafter
 
 OVERHEAD = 0.001
 """Seconds of a step that are neither target nor drafter."""
@@ -111,7 +113,7 @@ class Replay:
 
 def write(model: Any, tokenizer: Any, drafters: Sequence[Any], options: Any) -> Iterator[Written]:
     """The texts, by decoding with the first drafter; the states that any of them wants."""
-    decoder = make_decoder(model, drafters[0])
+    decoder = decoder_of(model, drafters[0])
     layers = {layer for drafter in drafters for layer in drafter.taps}
     for question in read_questions(default_files(), limit=options.limit):
         inputs = encode(tokenizer, question.text, chat=True)
@@ -141,7 +143,7 @@ def draft(drafter: Any, text: Written, seconds: list[float]) -> list[Lattice]:
 
 def replay(model: Any, texts: Sequence[Written], source: Replay, **settings: float) -> dict[str, float]:
     """Decodes all texts in turn with one controller, as `bench decode` does."""
-    decoder: Any = make_decoder(model, source)
+    decoder: Any = decoder_of(model, source)
     decoder.length = replace(decoder.length, **settings)
     decoder.make_target = lambda model: source
     for known in (decoder.fallback, decoder.drafter.trial):
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()
     model, tokenizer = load_target(options.target)
-    drafters = {name: load_drafter(name, model, options.target)[0] for name in options.drafters}
+    drafters = {name: find_drafter(name, model, options.target)[0] for name in options.drafters}
     texts = list(write(model, tokenizer, list(drafters.values()), options))
     cost, rows = costs(options.kernels), []
     for name, drafter in drafters.items():

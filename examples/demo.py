@@ -83,7 +83,9 @@ def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from zerodraft.cli.decoding import Sampling, decode_and_report, encode, load_drafter, load_target, make_decoder
+    from zerodraft import decoder
+    from zerodraft.cli.decoding import Sampling, decode_and_report, encode, load_target
+    from zerodraft.generate.drafters import find_drafter
 
     transformers_logging.disable_progress_bar()
     try:
@@ -91,11 +93,11 @@ def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict
     except ZerodraftError as error:
         console.print(f"[red]left out:[/red] {error}")
         return {"target": target, "left_out": str(error)}
-    drafting, name = load_drafter(drafter, model, target)
+    drafting, name = find_drafter(drafter, model, target)
     console.print(
         f"{target}: {model.num_parameters():,} parameters, drafts by {name}, {torch.get_num_threads()} threads\n"
     )
-    spec = make_decoder(model, drafting, trace=True)
+    spec = decoder(model, drafting, trace=True)
     sampling = Sampling(max_new_tokens=new_tokens, temperature=0.0, top_p=1.0, seed=SEED)
     answers = []
     for question in QUESTIONS:

@@ -17,6 +17,7 @@ from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.errors import ZerodraftError
+from zerodraft.generate.decoder import decoder
 from zerodraft.targets.best import release
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.exits import (
@@ -77,6 +78,7 @@ __all__ = [
     "ZttConfig",
     "ZttForCausalLM",
     "ZttModel",
+    "decoder",
     "exit_rule_from_dict",
     "exit_rule_to_dict",
     "release",

@@ -78,6 +78,14 @@ def read_json(path: Path, what: str = "file") -> dict[str, Any]:
     return json_object(read_text(path, what), f"The {what} '{path}'")
 
 
+def model_type(path: Path) -> str:
+    """What the `config.json` of a model directory says that it is."""
+    kind = read_json(path / "config.json", "configuration").get("model_type")
+    if not isinstance(kind, str):
+        raise ZerodraftError(f"'{path / 'config.json'}' is not a model configuration: it has no model_type")
+    return kind
+
+
 def json_object(text: str, what: str) -> dict[str, Any]:
     """The object that a JSON text is; `what` begins the sentence if it is none."""
     try:

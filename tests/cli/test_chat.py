@@ -136,7 +136,7 @@ def test_a_conversation_that_outgrows_the_context_can_start_anew(
     [
         (["--max-new-tokens", "0"], "must be at least 1"),
         (["--drafter", "lookup:x"], "after 'lookup:' comes"),
-        (["--drafter", "nobody"], "--drafter is neither"),
+        (["--drafter", "nobody"], "The drafter is neither"),
         ([], "no chat template"),
     ],
 )

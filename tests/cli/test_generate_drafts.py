@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from zerodraft.cli import decoding
-from zerodraft.cli.decoding import first_difference, load_target, near_tie, shipped_drafter, top_gap
+from zerodraft.cli.decoding import first_difference, load_target, near_tie, top_gap
 from zerodraft.cli.main import main
+from zerodraft.generate.names import SHIPPED, shipped_drafter
 
 
 def generate(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -93,9 +94,9 @@ def test_a_difference_is_told_with_its_place_and_the_gap(
 ) -> None:
     write = decoding.write
 
-    def tampered(model: Any, inputs: Any, sampling: Any, *tokenizer: Any, **options: Any) -> Any:
-        written = write(model, inputs, sampling, *tokenizer, **options)
-        if "custom_generate" in options and len(written.tokens) > 5:
+    def tampered(model: Any, inputs: Any, sampling: Any, tokenizer: Any, decode: Any = None, *others: Any) -> Any:
+        written = write(model, inputs, sampling, tokenizer, decode, *others)
+        if decode is not None and len(written.tokens) > 5:
             written.tokens[5] += 1
         return written
 
@@ -139,7 +140,7 @@ def test_the_gap_between_the_two_best_logits(plain_dir: Path) -> None:
 def test_the_shipped_drafter_is_found_by_its_targets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shipped_drafter("some/model") is None
-    folder = tmp_path / "models" / decoding.SHIPPED["smollm2"]
+    folder = tmp_path / "models" / SHIPPED["smollm2"]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     monkeypatch.setenv("ZERODRAFT_CACHE", str(tmp_path / "cache"))
@@ -167,7 +168,7 @@ def test_a_prompt_file_of_another_encoding(plain_dir: Path, tmp_path: Path, caps
             "--compare is for decoding with drafts, --show-depth",
         ),
         (["hi", "--target", "T", "--drafter", "lookup:0"], "such as lookup:3"),
-        (["hi", "--target", "T", "--drafter", "lokup"], "--drafter is neither 'lookup', 'lookup:N' nor a model"),
+        (["hi", "--target", "T", "--drafter", "lokup"], "The drafter is neither 'lookup', 'lookup:N' nor a model"),
         (["hi", "--target", "nobody", "--ngram", "nowhere.ngram"], "nowhere.ngram"),
         (["hi", "--target", "T", "--chat"], "no chat template"),
         (["the cat " * 1500, "--target", "T"], "the model reads at most 2048"),

@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.drafters.masked_hub import DREAM, dream_tensors, write
 from tests.saved import TEXT
-from zerodraft.cli.decoding import load_drafter
 from zerodraft.cli.main import main
+from zerodraft.drafters.kinds import Denoising
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.retokenized import RetokenizedDrafter
+from zerodraft.generate.drafters import find_drafter
 
 
 def test_train_and_decode(
@@ -38,7 +39,7 @@ def test_checkpoints_of_the_hub(plain_dir: Path, tmp_path: Path, caplog: pytest.
     folder = write(tmp_path / "dream", DREAM, dream_tensors())
     target = AutoModelForCausalLM.from_pretrained(plain_dir)
     target.resize_token_embeddings(70)
-    drafter, name = load_drafter(str(folder), target, str(plain_dir), steps=3, prefix_cache=False)
+    drafter, name = find_drafter(str(folder), target, str(plain_dir), Denoising(steps=3, prefix_cache=False))
     assert isinstance(drafter, MaskedDrafter)
     assert (name, drafter.vocab_size) == ("dream", 70)
     assert (drafter.steps, drafter.prefix_cache) == (3, False)
@@ -55,7 +56,7 @@ def test_a_checkpoint_with_another_tokenizer_drafts_through_the_text(
     words.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=58, special_tokens=["</s>"]))  # type: ignore[call-arg]  # stub
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
     target = AutoModelForCausalLM.from_pretrained(plain_dir)
-    drafter, _ = load_drafter(str(folder), target, str(plain_dir))
+    drafter, _ = find_drafter(str(folder), target, str(plain_dir))
     assert isinstance(drafter, RetokenizedDrafter)
     assert isinstance(drafter.drafter, MaskedDrafter)
     assert drafter.drafter.vocab_size == DREAM["vocab_size"]
@@ -69,8 +70,11 @@ def test_a_checkpoint_with_another_tokenizer_drafts_through_the_text(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--drafter-steps 2", "--drafter-steps is for drafters that are masked diffusion models, and 'lookup' is none"),
-        ("--no-prefix-cache", "--no-prefix-cache is for drafters that are masked diffusion models"),
+        (
+            "--drafter-steps 2",
+            "2 denoising steps are for drafters that are masked diffusion models, and 'lookup'",
+        ),
+        ("--no-prefix-cache", "doing without a prefix cache is for drafters that are masked diffusion models"),
         ("--drafter-steps 0", "--drafter-steps is 0; it must be at least 1"),
     ],
 )

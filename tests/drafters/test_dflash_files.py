@@ -23,7 +23,6 @@ from tests.drafters.tiny_dflash import (
     make,
     states,
 )
-from zerodraft.cli.decoding import load_drafter
 from zerodraft.cli.main import main
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.dflash_files import export_dflash, is_dflash, load_dflash, published_config
@@ -31,6 +30,7 @@ from zerodraft.drafters.dflash_model import (
     visible,
 )
 from zerodraft.errors import ZerodraftError
+from zerodraft.generate.drafters import find_drafter
 
 
 @pytest.mark.parametrize("layout", ["transformers", "z-lab", "ours"])
@@ -232,7 +232,7 @@ def test_commands_name_what_later_kinds_have(tmp_path: Path, capsys: pytest.Capt
     fields = json.loads(file.read_text()) | {"architectures": ["DFlash2DraftModel"], "conv_kernel_size": 2}
     file.write_text(json.dumps(fields))
     with pytest.raises(ZerodraftError, match=r"DFlash2DraftModel, a kind of .* not supported \(it has convolutions\)"):
-        load_drafter(str(tmp_path / "out"), target, "tiny")
+        find_drafter(str(tmp_path / "out"), target, "tiny")
     assert main(["export-drafter", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
     assert "DFlash2DraftModel, a kind of DFlash drafter that is not supported" in capsys.readouterr().err
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zerodraft.cli.decoding import load_drafter
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import FixedLength
@@ -30,6 +29,7 @@ from zerodraft.drafters.retokenized import (
     spread,
 )
 from zerodraft.errors import ZerodraftError
+from zerodraft.generate.drafters import find_drafter
 from zerodraft.training.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
@@ -282,7 +282,7 @@ def test_the_command_wraps_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFi
         network.save_pretrained(tmp_path / name)
         if tokenizer:
             TOKENIZERS[tokenizer].save_pretrained(tmp_path / name)
-    drafter, name = load_drafter(str(tmp_path / "drafter"), TARGET, str(tmp_path / "target"))
+    drafter, name = find_drafter(str(tmp_path / "drafter"), TARGET, str(tmp_path / "target"))
     assert isinstance(drafter, RetokenizedDrafter)
     assert name == "drafter"
     same = AutoregressiveDrafter(DRAFTER)
@@ -290,6 +290,6 @@ def test_the_command_wraps_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert retokenized_if_needed(same, tmp_path / "bare", tmp_path / "target") is same
     assert not caplog.records[1:]
     # without a tokenizer its tokens are taken to be the target's, which is said
-    drafter, _ = load_drafter(str(tmp_path / "bare"), TARGET, str(tmp_path / "target"))
+    drafter, _ = find_drafter(str(tmp_path / "bare"), TARGET, str(tmp_path / "target"))
     assert isinstance(drafter, AutoregressiveDrafter)
     assert f"no tokenizer could be loaded from '{tmp_path / 'bare'}'" in caplog.records[1].message

@@ -13,8 +13,8 @@ from tests.decoding.generating import MODELS, NEW, both, model_of, prompts_of
 from tests.ztt.tiny import tiny_plain, tokens
 from zerodraft import DiffuSpec, PromptLookupDrafter
 from zerodraft.caches import CACHE
-from zerodraft.cli.decoding import make_decoder
 from zerodraft.decoding.protocols import Target
+from zerodraft.generate.decoder import decoder
 from zerodraft.targets import best
 from zerodraft.targets.best import best_target
 from zerodraft.targets.lean import LeanTarget, lean_target
@@ -48,9 +48,8 @@ def test_the_automatic_choice_writes_the_same_text(family: str, rows: int, made:
 
 SPECS: dict[str, Callable[[Any], DiffuSpec]] = {
     "as it comes": lambda model: DiffuSpec(PromptLookupDrafter()),
-    "commands": lambda model: make_decoder(model, PromptLookupDrafter()),
+    "commands": lambda model: decoder(model, PromptLookupDrafter()),
     "own": lambda model: DiffuSpec(PromptLookupDrafter(), make_target=None),
-    "commands, not lean": lambda model: make_decoder(model, PromptLookupDrafter(), lean=False),
 }
 
 
@@ -60,7 +59,7 @@ def test_it_is_the_default_and_can_be_switched_off(name: str, made: list[Target 
     spec = SPECS[name](model)
     made.clear()
     model.generate(tokens(1, 7), custom_generate=spec, **OPTIONS)
-    assert [type(target) for target in made] == ([] if name in ("own", "commands, not lean") else [LeanTarget])
+    assert [type(target) for target in made] == ([] if name == "own" else [LeanTarget])
 
 
 def test_texts_that_begin_in_a_cache_take_the_models_own_pass(made: list[Target | None]) -> None:

@@ -1,7 +1,7 @@
 """The methods that are measured against each other, each behind one call: a prompt in, new token ids out.
 
-Ours is a table of variations of the decoder that the commands use (`make_decoder`): a new one is one line. The others
-are transformers' own ways of decoding, and llama.cpp.
+Ours is a table of variations of `zerodraft.decoder`: a new one is one line. The others are transformers' own ways of
+decoding, and llama.cpp.
 """
 
 import importlib.util
@@ -13,10 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from zerodraft.cli.decoding import make_decoder
 from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lattice import Lattice
-from zerodraft.decoding.lengths import FixedLength
+from zerodraft.decoding.lengths import CostAwareLength, FixedLength
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.drafters.block import BlockDrafter
@@ -26,6 +25,7 @@ from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.errors import ZerodraftError
 from zerodraft.files import user_path
+from zerodraft.generate import decoder as door
 from zerodraft.targets.wheel import check_gguf
 from zerodraft.training.strict import did_you_mean
 
@@ -103,16 +103,16 @@ class Variation:
 
     Attributes:
         about: What it is, in a few words.
-        options: For `make_decoder`.
         drafter: Takes the place of the drafter at hand.
-        settings: Attributes of the `DiffuSpec` to set, given its drafter.
+        hybrid: Copies from the text join its drafts.
+        settings: Attributes of the `DiffuSpec` to set, given the most positions of its drafts.
         fits: Whether it makes sense with a drafter.
     """
 
     about: str
-    options: Mapping[str, Any] = field(default_factory=dict)
     drafter: Callable[[], Any] | None = None
-    settings: Callable[[Any], dict[str, Any]] = lambda drafter: {}
+    hybrid: bool = True
+    settings: Callable[[int], dict[str, Any]] = lambda longest: {}
     fits: Callable[[Any], bool] = lambda drafter: True
 
 
@@ -171,33 +171,33 @@ def is_model(drafter: Any) -> bool:
     return not isinstance(drafter, PromptLookupDrafter)
 
 
-def fixed(length: int | None = None, **settings: Any) -> Callable[[Any], dict[str, Any]]:
+def fixed(length: int | None = None, **settings: Any) -> Callable[[int], dict[str, Any]]:
     """Drafts of one length, in every step; None: the drafter's most."""
-    return lambda drafter: {
-        "length": FixedLength(drafter.max_length if length is None else length),
-        "fallback": None,
-        **settings,
-    }
+    return lambda longest: {"length": FixedLength(longest if length is None else length), "fallback": None, **settings}
 
 
-ALONE = {"hybrid": False}
+def by_cost(**settings: Any) -> Callable[[int], dict[str, Any]]:
+    """Drafts of the length that pays by measured costs, which are verified as a whole."""
+    return lambda longest: {"length": CostAwareLength(k_max=longest), **settings}
+
+
 FIRST = SearchConfig(m_max=1)
 BEST_15 = SearchConfig(tau=0.95, m_max=8, expand="best_first", budget=15)
 
 OURS = {
-    OWN_PLAIN: Variation(about="our engine, no drafts", options=ALONE, drafter=NoDrafter, settings=fixed(0)),
+    OWN_PLAIN: Variation(about="our engine, no drafts", hybrid=False, drafter=NoDrafter, settings=fixed(0)),
     FULL: Variation(about="the command line's decoder, all parts"),
-    "no_cps": Variation(about="full, no path search: likeliest candidates", options={"search": False}),
-    "no_adl": Variation(about="full, drafts of fixed length", options={"adaptive": False}),
-    "no_tree": Variation(about="full, the best path alone", options={"tree": False}),
-    "no_hybrid": Variation(about="full, no copies from the text", options=ALONE, fits=is_model),
-    "no_lean": Variation(about="full, the target run by transformers", options={"lean": False}),
-    "lookup": Variation(about="prompt lookup of 8", options=ALONE, drafter=PromptLookupDrafter, settings=fixed(8)),
+    "no_cps": Variation(about="full, no path search: likeliest candidates", settings=by_cost(search=FIRST)),
+    "no_adl": Variation(about="full, drafts of fixed length", settings=fixed()),
+    "no_tree": Variation(about="full, the best path alone", settings=by_cost(search=SearchConfig(), tree=False)),
+    "no_hybrid": Variation(about="full, no copies from the text", hybrid=False, fits=is_model),
+    "no_lean": Variation(about="full, the target run by transformers", settings=lambda longest: {"make_target": None}),
+    "lookup": Variation(about="prompt lookup of 8", hybrid=False, drafter=PromptLookupDrafter, settings=fixed(8)),
     "block_path": Variation(
-        about="the block's likeliest tokens", options=ALONE, settings=fixed(search=FIRST, tree=False), fits=is_block
+        about="the block's likeliest tokens", hybrid=False, settings=fixed(search=FIRST, tree=False), fits=is_block
     ),
     "block_tree": Variation(
-        about="the block's best-first tree of 15", options=ALONE, settings=fixed(search=BEST_15), fits=is_block
+        about="the block's best-first tree of 15", hybrid=False, settings=fixed(search=BEST_15), fits=is_block
     ),
 }
 """Our methods by name."""
@@ -394,8 +394,8 @@ def ours(equipment: Equipment, variation: Variation) -> Ours:
 
 def decoder(equipment: Equipment, variation: Variation, drafter: Any) -> DiffuSpec:
     """The decoder of the commands, varied."""
-    spec = make_decoder(equipment.model, drafter, ngram=equipment.ngram, trace=True, **variation.options)
-    for name, value in variation.settings(drafter).items():
+    spec = door.decoder(equipment.model, drafter, ngram=equipment.ngram, hybrid=variation.hybrid, trace=True)
+    for name, value in variation.settings(spec.drafter.max_length).items():
         setattr(spec, name, value)
     return spec
 

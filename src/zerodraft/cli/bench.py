@@ -325,7 +325,7 @@ class Bench(Command):
     def _fingerprints(self, prompts: Sequence[str] = ()) -> dict[str, str]:
         """Of what is measured with, so that results of other weights or prompts can be told apart."""
         from zerodraft.bench.measure import fingerprint, weights
-        from zerodraft.cli.decoding import shipped_drafter
+        from zerodraft.generate.names import shipped_drafter
         from zerodraft.targets import resolve
 
         models = {
@@ -347,16 +347,17 @@ class Bench(Command):
         from transformers import AutoModel, AutoModelForCausalLM
 
         from zerodraft.bench.methods import Equipment
-        from zerodraft.cli.decoding import load_drafter
         from zerodraft.cli.loading import load_tokenizer
+        from zerodraft.drafters.kinds import Denoising
+        from zerodraft.generate.drafters import find_drafter
         from zerodraft.targets import resolve
         from zerodraft.ztt.loading import load_pretrained
 
         def load(kind: Any, name: str) -> Any:
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
 
-        drafter, name = load_drafter(
-            self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+        drafter, name = find_drafter(
+            self.drafter, model, self.target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
         )
         assistant = load(AutoModelForCausalLM, self.assistant)
         equipment = Equipment(

@@ -13,9 +13,7 @@ from zerodraft.cli.decoding import (
     check_drafter,
     encode_messages,
     live_streamer,
-    load_drafter,
     load_target,
-    make_decoder,
     speculate,
     summary,
 )
@@ -68,11 +66,15 @@ class Chat(Command):
 
     def run(self, console: Console) -> Result:
         """Reads, answers, reports; until the input ends."""
+        from zerodraft.drafters.kinds import Denoising
+        from zerodraft.generate.decoder import decoder
+        from zerodraft.generate.drafters import find_drafter
+
         model, tokenizer = load_target(self.target, self.dtype)
-        drafter, name = load_drafter(
-            self.drafter, model, self.target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+        drafter, name = find_drafter(
+            self.drafter, model, self.target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
         )
-        decode = make_decoder(model, drafter, reuse=True)
+        decode = decoder(model, drafter, reuse=True)
         start = [{"role": "system", "content": whole_characters(self.system)}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
         console.print(Text(f"{self.target} with drafts by {name}; /new starts anew, /quit ends", style="dim"))

@@ -1,20 +1,18 @@
 """What the commands that decode with drafts share: getting target and drafter, generating, comparing, reporting."""
 
 import math
-import re
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Result, each
-from zerodraft.cli.loading import Dtype, check_tokens, load_model, load_tokenizer, model_type
+from zerodraft.cli.loading import Dtype, check_tokens, load_model, load_tokenizer
 from zerodraft.cli.trace import TraceStreamer, trace_legend
 from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
 from zerodraft.training.distill import SMALLEST_TEMPERATURE
 from zerodraft.training.prompts import templated
 
@@ -22,11 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from zerodraft.decoding.huggingface import DiffuSpec
-    from zerodraft.decoding.protocols import Drafter
     from zerodraft.decoding.stats import DecodeStats
-
-SHIPPED = {"smollm2": "smollm2-drafter"}
-"""What a drafter in the repository's `models` directory is called, by the short name of its target."""
 
 NEAR_TIE = 1e-3
 """Logits in float32 this close can change places when the same sums are taken in another order."""
@@ -106,114 +100,13 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
 
 
-def shipped_drafter(target: str) -> Path | None:
-    """The repository's drafter for a target, if the working directory or this checkout has one."""
-    short = next((short for short in SHIPPED if _is_called(short, target)), None)
-    if short is None:
-        return None
-    roots = (Path.cwd(), Path(__file__).resolve().parents[3])
-    found = (root / "models" / SHIPPED[short] for root in roots)
-    return next((path for path in found if (path / "config.json").is_file()), None)
-
-
-def _is_called(short: str, name: str) -> bool:
-    """Whether a name is this short name, its hub id, or the directory that it resolves to."""
-    from zerodraft.targets.cache import default_cache_dir
-    from zerodraft.targets.resolve import SHORT_NAMES
-
-    try:
-        directory = default_cache_dir() / short
-    except ZerodraftError:  # then nothing has been resolved to it
-        return name in (short, SHORT_NAMES[short].hub_id)
-    return name in (short, SHORT_NAMES[short].hub_id) or user_path(name).resolve() == directory.resolve()
-
-
-def check_drafter(text: str, steps: int = 1) -> None:
-    """Raises for a `lookup:N` that is none, and for denoising steps that are none."""
+def check_drafter(name: str, steps: int) -> None:
+    """Raises for a name that cannot be one, and for denoising steps that are none."""
     if steps < 1:
         raise ZerodraftError(f"--drafter-steps is {steps}; it must be at least 1")
-    name, colon, value = text.partition(":")
-    if name == "lookup" and colon and not re.fullmatch("0*[1-9][0-9]{0,8}", value):
-        raise ZerodraftError(
-            f"--drafter is '{text}'; after 'lookup:' comes the longest match in tokens, such as lookup:3"
-        )
+    from zerodraft.generate.names import check_name
 
-
-def load_drafter(
-    text: str, target: Any, target_name: str, *, steps: int = 1, prefix_cache: bool = True
-) -> "tuple[Drafter, str]":
-    """The drafter that `--drafter` names, and what to call it.
-
-    Args:
-        text: `lookup`, `lookup:N`, a drafter's directory, a causal language model, or nothing for the best there is.
-        target: The loaded target.
-        target_name: As it was given.
-        steps: Denoising steps of a draft, for masked diffusion models alone.
-        prefix_cache: Whether these keep the keys and values of known tokens.
-    """
-    from zerodraft.drafters.autoregressive import AutoregressiveDrafter
-    from zerodraft.drafters.block import BlockDrafter
-    from zerodraft.drafters.block_model import BlockDrafterConfig
-    from zerodraft.drafters.dflash import DFlashDrafter
-    from zerodraft.drafters.dflash_files import is_dflash
-    from zerodraft.drafters.lookup import PromptLookupDrafter
-    from zerodraft.drafters.masked_formats import is_masked
-    from zerodraft.drafters.retokenized import retokenized_if_needed
-    from zerodraft.targets import resolve
-    from zerodraft.ztt.loading import load_pretrained
-
-    text = text or str(shipped_drafter(target_name) or "lookup")
-    check_drafter(text, steps)
-    name, _, value = text.partition(":")
-    if name == "lookup" and not Path(text).is_dir():
-        _check_masked_only(text, steps, prefix_cache)
-        return (PromptLookupDrafter(max_ngram=int(value)) if value else PromptLookupDrafter()), text
-    try:
-        path = resolve(text)
-    except ZerodraftError as error:
-        raise ZerodraftError(f"--drafter is neither 'lookup', 'lookup:N' nor a model: {error}") from error
-    kind = model_type(path)
-    if is_masked(kind):
-        options = {"steps": steps, "prefix_cache": prefix_cache}
-        return _masked_drafter(path, target, resolve(target_name), options), Path(text).name
-    _check_masked_only(text, steps, prefix_cache)
-    if kind == BlockDrafterConfig.model_type:
-        return BlockDrafter.from_pretrained(path, target), Path(text).name
-    if is_dflash(path):
-        return DFlashDrafter.from_pretrained(path, target), Path(text).name
-    from transformers import AutoModelForCausalLM
-
-    model = load_pretrained(AutoModelForCausalLM, path).to(target.device).eval()
-    own = AutoregressiveDrafter(model)
-    drafter = retokenized_if_needed(own, path, resolve(target_name))
-    if drafter is own:
-        drafter = AutoregressiveDrafter(model, vocab_size=target.config.get_text_config().vocab_size)
-    drafter.check(target.config)
-    return drafter, Path(text).name
-
-
-def _masked_drafter(path: Path, target: Any, target_path: Path, options: dict[str, Any]) -> "Drafter":
-    """A masked diffusion model, over the target's tokens if it has the same ones, else through the text."""
-    from zerodraft.drafters.masked import MaskedDrafter
-    from zerodraft.drafters.masked_model import MaskedConfig
-    from zerodraft.drafters.retokenized import RetokenizedDrafter, different_tokenizers
-
-    # one of ours has the tokens of the target that it was made from, and no tokenizer beside it
-    alone = model_type(path) == MaskedConfig.model_type and not (path / "tokenizer.json").is_file()
-    # the mask is a token that the target need not have
-    pair = None if alone else different_tokenizers(path, target_path, added=False)
-    drafter = MaskedDrafter.from_pretrained(path, target, own_vocabulary=pair is not None, **options)
-    if pair is None:
-        return drafter
-    through_text = RetokenizedDrafter(drafter, *pair)
-    through_text.check(target.config)
-    return through_text
-
-
-def _check_masked_only(text: str, steps: int, prefix_cache: bool) -> None:
-    if steps != 1 or not prefix_cache:
-        flag = "--drafter-steps" if prefix_cache else "--no-prefix-cache"
-        raise ZerodraftError(f"{flag} is for drafters that are masked diffusion models, and '{text}' is none")
+    check_name(name)
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
@@ -263,15 +156,23 @@ class Written:
         return len(self.tokens) / self.seconds
 
 
-def write(model: Any, inputs: Any, sampling: Sampling, tokenizer: Any = None, **options: Any) -> Written:
-    """One `generate` call, timed; the new tokens only."""
+def write(
+    model: Any,
+    inputs: Any,
+    sampling: Sampling,
+    tokenizer: Any = None,
+    decode: "DiffuSpec | None" = None,
+    streamer: Any = None,
+) -> Written:
+    """One `generate` call, of transformers or of a decoder, timed; the new tokens only."""
     import torch
 
     prompt = inputs["input_ids"]
     check_prompt(model, prompt)
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
-    out = model.generate(**inputs.to(model.device), **sampling.arguments(tokenizer), **options)
+    generate = model.generate if decode is None else partial(decode.generate, model)
+    out = generate(**inputs.to(model.device), **sampling.arguments(tokenizer), streamer=streamer)
     return Written(tokens=out[0, prompt.shape[1] :].tolist(), seconds=time.perf_counter() - started)
 
 
@@ -295,7 +196,7 @@ def compare(
     """Decodes plainly, once by transformers and once by our engine (`own`); says whether the tokens are the same, and
     how much faster than either the drafts made it."""
     plain = write(model, inputs, sampling, tokenizer)
-    ours = write(model, inputs, sampling, tokenizer, custom_generate=own)
+    ours = write(model, inputs, sampling, tokenizer, own)
     speedup, gained = drafted.speed / plain.speed, drafted.speed / ours.speed
     result: Result = {
         "speedup": speedup,
@@ -339,79 +240,11 @@ def top_gap(model: Any, inputs: Any, tokens: list[int]) -> float:
     return float(best[0] - best[1])
 
 
-def make_decoder(
-    model: Any,
-    drafter: "Drafter",
-    *,
-    ngram: str = "",
-    trace: bool = False,
-    hybrid: bool = True,
-    tree: bool = True,
-    search: bool = True,
-    adaptive: bool = True,
-    lean: bool = True,
-    reuse: bool = False,
-) -> "DiffuSpec":
-    """The decoder as the commands use it: the fastest exact one there is. The switches take parts of it away.
-
-    Args:
-        model: The target.
-        drafter: Whose drafts are verified.
-        ngram: A table that helps the path search (`zerodraft ngram build`).
-        trace: Keep every step.
-        hybrid: Copy from the text too.
-        tree: Verify a tree rather than a path.
-        search: Look for paths among the candidates rather than take each position's first.
-        adaptive: Drafts as long as they pay by measured costs, rather than always the drafter's longest.
-        lean: The decoding path that is made for the model and machine if there is one (packed weights on a CPU, CUDA
-            graphs), rather than the model's own forward pass.
-        reuse: Read of a text only what it has beyond the beginning that it shares with the last one.
-    """
-    from zerodraft.decoding.huggingface import DiffuSpec
-    from zerodraft.decoding.lengths import CostAwareLength, CostAwareTree, FixedLength
-    from zerodraft.decoding.proxies import NgramProxy
-    from zerodraft.decoding.search import SearchConfig
-    from zerodraft.drafters.hybrid import HybridDrafter
-    from zerodraft.drafters.lookup import PromptLookupDrafter
-    from zerodraft.targets.best import best_target
-
-    if lean:
-        # what it prepares beside the model is no part of the first text's time
-        best_target(model)
-    if hybrid and not isinstance(drafter, PromptLookupDrafter):
-        drafter = HybridDrafter(other=drafter)
-    k = drafter.max_length
-    config = SearchConfig() if search else SearchConfig(m_max=1)
-    length = CostAwareLength(k_max=k)
-    if search and tree:
-        config = SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24))
-        length = CostAwareTree(k=k, explore=48)
-    return DiffuSpec(
-        drafter,
-        proxy=NgramProxy(ngram, vocab_size=model.config.get_text_config().vocab_size) if ngram else None,
-        length=length if adaptive else FixedLength(k),
-        search=config,
-        tree=tree,
-        make_target="auto" if lean else None,
-        trace=trace,
-        reuse=reuse,
-    )
-
-
-def own_plain(decode: "DiffuSpec") -> "DiffuSpec":
-    """The same decoder without drafts."""
-    from zerodraft.decoding.huggingface import DiffuSpec
-    from zerodraft.decoding.lengths import FixedLength
-    from zerodraft.drafters.none import NoDrafter
-
-    return DiffuSpec(NoDrafter(), length=FixedLength(0), make_target=decode.make_target)
-
-
 def speculate(
     model: Any, decode: "DiffuSpec", inputs: Any, sampling: Sampling, streamer: Any = None, tokenizer: Any = None
 ) -> "tuple[Written, DecodeStats]":
     """Decodes with drafts; the text and the statistics."""
-    written = write(model, inputs, sampling, tokenizer, custom_generate=decode, streamer=streamer)
+    written = write(model, inputs, sampling, tokenizer, decode, streamer)
     stats = decode.last_stats
     assert stats is not None
     return written, stats
@@ -441,10 +274,12 @@ def decode_and_report(
     if plainly_too:
         # the first call sets things up that later ones use again, on both sides
         short = replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
+        from zerodraft.generate.decoder import own_plain
+
         own = own_plain(decode)
         speculate(model, decode, inputs, short, None, tokenizer)
         write(model, inputs, short, tokenizer)
-        write(model, inputs, short, tokenizer, custom_generate=own)
+        write(model, inputs, short, tokenizer, own)
     streamer = TraceStreamer(console, tokenizer, decode) if decode.trace else live_streamer(console, tokenizer)
     written, stats = speculate(model, decode, inputs, sampling, streamer, tokenizer)
     text = tokenizer.decode(written.tokens, skip_special_tokens=True)

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.loading import model_type
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import model_type
 
 if TYPE_CHECKING:
     from zerodraft.training.acceptance import Acceptance

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, positional
-from zerodraft.cli.loading import model_type
 from zerodraft.errors import ZerodraftError
+from zerodraft.files import model_type
 from zerodraft.outputs import check_free
 
 

@@ -16,15 +16,13 @@ from zerodraft.cli.decoding import (
     check_prompt,
     decode_and_report,
     encode,
-    load_drafter,
     load_target,
-    make_decoder,
 )
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
-from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt, model_type
+from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt
 from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_text, user_path, whole_characters
+from zerodraft.files import model_type, read_text, user_path, whole_characters
 
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
 OF_EXITS = ("exit_rule", "show_depth")
@@ -105,15 +103,18 @@ class Generate(Command):
     def _decode(self, console: Console, target: str) -> Result:
         """With drafts: speed, and what came of them."""
         from zerodraft.decoding.ngram import open_table
+        from zerodraft.drafters.kinds import Denoising
+        from zerodraft.generate.decoder import decoder
+        from zerodraft.generate.drafters import find_drafter
 
         if self.ngram:
             # a wrong file is told before anything is loaded
             open_table(self.ngram)
         model, tokenizer = load_target(target, self.dtype)
-        drafter, name = load_drafter(
-            self.drafter, model, target, steps=self.drafter_steps, prefix_cache=self.prefix_cache
+        drafter, name = find_drafter(
+            self.drafter, model, target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
         )
-        decode = make_decoder(model, drafter, ngram=self.ngram, trace=self.trace)
+        decode = decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)
         result = decode_and_report(
             model, tokenizer, decode, inputs, self.sampling, console, name=name, plainly_too=self.compare

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zerodraft.errors import ZerodraftError, reading
-from zerodraft.files import read_json
+from zerodraft.files import model_type
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +148,3 @@ def check_tokens(largest: int, model: Any, what: str) -> None:
             f"{what} holds token {largest}, but the model's vocabulary has {rows}: take that token out, or the "
             "tokenizer that belongs to the model"
         )
-
-
-def model_type(path: Path) -> str:
-    """What the `config.json` of a model directory says that it is."""
-    kind = read_json(path / "config.json", "configuration").get("model_type")
-    if not isinstance(kind, str):
-        raise ZerodraftError(f"'{path / 'config.json'}' is not a model configuration: it has no model_type")
-    return kind

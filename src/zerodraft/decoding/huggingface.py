@@ -6,13 +6,13 @@ sampling. What cannot be had is one clear error. The model is not changed.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -120,6 +120,37 @@ class DiffuSpec:
                 next(steps)
             except StopIteration as end:
                 return end.value
+
+    def generate(
+        self,
+        model: Any,
+        inputs: Int[Tensor, "B T"] | None = None,
+        *,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **arguments: Any,
+    ) -> Result:
+        """What `model.generate` returns, decoded with drafts.
+
+        Args:
+            model: The target.
+            inputs: The prompts.
+            streamer: Takes the tokens as they come.
+            tokenizer: The model's, for stop strings.
+            stop_strings: Texts that end a row.
+            **arguments: Of `model.generate`.
+
+        Raises:
+            ZerodraftError: an option, a model or a drafter that does not fit.
+        """
+        if stop_strings:
+            if tokenizer is None:
+                raise ZerodraftError("stop_strings need the model's tokenizer: give tokenizer=... as well.")
+            texts = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+            criteria = arguments.pop("stopping_criteria", None) or []
+            arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, texts)])
+        return model.generate(inputs, custom_generate=_Streamed(self, streamer), **arguments)
 
     def iterate(self, model: Any, inputs: Int[Tensor, "B T"] | None = None, **arguments: Any) -> Iterator[Step]:
         """Decode step by step: the arguments are those of `model.generate`, whose result is then in `last_result`."""
@@ -274,6 +305,18 @@ def _exits_early() -> bool:
     from zerodraft.ztt.interface import current
 
     return current.generation is not None
+
+
+class _Streamed:
+    """A `custom_generate` with a streamer of its own, which `generate` knows nothing of."""
+
+    def __init__(self, spec: DiffuSpec, streamer: Any) -> None:
+        self.spec, self.streamer = spec, streamer
+
+    def __call__(self, model: Any, input_ids: Tensor, **arguments: Any) -> Result:
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        return self.spec(model, input_ids, streamer=self.streamer, **arguments)
 
 
 class _Steps:

@@ -1,0 +1,1 @@
+"""The doors: a decoder with everything chosen for a model, and the drafter that suits it."""

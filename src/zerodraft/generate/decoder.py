@@ -1,0 +1,65 @@
+"""`decoder(model)`: the fastest exact decoder there is for a model, with everything chosen."""
+
+from os import PathLike, fspath
+from typing import Any
+
+from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.decoding.lengths import CostAwareTree, FixedLength
+from zerodraft.decoding.protocols import Drafter
+from zerodraft.decoding.proxies import NgramProxy
+from zerodraft.decoding.search import SearchConfig
+from zerodraft.drafters.hybrid import HybridDrafter
+from zerodraft.drafters.lookup import PromptLookupDrafter
+from zerodraft.drafters.none import NoDrafter
+from zerodraft.generate.drafters import find_drafter
+from zerodraft.targets.best import best_target
+
+
+def decoder(
+    model: Any,
+    drafter: Drafter | str | PathLike[str] = "",
+    *,
+    ngram: str | PathLike[str] = "",
+    hybrid: bool = True,
+    trace: bool = False,
+    reuse: bool = False,
+) -> DiffuSpec:
+    """The decoder that the commands use, for `model.generate(..., custom_generate=decoder(model))` or its own
+    `generate`. Keep it: what it learns about a model, a machine and the drafts holds for later calls.
+
+    It copies what the text repeats, joins the copies with the drafter's own tokens in one tree, verifies as many nodes
+    as pay by measured costs, drafts nothing where drafts do not pay, and runs the model on the fastest exact path.
+
+    Args:
+        model: A causal language model of transformers, or a Zero Token Transformer.
+        drafter: One that is loaded; a directory, hub id or short name; `lookup` for copies alone. Nothing: the one
+            that was made for the model, if this checkout or the working directory has it, else copies.
+        ngram: A table that helps the path search (`zerodraft ngram build`).
+        hybrid: Copy from the text too.
+        trace: Keep every step in `last_stats.trace`.
+        reuse: Read of a text only what it has beyond the beginning that it shares with the last one.
+
+    Raises:
+        ZerodraftError: a drafter or a table that cannot be loaded or does not fit the model.
+    """
+    if isinstance(drafter, (str, PathLike)):
+        drafter, _ = find_drafter(drafter, model, getattr(model, "name_or_path", ""))
+    # what it prepares beside the model is no part of the first text's time
+    best_target(model)
+    if hybrid and not isinstance(drafter, PromptLookupDrafter):
+        drafter = HybridDrafter(other=drafter)
+    k = drafter.max_length
+    vocabulary = model.config.get_text_config().vocab_size
+    return DiffuSpec(
+        drafter,
+        proxy=NgramProxy(fspath(ngram), vocab_size=vocabulary) if ngram else None,
+        length=CostAwareTree(k=k, explore=48),
+        search=SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24)),
+        trace=trace,
+        reuse=reuse,
+    )
+
+
+def own_plain(decode: DiffuSpec) -> DiffuSpec:
+    """The same decoder without drafts."""
+    return DiffuSpec(NoDrafter(), length=FixedLength(0), make_target=decode.make_target)

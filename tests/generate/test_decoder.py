@@ -1,0 +1,184 @@
+"""`zerodraft.decoder`: one call chooses everything, its texts are those of plain decoding; all kinds of drafters."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import zerodraft
+from tests.decoding.generating import letters, model_of, prompts_of
+from tests.decoding.test_huggingface_door import Collector
+from tests.saved import save, tiny_llama, tiny_tokenizer
+from zerodraft.drafters.block_model import drafter_from_target
+from zerodraft.drafters.dflash_files import export_dflash
+from zerodraft.drafters.dflash_model import dflash_from_target
+from zerodraft.drafters.hybrid import HybridDrafter
+from zerodraft.drafters.kinds import KINDS
+from zerodraft.drafters.lookup import PromptLookupDrafter
+from zerodraft.drafters.masked_model import masked_from_target
+from zerodraft.errors import ZerodraftError
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = tiny_llama(tokenizer)
+    config.initializer_range = 0.2  # else it would say one token for ever
+    return save(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def target(target_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(target_dir)
+
+
+def save_block(target: Any, folder: Path) -> None:
+    drafter_from_target(target, num_layers=1, block_size=4).save_pretrained(folder)
+
+
+def save_dflash(target: Any, folder: Path) -> None:
+    export_dflash(dflash_from_target(target, num_layers=1, block_size=4, taps=2, mask_token_id=3), folder)
+
+
+def save_masked(target: Any, folder: Path) -> None:
+    masked_from_target(target, num_layers=1, block_size=4).save_pretrained(folder)
+
+
+def save_autoregressive(target: Any, folder: Path) -> None:
+    save(LlamaForCausalLM(target.config), tiny_tokenizer(), folder)
+
+
+SAVED: dict[str, Callable[[Any, Path], None]] = {
+    "Block": save_block,
+    "DFlash": save_dflash,
+    "Masked": save_masked,
+    "Autoregressive": save_autoregressive,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(target: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A drafter of each kind, with random weights."""
+    found = {}
+    for kind, keep in SAVED.items():
+        torch.manual_seed(1)
+        found[kind] = tmp_path_factory.mktemp("drafters") / kind
+        keep(target, found[kind])
+    return found
+
+
+# -- the door ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "ztt"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_its_texts_are_those_of_plain_decoding(family: str, rows: int) -> None:
+    model, batch = model_of(family), prompts_of(rows)
+    decode = zerodraft.decoder(model)
+    plain = model.generate(**batch, **OPTIONS)
+    assert torch.equal(decode.generate(model, **batch, **OPTIONS), plain)
+    assert torch.equal(model.generate(**batch, **OPTIONS, custom_generate=decode), plain)
+    assert isinstance(decode.drafter, PromptLookupDrafter)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_streamers_and_stop_strings_need_no_help_of_transformers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, tokenizer = model_of("llama"), prompts_of(rows), letters()
+    width = batch["input_ids"].shape[1]
+    text = model.generate(**batch, **OPTIONS)
+    stop = tokenizer.decode(text[0, width + 12 : width + 13])
+    wanted, got = Collector(), Collector()
+    plain = model.generate(**batch, **OPTIONS, stop_strings=[stop], tokenizer=tokenizer, streamer=wanted)
+    assert rows > 1 or plain.shape[1] < text.shape[1]
+    # `generate` hands a decoder neither of them; nobody looks for them here
+    monkeypatch.setattr("zerodraft.decoding.door.restore", lambda frame: pytest.fail("frames are read"))
+    decode = zerodraft.decoder(model)
+    ours = decode.generate(model, **batch, **OPTIONS, stop_strings=stop, tokenizer=tokenizer, streamer=got)
+    assert torch.equal(ours, plain)
+    assert (got.puts, got.ends) == (wanted.puts, wanted.ends)
+    with pytest.raises(ZerodraftError, match="stop_strings need the model's tokenizer"):
+        decode.generate(model, **batch, **OPTIONS, stop_strings=stop)
+
+
+def test_a_model_without_a_name_decodes_with_copies() -> None:
+    model = model_of("llama")
+    assert model.name_or_path == ""
+    assert isinstance(zerodraft.decoder(model).drafter, PromptLookupDrafter)
+    three = zerodraft.decoder(model, "lookup:3").drafter
+    assert isinstance(three, PromptLookupDrafter)
+    assert three.max_ngram == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("lookup:none", "after 'lookup:' comes"), ("lokup", "The drafter is neither 'lookup', 'lookup:N' nor a model")],
+)
+def test_names_that_are_none(name: str, message: str) -> None:
+    with pytest.raises(ZerodraftError, match=message):
+        zerodraft.decoder(model_of("llama"), name)
+
+
+# -- kinds of drafters ------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_is_tried_here() -> None:
+    assert {type(kind).__name__ for kind in KINDS} == set(SAVED)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_the_kind_is_recognised(kind: str, folders: dict[str, Path]) -> None:
+    found = [type(each).__name__ for each in KINDS if each.recognises(folders[kind])]
+    # any model may be a causal one, if no other kind wants it
+    assert found[0] == kind
+    assert found[1:] in ([], ["Autoregressive"])
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_kind_drafts_and_changes_no_text(kind: str, rows: int, target: Any, folders: dict[str, Path]) -> None:
+    prompt = torch.randint(3, target.config.vocab_size, (rows, 9), generator=torch.Generator().manual_seed(rows))
+    plain = target.generate(prompt, **OPTIONS)
+    decode = zerodraft.decoder(target, folders[kind], trace=True)
+    decode.fallback = None
+    assert isinstance(decode.drafter, HybridDrafter)
+    assert torch.equal(decode.generate(target, prompt, **OPTIONS), plain)
+    assert decode.last_stats is not None
+    assert decode.last_stats.drafted > 0
+    # by itself as well, at every step
+    alone = zerodraft.decoder(target, decode.drafter.other, hybrid=False)
+    alone.fallback = None
+    assert torch.equal(alone.generate(target, prompt, **OPTIONS), plain)
+    assert alone.last_stats is not None
+    assert alone.last_stats.drafted > 20
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_weights_that_are_torn_are_refused(kind: str, target: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    SAVED[kind](target, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ZerodraftError, match=kind):
+        zerodraft.decoder(target, folder)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_configuration_that_is_torn_is_refused(kind: str, target: Any, tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    SAVED[kind](target, folder)
+    (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ZerodraftError, match=r"config\.json"):
+        zerodraft.decoder(target, folder)
+
+
+@pytest.mark.parametrize("kind", ["Block", "DFlash"])
+def test_a_drafter_that_reads_other_hidden_states_is_refused(kind: str, target: Any, folders: dict[str, Path]) -> None:
+    config = type(target.config)(**(target.config.to_dict() | {"hidden_size": 16}))
+    with pytest.raises(ZerodraftError, match=r"(?i)hidden|size|width"):
+        zerodraft.decoder(LlamaForCausalLM(config), folders[kind])
