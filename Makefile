@@ -5,9 +5,9 @@ BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)/python
 
 # What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
-CORE := tests/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
-	tests/decoding/test_caches.py tests/decoding/test_huggingface_door.py tests/drafters/test_block.py \
-	tests/targets/test_best.py tests/targets/test_lean.py tests/targets/test_lean_ztt.py tests/training/test_run.py tests/training/test_adapters.py \
+CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
+	tests/fast/test_caches.py tests/generate/test_huggingface_door.py tests/drafters/test_block.py \
+	tests/fast/test_best.py tests/fast/test_lean.py tests/fast/test_lean_ztt.py tests/training/test_run.py tests/training/test_adapters.py \
 	tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py
 
 .PHONY: demo test test-newest quality format env env-newest clean
@@ -26,6 +26,7 @@ quality: env
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m pyright
+	@.venv/$(BIN)/lint-imports --no-cache
 
 format: env
 	@$(RUN) -m ruff check --fix .

@@ -20,7 +20,7 @@ import transformers
 from evidence_plan import read_plan
 from evidence_report import write_report
 from evidence_runs import make_runs, progress
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError, did_you_mean
 from zerodraft.training.folder import differences
 from zerodraft.training.recipe import Recipe, merge, read_recipe
-from zerodraft.training.strict import check_least, did_you_mean, from_mapping, to_mapping
+from zerodraft.training.strict import check_least, from_mapping, to_mapping
 
 EQUAL_FOR_ALL = ("output", "seed", "tokenizer", "data")
 """Keys of the recipe that no arm may change: its runs would read other text, or in another order."""

@@ -9,7 +9,7 @@ from evidence_figures import draw_curves, draw_losses
 from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
 from evidence_table import Row, Table, read_table
 from zerodraft.bench.measure import write_text
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.recipe import ModelRecipe
 
 HEAD = """# Evidence

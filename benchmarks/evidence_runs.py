@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 from evidence_plan import Plan, Run, chosen, other_keys
 from evidence_table import Diverged, Row, Table, open_table, write_table
 from zerodraft.bench.measure import provenance
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
-from zerodraft.lock import LOCK, locked
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
+from zerodraft.common.lock import LOCK, locked
 from zerodraft.training.base import LossNotFinite
 from zerodraft.training.callbacks import ProgressBar, read_log
 from zerodraft.training.folder import RECIPE, RESULTS, checkpoint_step, last_checkpoint
 from zerodraft.training.recipe import Recipe
-from zerodraft.training.run import pretrain
 from zerodraft.training.strict import from_mapping
+from zerodraft.training.ztt.run import pretrain
 from zerodraft.ztt.flops import count_flops
 
 PASSES = 3

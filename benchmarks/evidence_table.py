@@ -9,8 +9,8 @@ from typing import Any
 
 from evidence_plan import Plan, Run, other_keys
 from zerodraft.bench.measure import write_json
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
 from zerodraft.training.recipe import ModelRecipe, Recipe
 from zerodraft.training.strict import from_mapping, to_mapping
 

@@ -29,11 +29,12 @@ from torch import Tensor
 from harness import emit
 from zerodraft import decoder as decoder_of
 from zerodraft.bench.prompts import default_files, read_questions
-from zerodraft.cli.decoding import encode, load_target
+from zerodraft.cli.decoding import load_target
 from zerodraft.decoding import engine
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress, TargetOutput
 from zerodraft.generate.drafters import find_drafter
+from zerodraft.models.tokenizers import encode
 
 OVERHEAD = 0.001
 """Seconds of a step that are neither target nor drafter."""

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zerodraft.cli.main import log_to_stderr
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "ztt-tiny"
@@ -84,8 +84,9 @@ def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict
     from transformers.utils import logging as transformers_logging
 
     from zerodraft import decoder
-    from zerodraft.cli.decoding import Sampling, decode_and_report, encode, load_target
+    from zerodraft.cli.decoding import Sampling, decode_and_report, load_target
     from zerodraft.generate.drafters import find_drafter
+    from zerodraft.models.tokenizers import encode
 
     transformers_logging.disable_progress_bar()
     try:
@@ -278,7 +279,7 @@ def train_one(
 ) -> tuple[dict[str, Any], float]:
     """The results of one run, and the seconds of a step."""
     from zerodraft.training.recipe import load_recipe
-    from zerodraft.training.run import pretrain
+    from zerodraft.training.ztt.run import pretrain
 
     recipe = load_recipe(RECIPES[name], {**overrides, "training.steps": steps})
     watch = step_watch(console if bar else None, TITLES[name])

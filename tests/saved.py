@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from zerodraft import ZttConfig, ZttForCausalLM
-from zerodraft.training.completions import Completion, write_shard
+from zerodraft.training.drafters.completions import Completion, write_shard
 from zerodraft.training.tokenizer import train_tokenizer
 
 TEXT = "the cat sat on the mat. once upon a time there was a little fox who could not sleep."

@@ -11,7 +11,7 @@ import pytest
 
 from zerodraft.cli.flags import flags_of, parse
 from zerodraft.cli.main import COMMANDS, _load
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "models").glob("*/README.md"))]
@@ -26,7 +26,7 @@ FOREIGN = {
     "src/zerodraft/bench/report.py": {"--accent", "--ink", "--line", "--soft"},  # a style sheet's
     "src/zerodraft/cli/command.py": {"--field.key", "--key"},
     "src/zerodraft/cli/flags.py": {"--max", "--max-steps", "--training"},
-    "src/zerodraft/targets/wheel.py": {
+    "src/zerodraft/models/wheel.py": {
         "--dest", "--disable-pip-version-check", "--no-deps", "--no-input", "--only-binary", "--retries",
     },
 }  # fmt: skip

@@ -20,7 +20,7 @@ from tests.drafters.masked_hub import DREAM, dream_tensors, write
 from tests.saved import TEXT, save, save_completions, tiny_llama, tiny_tokenizer
 from zerodraft import ZeroMassExit
 from zerodraft.cli.main import main
-from zerodraft.targets.cache import build_once, default_cache_dir
+from zerodraft.models.cache import build_once, default_cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

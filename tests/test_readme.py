@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zerodraft.cli.main import COMMANDS
-from zerodraft.targets import lean_weights
+from zerodraft.fast import lean_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,13 +37,13 @@ def test_the_commands_exist() -> None:
 
 def test_the_files_of_the_tree_exist() -> None:
     (tree,) = re.findall(r"^```text\n(src/.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    folder, missing = Path(), []
-    for line in tree.splitlines():
-        entry = line.split()[0] if line.strip() else ""
-        if entry.endswith("/"):
-            folder = Path(entry)
-        elif entry and not (ROOT / folder / entry).exists():
-            missing.append(folder / entry)
-        if entry.endswith("/") and not (ROOT / folder).is_dir():
-            missing.append(folder)
+    root, *lines = tree.splitlines()
+    room, missing = ROOT / root, []
+    for line in lines:
+        for name in re.findall(r"[\w/]+(?:/(?= |$)|\.py|\.cpp)", line):
+            if name.endswith("/"):
+                room = ROOT / root / name
+            if not (room if name.endswith("/") else room / name).exists():
+                missing.append(str(room / name))
+    assert len(re.findall(r"\.py", tree)) > 20
     assert not missing

@@ -16,7 +16,7 @@ import zerodraft
 from tests.saved import save, save_completions, save_ztt, tiny_llama, tiny_tokenizer
 
 PACKAGE = Path(zerodraft.__file__).parent
-HELPER = PACKAGE / "ztt" / "loading.py"
+HELPER = PACKAGE / "models" / "loading.py"
 OURS = {"BlockDrafter", "DFlashDrafter", "MaskedDrafter", "PeftModel", "super()"}
 """Classes whose `from_pretrained` runs no code: ours, which use the helper or say no unless their caller says yes
 (`super()`), and PEFT's, which knows no such code."""

@@ -5,8 +5,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.fallback import Fallback
-from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, CostAwareTree, DraftLength, FixedLength
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
 from zerodraft.decoding.scorers import CausalProxy
@@ -16,9 +16,9 @@ from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
-from zerodraft.errors import ZerodraftError
+from zerodraft.fast.best import release
 from zerodraft.generate.decoder import decoder
-from zerodraft.targets.best import release
+from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.exits import (
     ConfidenceExit,

@@ -13,7 +13,7 @@ from zerodraft.bench.measure import dumps, interleave, provenance, spread
 from zerodraft.bench.search_cost import cases_of, lattice_of, trigrams
 from zerodraft.bench.sections import Effort
 from zerodraft.cli.main import main
-from zerodraft.decoding.target import HfTarget
+from zerodraft.fast.target import HfTarget
 
 
 def test_a_quick_run_has_all_sections(

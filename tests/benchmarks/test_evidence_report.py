@@ -10,7 +10,7 @@ from evidence_plan import Plan
 from evidence_report import HEAD, difference, markdown, phi_of, read_tables, write_report
 from evidence_table import Diverged, Table, write_table
 from tests.benchmarks.conftest import made_row
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,10 +17,10 @@ from evidence import main
 from evidence_plan import Plan, Run
 from evidence_runs import Paused, curve, losses_by_cycle, make_run, make_runs, progress
 from evidence_table import Row, Table, read_table
-from zerodraft.errors import ZerodraftError
-from zerodraft.lock import locked
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.lock import locked
 from zerodraft.training.folder import last_checkpoint
-from zerodraft.training.trainer import ZttTrainer
+from zerodraft.training.ztt.trainer import ZttTrainer
 
 ROOT = Path(__file__).parents[2]
 

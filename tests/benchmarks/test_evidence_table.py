@@ -9,7 +9,7 @@ import pytest
 from evidence_plan import Plan, Run, chosen, read_plan
 from evidence_table import Diverged, Table, open_table, read_table, write_table
 from tests.benchmarks.conftest import made_row
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).parents[2]
 RATES = {"1e-2": {"learning_rate": 1e-2}, "1e-3": {"learning_rate": 1e-3}}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from zerodraft.cli import chat as chat_module
 from zerodraft.cli.main import main
-from zerodraft.training.tokenizer import load_tokenizer
+from zerodraft.models.tokenizers import load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

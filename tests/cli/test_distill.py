@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zerodraft.cli.main import main
-from zerodraft.training.completions import read_completions
+from zerodraft.training.drafters.completions import read_completions
 
 SMALL = ["--no-chat", "--max-new-tokens", "5", "--batch-size", "2"]
 

@@ -15,11 +15,11 @@ from zerodraft.cli.decoding import load_target
 from zerodraft.cli.loading import ready
 from zerodraft.cli.main import main
 from zerodraft.decoding.protocols import Target
-from zerodraft.targets import best
-from zerodraft.targets.best import best_target
-from zerodraft.targets.compiled import kernels
-from zerodraft.targets.lean import LeanTarget
-from zerodraft.targets.packed import HalvesLinear
+from zerodraft.fast import best
+from zerodraft.fast.best import best_target
+from zerodraft.fast.compiled import kernels
+from zerodraft.fast.lean import LeanTarget
+from zerodraft.fast.packed import HalvesLinear
 
 pytestmark = pytest.mark.skipif(torch.accelerator.current_accelerator() is not None, reason="is about CPUs")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, overrides_of, positional, settings_of
 from zerodraft.cli.flags import field_docs, flags_of, parse
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.recipe import Recipe, TrainingRecipe
 
 

@@ -11,8 +11,8 @@ from zerodraft import FixedExit, ZttForCausalLM, exit_rule_to_dict
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.main import main
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.tokenizer import load_tokenizer
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.ztt.exits import ConfidenceExit, ZeroMassExit
 
 

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from zerodraft.cli import decoding
-from zerodraft.cli.decoding import first_difference, load_target, near_tie, top_gap
+from zerodraft.cli.decoding import load_target
 from zerodraft.cli.main import main
+from zerodraft.generate.comparing import first_difference, near_tie, top_gap
 from zerodraft.generate.names import SHIPPED, shipped_drafter
 
 

@@ -15,7 +15,7 @@ from zerodraft.cli.command import Command, Result
 from zerodraft.cli.flags import flags_of
 from zerodraft.cli.help import Sketch
 from zerodraft.cli.main import COMMANDS, main
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class Echo(Command):
             raise ConnectionError("the line is dead")
         if self.fail == "interrupt":
             raise KeyboardInterrupt
-        logging.getLogger("zerodraft.targets.resolve").info("getting something")
+        logging.getLogger("zerodraft.models.resolve").info("getting something")
         console.print("for people")
         return {"value": 1.5, "nothing": float("nan"), "list": (1, float("inf"))}
 

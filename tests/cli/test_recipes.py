@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from zerodraft.cli.main import main
-from zerodraft.training import run
 from zerodraft.training.recipe import Recipe
+from zerodraft.training.ztt import run
 
 RESULTS = {
     "parameters": 1234,

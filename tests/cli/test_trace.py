@@ -6,8 +6,8 @@ import pytest
 from rich.text import Text
 
 from zerodraft.cli.trace import ACCEPTED, OWN, REJECTED, TextPieces, rejected_path, trace, trace_legend
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
-from zerodraft.errors import ZerodraftError
 
 
 def coloured(text: Text, style: str) -> str:

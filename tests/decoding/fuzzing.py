@@ -43,11 +43,11 @@ from zerodraft import (
     SearchConfig,
     ZerodraftError,
 )
-from zerodraft.caches import CACHE
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.masked_model import masked_from_target
+from zerodraft.models.caches import CACHE
 
 MORE_FAMILIES: dict[str, PreTrainedConfig] = {
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.decoding.drafters import NoisyDrafter
 from tests.ztt.tiny import FAMILIES, VOCABULARY, left_padded, tiny, tiny_plain, tokens
 from zerodraft.decoding.fallback import Fallback
-from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, FixedLength
 from zerodraft.decoding.search import SearchConfig
+from zerodraft.generate.huggingface import DiffuSpec
 
 NEW = 24
 MODELS = [*FAMILIES, "ztt"]

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tests.decoding.test_engine import NEW, OPTIONS, PROMPT, Enumerator, V, distance, exact, model_of, settings
 from tests.ztt.tiny import left_padded
-from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import drafter_from_target
-from zerodraft.targets import resolve
-from zerodraft.targets.lean import lean_target
+from zerodraft.fast.lean import lean_target
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.models import resolve
 
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "smollm2-drafter"
 

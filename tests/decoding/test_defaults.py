@@ -10,7 +10,7 @@ import torch
 from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.generating import prompts_of
 from tests.drafters import tiny_dflash
-from tests.targets.tape import Taped
+from tests.fast.tape import Taped
 from tests.ztt.tiny import VOCABULARY, tiny, tiny_plain
 from zerodraft import (
     AutoregressiveDrafter,
@@ -27,9 +27,9 @@ from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.masked_model import masked_from_target
-from zerodraft.targets.graphed import graphed_target
-from zerodraft.targets.int8 import Int8Linear
-from zerodraft.targets.lean import LeanTarget, lean_target
+from zerodraft.fast.graphed import graphed_target
+from zerodraft.fast.int8 import Int8Linear
+from zerodraft.fast.lean import LeanTarget, lean_target
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": None}
 
@@ -70,8 +70,8 @@ def test_targets(default: str, name: str, rows: int, kernels: bool, monkeypatch:
         pytest.skip("has no use for kernels")
     model, batch = make(), prompts_of(rows)
     if not kernels:
-        monkeypatch.setattr("zerodraft.targets.packed.kernels", lambda: None)
-        monkeypatch.setattr("zerodraft.targets.lean_compiled.kernels", lambda: None)
+        monkeypatch.setattr("zerodraft.fast.packed.kernels", lambda: None)
+        monkeypatch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: None)
     plain = model.generate(**batch, **OPTIONS, do_sample=False)
     starts = [0] * rows if rows == 1 else (batch["attention_mask"] == 0).sum(1).tolist()
     texts = [row[start:].tolist() for row, start in zip(plain, starts, strict=True)]

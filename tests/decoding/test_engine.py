@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.decoding.drafters import NoisyDrafter
 from tests.ztt.tiny import randomise
-from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import TargetOutput
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
 from zerodraft.decoding.text import Text
+from zerodraft.generate.huggingface import DiffuSpec
 
 V, NEW = 4, 3
 # it lacks tokens: what processors make of a token then depends on whether a draft holds it

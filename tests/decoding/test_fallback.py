@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zerodraft import AdaptiveLength, CostAwareTree, DiffuSpec, FixedLength, HybridDrafter, SearchConfig
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.fallback import FIRST_PLAIN, Fallback
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import DraftSession, Progress, TargetOutput
-from zerodraft.errors import ZerodraftError
 
 V = 50
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.ztt.tiny import VOCABULARY, tiny_plain, tokens
-from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.idea import decode
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import AdaptiveLength
 from zerodraft.decoding.protocols import Progress
+from zerodraft.generate.huggingface import DiffuSpec
 
 NEW = 60
 

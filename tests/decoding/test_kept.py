@@ -13,15 +13,15 @@ from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.generating import model_of
 from tests.decoding.test_together import DRAFTERS
 from tests.drafters.test_block import make
-from tests.targets.test_graphed import Unrecorded
+from tests.fast.test_graphed import Unrecorded
 from tests.ztt.tiny import VOCABULARY, randomise, tiny, tiny_plain, tokens
 from zerodraft import ContextProxy, DiffuSpec, FixedExit, FixedLength
-from zerodraft.caches import CACHE
 from zerodraft.decoding.kept import common_prefix
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.none import NoDrafter
-from zerodraft.targets.graphed import graphed_target
-from zerodraft.targets.lean import lean_target
+from zerodraft.fast.graphed import graphed_target
+from zerodraft.fast.lean import lean_target
+from zerodraft.models.caches import CACHE
 
 NEW, TURN = 9, 5
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

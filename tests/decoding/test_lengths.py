@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import (
     Acceptance,
     AdaptiveLength,
@@ -15,7 +16,6 @@ from zerodraft.decoding.lengths import (
     DraftLength,
     FixedLength,
 )
-from zerodraft.errors import ZerodraftError
 
 
 @pytest.mark.parametrize("length", [FixedLength(4), AdaptiveLength(), CostAwareLength(), CostAwareTree()])

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.ngram import PREAMBLE, NgramTable, open_table, save_table
 from zerodraft.decoding.ngram_build import FALLBACK, build_table
-from zerodraft.errors import ZerodraftError
 
 V = 5
 documents = st.lists(st.lists(st.integers(0, V - 1), min_size=1, max_size=8), min_size=1, max_size=30)

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.ngram import save_table
 from zerodraft.decoding.ngram_build import build_table
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
 from zerodraft.decoding.scorers import CausalProxy, ProxySession
-from zerodraft.errors import ZerodraftError
 
 V = 6
 EVERYTHING = np.arange(V)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
 from zerodraft.decoding.scorers import LatticeScores, ProxySession
 from zerodraft.decoding.search import (
@@ -24,7 +25,6 @@ from zerodraft.decoding.search import (
     sample_draft,
 )
 from zerodraft.decoding.verify import Dice
-from zerodraft.errors import ZerodraftError
 
 EOS = (0, 7)
 

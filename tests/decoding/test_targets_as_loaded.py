@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.decoding.generating import NEW, both, prompts_of, spec_for
 from tests.ztt.tiny import gap, tiny_plain
-from zerodraft.targets.lean import lean_target
+from zerodraft.fast.lean import lean_target
 
 LAYERS = "model.layers."
 

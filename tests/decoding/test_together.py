@@ -24,7 +24,7 @@ from zerodraft import (
 )
 from zerodraft.decoding.lengths import CostKind
 from zerodraft.drafters.block import BlockDrafter
-from zerodraft.targets.lean import lean_target
+from zerodraft.fast.lean import lean_target
 
 DRAFTERS: dict[str, Any] = {
     "block": lambda target, block: BlockDrafter(block, target, candidates=6),

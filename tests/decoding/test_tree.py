@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
-from zerodraft.errors import ZerodraftError
 
 PATHS = st.lists(st.lists(st.integers(0, 3), max_size=5), max_size=6)
 """Few tokens, so that prefixes are shared and paths repeat."""

@@ -24,12 +24,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding import verify
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.search import SearchConfig, sample_draft
 from zerodraft.decoding.tree import ROOT, DraftTree
 from zerodraft.decoding.verify import Dice, Randomness, Verdict
-from zerodraft.errors import ZerodraftError
 
 V = 4
 PROMPT = (2, 0)

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, DynamicCache, StaticCache
 from tests.decoding.generating import spec_for
 from tests.ztt.tiny import SIZES, VOCABULARY, randomise, tiny_plain, tokens
 from zerodraft import ZerodraftError
-from zerodraft.caches import CACHE
+from zerodraft.models.caches import CACHE
 
 WINDOW = 8
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}

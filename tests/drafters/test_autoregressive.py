@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.ztt.tiny import VOCABULARY, base_config, tiny, tiny_plain
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
-from zerodraft.errors import ZerodraftError
+from zerodraft.generate.huggingface import DiffuSpec
 
 CPU = torch.device("cpu")
 

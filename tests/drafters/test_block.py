@@ -10,15 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from tests.drafters.driving import drafts
 from zerodraft import ZttConfig, ZttForCausalLM
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter, load_block
 from zerodraft.drafters.block_layers import CompiledBlock, EachLayer
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target, training_mask
-from zerodraft.errors import ZerodraftError
-from zerodraft.targets.compiled import kernels
-from zerodraft.targets.int8 import Int8Linear, rounded_linear
-from zerodraft.targets.packed import NarrowLinear
+from zerodraft.fast.compiled import kernels
+from zerodraft.fast.int8 import Int8Linear, rounded_linear
+from zerodraft.fast.packed import NarrowLinear
 
 SIZES = {
     "vocab_size": 64,
@@ -158,7 +158,7 @@ def test_rounded_drafts_are_nearly_the_same(linear: type, monkeypatch: pytest.Mo
     if linear is NarrowLinear and kernels() is None:
         pytest.skip("needs a C++ compiler and torch's OpenMP")
     if linear is Int8Linear:
-        monkeypatch.setattr("zerodraft.targets.int8.kernels", lambda: None)
+        monkeypatch.setattr("zerodraft.fast.int8.kernels", lambda: None)
     assert rounded_linear(torch.device("cpu")) is linear
     target, drafter = make()
     ids, lattices = torch.randint(64, (1, 12)), []

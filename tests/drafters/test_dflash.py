@@ -23,8 +23,7 @@ from tests.drafters.tiny_dflash import (
     states,
     transformers_model,
 )
-from zerodraft.caches import CACHE
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.dflash_model import (
@@ -32,7 +31,8 @@ from zerodraft.drafters.dflash_model import (
     dflash_from_target,
     visible,
 )
-from zerodraft.errors import ZerodraftError
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.models.caches import CACHE
 
 
 @pytest.mark.parametrize("changes", [{}, {**SLIDING, "causal_sliding": False}], ids=["full", "sliding"])

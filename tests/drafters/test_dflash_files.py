@@ -24,12 +24,12 @@ from tests.drafters.tiny_dflash import (
     states,
 )
 from zerodraft.cli.main import main
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.dflash_files import export_dflash, is_dflash, load_dflash, published_config
 from zerodraft.drafters.dflash_model import (
     visible,
 )
-from zerodraft.errors import ZerodraftError
 from zerodraft.generate.drafters import find_drafter
 
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.drafters.lookup import PromptLookupDrafter, lookup, matches
-from zerodraft.errors import ZerodraftError
 
 
 def oracle(text: list[int], length: int, max_ngram: int, min_ngram: int, candidates: int) -> list[dict[int, float]]:

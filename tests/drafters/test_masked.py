@@ -22,14 +22,14 @@ from tests.drafters.masked_hub import (
     dream_tensors,
     write,
 )
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked import MaskedDrafter, denoise
 from zerodraft.drafters.masked_formats import is_masked, load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
 from zerodraft.drafters.taking import layers_to_take
-from zerodraft.errors import ZerodraftError
+from zerodraft.generate.huggingface import DiffuSpec
 
 
 @pytest.fixture(params=FAMILIES)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Drafter, Progress
@@ -28,8 +28,8 @@ from zerodraft.drafters.retokenized import (
     retokenized_if_needed,
     spread,
 )
-from zerodraft.errors import ZerodraftError
 from zerodraft.generate.drafters import find_drafter
+from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.training.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from tests.ztt.tiny import gap
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.dflash_files import config_of
 from zerodraft.drafters.masked_formats import dream_config, llada_config
-from zerodraft.errors import ZerodraftError
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},

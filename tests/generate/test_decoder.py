@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import zerodraft
 from tests.decoding.generating import letters, model_of, prompts_of
-from tests.decoding.test_huggingface_door import Collector
+from tests.generate.test_huggingface_door import Collector
 from tests.saved import save, tiny_llama, tiny_tokenizer
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.drafters.dflash_files import export_dflash
 from zerodraft.drafters.dflash_model import dflash_from_target
@@ -19,7 +20,6 @@ from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.kinds import KINDS
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked_model import masked_from_target
-from zerodraft.errors import ZerodraftError
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -97,7 +97,7 @@ def test_streamers_and_stop_strings_need_no_help_of_transformers(rows: int, monk
     plain = model.generate(**batch, **OPTIONS, stop_strings=[stop], tokenizer=tokenizer, streamer=wanted)
     assert rows > 1 or plain.shape[1] < text.shape[1]
     # `generate` hands a decoder neither of them; nobody looks for them here
-    monkeypatch.setattr("zerodraft.decoding.door.restore", lambda frame: pytest.fail("frames are read"))
+    monkeypatch.setattr("zerodraft.generate.door.restore", lambda frame: pytest.fail("frames are read"))
     decode = zerodraft.decoder(model)
     ours = decode.generate(model, **batch, **OPTIONS, stop_strings=stop, tokenizer=tokenizer, streamer=got)
     assert torch.equal(ours, plain)

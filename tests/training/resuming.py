@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.lock import locked
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.lock import locked
 from zerodraft.training.callbacks import read_log
 
 

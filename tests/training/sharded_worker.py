@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from zerodraft.training.recipe import load_recipe
-from zerodraft.training.run import pretrain
-from zerodraft.training.trainer import ZttTrainer
+from zerodraft.training.ztt.run import pretrain
+from zerodraft.training.ztt.trainer import ZttTrainer
 
 initialise, train = PartialState.__init__, ZttTrainer.training_step
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.adapters import load_adapters
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.callbacks import read_log
-from zerodraft.training.models import build_from_start
-from zerodraft.training.run import finetune, pretrain
+from zerodraft.training.ztt.adapters import load_adapters
+from zerodraft.training.ztt.models import build_from_start
+from zerodraft.training.ztt.run import finetune, pretrain
 
 pytest.importorskip("peft")
 # peft asks for an attribute that transformers has renamed

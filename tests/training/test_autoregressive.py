@@ -22,14 +22,14 @@ from transformers import (
 from tests.saved import save, save_completions, tiny_llama, tiny_tokenizer
 from tests.training.resuming import learns_and_resumes, losses
 from tests.ztt.tiny import FAMILIES, VOCABULARY, gap, logits, randomise, tiny, tiny_plain, tokens
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.autoregressive import draw_places, head_at, small_from_target, train_autoregressive
-from zerodraft.training.autoregressive_recipe import AutoregressiveDrafterRecipe, load_autoregressive_recipe
-from zerodraft.training.completions import Completion, read_completions, write_shard
-from zerodraft.training.walk import measure_walks, walk
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.training.drafters.autoregressive import draw_places, head_at, small_from_target, train_autoregressive
+from zerodraft.training.drafters.autoregressive_recipe import AutoregressiveDrafterRecipe, load_autoregressive_recipe
+from zerodraft.training.drafters.completions import Completion, read_completions, write_shard
+from zerodraft.training.drafters.walk import measure_walks, walk
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

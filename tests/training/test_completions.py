@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.completions import read_completions
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.drafters.completions import read_completions
 
 ROWS = {"a": [([5, 6, 7, 2], 2, 0.0), ([9], 0, 0.8)], "b": [([1, 1, 3], 3, 0.0)]}
 

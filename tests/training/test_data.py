@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.data import PackedBlocks, build_data, cut_document, read_documents, split_documents
 from zerodraft.training.recipe import DataRecipe
-from zerodraft.training.tokenizer import load_tokenizer, train_tokenizer
+from zerodraft.training.tokenizer import train_tokenizer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "seven", "wizards", "box"]
 

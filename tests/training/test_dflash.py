@@ -11,13 +11,13 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zerodraft.cli.main import main
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.dflash_files import load_dflash
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.completions import read_completions
-from zerodraft.training.dflash import load_dflash_recipe, train_dflash, unused_token
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.training.drafters.completions import read_completions
+from zerodraft.training.drafters.dflash import load_dflash_recipe, train_dflash, unused_token
 
 VOCABULARY = 64
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.training.test_prompts import TEMPLATE
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.completions import read_completions
-from zerodraft.training.distill import DistillSettings, Done, Writer, distill, plan
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.drafters.completions import read_completions
+from zerodraft.training.drafters.distill import DistillSettings, Done, Writer, distill, plan
+from zerodraft.training.drafters.writer import HfWriter
 from zerodraft.training.prompts import Prompt, PromptEncoder
 from zerodraft.training.tokenizer import train_tokenizer
-from zerodraft.training.writer import HfWriter
 
 PROMPTS = [Prompt("the cat" + " sat" * (i % 5), "cats") for i in range(9)]
 SETTINGS = DistillSettings(batch_size=2, max_new_tokens=5, max_prompt_tokens=40)

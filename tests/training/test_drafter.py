@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.acceptance import measure_acceptance
-from zerodraft.training.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor, repeated
-from zerodraft.training.completions import check_vocabulary, read_completions
-from zerodraft.training.drafter import frequent_tokens, train_drafter
-from zerodraft.training.drafter_recipe import load_drafter_recipe
-from zerodraft.training.drafter_run import split_completions
-from zerodraft.training.features import FeatureCache
+from zerodraft.training.drafters.acceptance import measure_acceptance
+from zerodraft.training.drafters.block import frequent_tokens, train_drafter
+from zerodraft.training.drafters.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor, repeated
+from zerodraft.training.drafters.completions import check_vocabulary, read_completions
+from zerodraft.training.drafters.features import FeatureCache
+from zerodraft.training.drafters.recipe import load_drafter_recipe
+from zerodraft.training.drafters.run import split_completions
 
 VOCABULARY, LAYERS = 64, 3
 
@@ -380,7 +380,7 @@ def test_bfloat16_reaches_the_loss(
         types[bf16] = logits.dtype
         return block_loss(logits, *goal)
 
-    monkeypatch.setattr("zerodraft.training.drafter.block_loss", watched)
+    monkeypatch.setattr("zerodraft.training.drafters.block.block_loss", watched)
     for bf16 in (False, True):
         out = tmp_path / str(bf16)
         train_drafter(recipe(target_folder, completions_folder, out, steps=1, bf16=bf16), callbacks=[])

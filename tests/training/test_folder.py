@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.lock import LOCK, locked
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.lock import LOCK, locked
 from zerodraft.training.base import forward_passes
 from zerodraft.training.callbacks import JsonLog, read_log
 from zerodraft.training.folder import claimed
 from zerodraft.training.recipe import Recipe
-from zerodraft.training.run import pretrain
+from zerodraft.training.ztt.run import pretrain
 
 # Runs the recipe without an interruption; then again in processes that die instead of renaming a file or folder, or
 # when they have half removed a checkpoint, and resumes these.
@@ -22,7 +22,7 @@ KILLS = """
 import os, shutil, signal, sys
 from pathlib import Path
 from zerodraft.training.recipe import load_recipe
-from zerodraft.training.run import pretrain
+from zerodraft.training.ztt.run import pretrain
 
 path, work = sys.argv[1], Path(sys.argv[2])
 

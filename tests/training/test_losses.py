@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.losses import CycleLoss, weights_over_cycles
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.recipe import LossRecipe
+from zerodraft.training.ztt.losses import CycleLoss, weights_over_cycles
 
 
 def arguments(loss, step=0, micro_step=0, shape=(2, 4), *, rank=0, progress=0.0):

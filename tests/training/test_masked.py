@@ -11,15 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.saved import save_completions
 from tests.training.resuming import learns_and_resumes, losses
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel, masked_from_target
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.completions import read_completions
-from zerodraft.training.masked import (
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.training.drafters.completions import read_completions
+from zerodraft.training.drafters.masked import (
     block_example,
     blocks_example,
     collate,
@@ -29,8 +29,8 @@ from zerodraft.training.masked import (
     train_masked,
     walk_together,
 )
-from zerodraft.training.masked_recipe import MaskedDrafterRecipe, load_masked_recipe
-from zerodraft.training.walk import walk
+from zerodraft.training.drafters.masked_recipe import MaskedDrafterRecipe, load_masked_recipe
+from zerodraft.training.drafters.walk import walk
 
 VOCABULARY = 48
 

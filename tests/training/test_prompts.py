@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.prompts import Prompt, PromptEncoder, fingerprint, read_prompts
 from zerodraft.training.tokenizer import train_tokenizer
 

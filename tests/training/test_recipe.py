@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.autoregressive_recipe import load_autoregressive_recipe
-from zerodraft.training.dflash import load_dflash_recipe
-from zerodraft.training.drafter_recipe import load_drafter_recipe
-from zerodraft.training.masked_recipe import load_masked_recipe
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.drafters.autoregressive_recipe import load_autoregressive_recipe
+from zerodraft.training.drafters.dflash import load_dflash_recipe
+from zerodraft.training.drafters.masked_recipe import load_masked_recipe
+from zerodraft.training.drafters.recipe import load_drafter_recipe
 from zerodraft.training.recipe import Recipe, load_recipe
 from zerodraft.training.strict import from_mapping, to_mapping
 

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.chat import tokens_of
 from zerodraft.training.data import PackedBlocks, build_data, read_documents
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.rows import Chat, Pair, content, document_of, plain_text
-from zerodraft.training.run import finetune, pretrain
 from zerodraft.training.tokenizer import train_tokenizer
+from zerodraft.training.ztt.run import finetune, pretrain
 
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>\n{% endfor %}"
 ASKING = PLAIN + "{% if add_generation_prompt %}<assistant>{% endif %}"

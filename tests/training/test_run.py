@@ -14,18 +14,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.callbacks import read_log
 from zerodraft.training.folder import last_checkpoint
-from zerodraft.training.run import finetune, pretrain
-from zerodraft.training.tokenizer import load_tokenizer
+from zerodraft.training.ztt.run import finetune, pretrain
 
 # a callback that sleeps, so that the kill hits the middle of the run
 SLOW_RUN = """
 import sys, time
 from transformers import TrainerCallback
 from zerodraft.training.recipe import load_recipe
-from zerodraft.training.run import pretrain
+from zerodraft.training.ztt.run import pretrain
 
 class Slow(TrainerCallback):
     def on_step_end(self, *args, **kwargs):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.training.resuming import losses
-from zerodraft.training.run import pretrain
+from zerodraft.training.ztt.run import pretrain
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 OPTIONS = (

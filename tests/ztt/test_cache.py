@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from tests.ztt.tiny import FAMILIES, gap, left_padded, tiny, tokens
 from tests.ztt.unrolled import executions, unroll
 from zerodraft import FixedExit
-from zerodraft.caches import CACHE
+from zerodraft.models.caches import CACHE
 from zerodraft.ztt.cache import KvMemory, SlotView
 from zerodraft.ztt.interface import TokenGrid
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, StaticCache
 
 from tests.ztt.tiny import gap, left_padded, tiny, tokens
-from zerodraft.caches import CACHE, returned_by
+from zerodraft.models.caches import CACHE, returned_by
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
 NEW = 5

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ztt.tiny import FAMILIES, LAYERS, logits, open_gates, tiny_plain, tokens
 from zerodraft import ZttForCausalLM
-from zerodraft.targets import resolve
+from zerodraft.models import resolve
+from zerodraft.models.loading import load_pretrained
 from zerodraft.ztt.convert import from_base
-from zerodraft.ztt.loading import load_pretrained
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from tests.ztt.test_exits import splitting
 from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
 from tests.ztt.unrolled import unroll
 from zerodraft import ConfidenceExit, FixedExit
-from zerodraft.caches import CACHE
+from zerodraft.models.caches import CACHE
 
 FAMILIES = ["llama", "mistral", "gemma3", "gpt2", "opt"]
 NEW = 8

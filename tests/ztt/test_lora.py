@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.ztt.tiny import logits, open_gates, randomise, tiny_plain, tokens, unpositioned
 from zerodraft import FixedExit, ZttForCausalLM
+from zerodraft.models.loading import load_pretrained
 from zerodraft.ztt.convert import from_base, to_base
-from zerodraft.ztt.loading import load_pretrained
 from zerodraft.ztt.lora import matrix, projections
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.ztt.tiny import gap, open_gates, tiny_plain, tokens
 from zerodraft import ZerodraftError, ZttForCausalLM
-from zerodraft.training.adapters import load_adapters
+from zerodraft.training.ztt.adapters import load_adapters
 from zerodraft.ztt.convert import from_base
 from zerodraft.ztt.pretrained import OWN_PARTS
 

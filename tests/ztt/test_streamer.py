@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from tests.ztt.tiny import tiny, tokens
 from zerodraft import ConfidenceExit, ZerodraftError, ZeroMassExit
-from zerodraft.caches import CACHE
+from zerodraft.models.caches import CACHE
 from zerodraft.training.tokenizer import train_tokenizer
 from zerodraft.ztt.streamer import DepthStreamer
 

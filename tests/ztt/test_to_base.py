@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.ztt.tiny import FAMILIES, LAYERS, base_config, logits, open_gates, randomise, tiny_plain, unpositioned
 from zerodraft import ZerodraftError, ZttConfig, ZttForCausalLM
+from zerodraft.models.loading import load_pretrained
 from zerodraft.ztt.convert import from_base, to_base
-from zerodraft.ztt.loading import load_pretrained
 
 
 @pytest.mark.parametrize("family", FAMILIES)

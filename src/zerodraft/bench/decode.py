@@ -16,9 +16,10 @@ import torch
 from zerodraft.bench.methods import Decoded, Method, eos_ids
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
-from zerodraft.cli.decoding import encode, first_difference, near_tie
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.stats import DecodeStats
-from zerodraft.errors import ZerodraftError
+from zerodraft.generate.comparing import first_difference, near_tie
+from zerodraft.models.tokenizers import encode
 
 Row = dict[str, Any]
 """One prompt: `id`, `task`, `prompt_tokens`, and by method what was measured."""

@@ -8,8 +8,8 @@ from typing import Any
 from zerodraft.bench.measure import write_bytes
 from zerodraft.bench.report import plots_of
 from zerodraft.bench.tables import KINDS, complete
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json, user_path
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json, user_path
 
 
 def read_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:

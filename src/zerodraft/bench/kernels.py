@@ -16,12 +16,12 @@ from zerodraft.bench.measure import Case, spread
 from zerodraft.bench.methods import OURS, OWN_PLAIN, Equipment, ours
 from zerodraft.bench.search_cost import search_sections
 from zerodraft.bench.sections import Effort, Section, point
-from zerodraft.caches import argument_of, returned_by
-from zerodraft.cli.decoding import encode
 from zerodraft.decoding.protocols import Target, TargetOutput
-from zerodraft.decoding.target import HfTarget
-from zerodraft.targets.best import best_target
-from zerodraft.targets.lean import LeanTarget, lean_target
+from zerodraft.fast.best import best_target
+from zerodraft.fast.lean import LeanTarget, lean_target
+from zerodraft.fast.target import HfTarget
+from zerodraft.models.caches import argument_of, returned_by
+from zerodraft.models.tokenizers import encode
 from zerodraft.ztt.attention import zero_attention_lse
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)

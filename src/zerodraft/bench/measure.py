@@ -21,9 +21,9 @@ import torch
 import transformers
 
 import zerodraft
-from zerodraft.outputs import new_file
-from zerodraft.targets import compiled
-from zerodraft.targets.cache import sha256_of
+from zerodraft.common.outputs import new_file
+from zerodraft.fast import compiled
+from zerodraft.models.cache import sha256_of
 
 Case = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[3]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.bench.methods import BASE, FULL, Equipment, available, choose
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 STATUS = Path("/proc/self/status")
 MIB = 2**20

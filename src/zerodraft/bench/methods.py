@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from zerodraft.decoding.huggingface import DiffuSpec
+from zerodraft.common.errors import ZerodraftError, did_you_mean
+from zerodraft.common.files import user_path
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import CostAwareLength, FixedLength
 from zerodraft.decoding.search import SearchConfig
@@ -23,11 +24,9 @@ from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.none import NoDrafter
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
 from zerodraft.generate import decoder as door
-from zerodraft.targets.wheel import check_gguf
-from zerodraft.training.strict import did_you_mean
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.models.wheel import check_gguf
 
 BASE = "hf_plain"
 """What all others are compared with."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_text, user_path
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_text, user_path
 from zerodraft.training.jsonl import json_row
 from zerodraft.training.prompts import read_prompts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.bench.measure import write_text
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.jsonl import json_row
 
 

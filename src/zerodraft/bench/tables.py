@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from zerodraft.bench.whatif import Costs, break_even, modelled_speedup
-from zerodraft.errors import ZerodraftError, why
+from zerodraft.common.errors import ZerodraftError, why
 
 Result = Mapping[str, Any]
 KINDS = ("decode", "memory", "kernels")

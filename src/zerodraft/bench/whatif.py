@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 SCRIPT = Path(__file__).with_name("whatif.js")
 """The same sums, for a page on which costs can be changed."""

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import Dtype
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import user_path
 
 if TYPE_CHECKING:
     from zerodraft.bench.decode import Settings, Task
@@ -326,7 +326,7 @@ class Bench(Command):
         """Of what is measured with, so that results of other weights or prompts can be told apart."""
         from zerodraft.bench.measure import fingerprint, weights
         from zerodraft.generate.names import shipped_drafter
-        from zerodraft.targets import resolve
+        from zerodraft.models import resolve
 
         models = {
             "target": self.target,
@@ -350,8 +350,8 @@ class Bench(Command):
         from zerodraft.cli.loading import load_tokenizer
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.drafters import find_drafter
-        from zerodraft.targets import resolve
-        from zerodraft.ztt.loading import load_pretrained
+        from zerodraft.models import resolve
+        from zerodraft.models.loading import load_pretrained
 
         def load(kind: Any, name: str) -> Any:
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None

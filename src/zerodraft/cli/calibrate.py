@@ -16,8 +16,8 @@ from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import check_tokens, load_tokenizer, load_ztt
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,7 +160,7 @@ class Calibrate(Command):
         known: list[str] = list(NAMES)
         for name in self.rules:
             if name not in (*known, "all"):
-                from zerodraft.training.strict import did_you_mean
+                from zerodraft.common.errors import did_you_mean
 
                 raise ZerodraftError(f"--rules: unknown rule '{name}'{did_you_mean(name, [*known, 'all'])}")
         if rule == "best" and not self.rules:
@@ -219,7 +219,7 @@ class Calibrate(Command):
         """Writes the report and the plot; without matplotlib it says so and goes on."""
         import torch
 
-        from zerodraft.training.run import versions
+        from zerodraft.training.kept import versions
         from zerodraft.ztt.calibrate import write_text
         from zerodraft.ztt.plot import plot_trade_off
 

@@ -8,19 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, settings_of
-from zerodraft.cli.decoding import (
-    Sampling,
-    check_drafter,
-    encode_messages,
-    live_streamer,
-    load_target,
-    speculate,
-    summary,
-)
+from zerodraft.cli.decoding import Sampling, check_drafter, live_streamer, load_target, speculate, summary
 from zerodraft.cli.loading import Dtype
 from zerodraft.cli.reading import Messages
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import whole_characters
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import whole_characters
 
 COMMAND = re.compile(r"/[A-Za-z]+")
 """What looks like one; `/etc/hosts` and a sentence that begins with a slash are messages."""
@@ -69,6 +61,7 @@ class Chat(Command):
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.decoder import decoder
         from zerodraft.generate.drafters import find_drafter
+        from zerodraft.models.tokenizers import encode_messages
 
         model, tokenizer = load_target(self.target, self.dtype)
         drafter, name = find_drafter(
@@ -102,6 +95,8 @@ class Chat(Command):
     def _answer(
         self, console: Console, model: Any, tokenizer: Any, decode: Any, messages: list[dict[str, str]], turn: int
     ) -> Result:
+        from zerodraft.models.tokenizers import encode_messages
+
         sampling = replace(self.sampling, seed=self.sampling.seed + turn)
         inputs = encode_messages(tokenizer, messages)
         streamer = live_streamer(console, tokenizer)

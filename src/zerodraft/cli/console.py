@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 
-from zerodraft.errors import printable
+from zerodraft.common.errors import printable
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """All but line feed and tab."""

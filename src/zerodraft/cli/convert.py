@@ -8,8 +8,8 @@ from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import load_tokenizer, load_ztt
-from zerodraft.errors import ZerodraftError
-from zerodraft.outputs import check_free, new_directory
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.outputs import check_free, new_directory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +73,9 @@ class Convert(Command):
     def _from_base(self) -> tuple[Any, Any, Path]:
         from transformers import AutoModelForCausalLM
 
-        from zerodraft.targets import resolve
+        from zerodraft.models import resolve
+        from zerodraft.models.loading import load_pretrained
         from zerodraft.ztt.convert import from_base
-        from zerodraft.ztt.loading import load_pretrained
 
         if self.unroll:
             raise ZerodraftError("--unroll belongs to --mode to-base")

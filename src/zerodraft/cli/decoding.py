@@ -12,18 +12,14 @@ from rich.text import Text
 from zerodraft.cli.command import Result, each
 from zerodraft.cli.loading import Dtype, check_tokens, load_model, load_tokenizer
 from zerodraft.cli.trace import TraceStreamer, trace_legend
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.distill import SMALLEST_TEMPERATURE
-from zerodraft.training.prompts import templated
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.drafters.distill import SMALLEST_TEMPERATURE
 
 if TYPE_CHECKING:
     import torch
 
-    from zerodraft.decoding.huggingface import DiffuSpec
     from zerodraft.decoding.stats import DecodeStats
-
-NEAR_TIE = 1e-3
-"""Logits in float32 this close can change places when the same sums are taken in another order."""
+    from zerodraft.generate.huggingface import DiffuSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,19 +78,11 @@ class Sampling:
         return chosen
 
 
-def near_tie(dtype: "torch.dtype") -> float:
-    """The same for a model that computes in this type: `NEAR_TIE`, or four of the steps in which the type counts from
-    16 to 32, where large logits lie (0.5 in bfloat16, 0.06 in float16)."""
-    import torch
-
-    return max(NEAR_TIE, 4 * 16 * torch.finfo(dtype).eps)
-
-
 def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     """The causal language model at a path, hub id or short name, ready to run in a type, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from zerodraft.targets import resolve
+    from zerodraft.models import resolve
 
     path = resolve(name)
     return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
@@ -107,26 +95,6 @@ def check_drafter(name: str, steps: int) -> None:
     from zerodraft.generate.names import check_name
 
     check_name(name)
-
-
-def encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """The prompt's tensors, in the chat template if wanted."""
-    if not chat:
-        return for_decoder(tokenizer(prompt, return_tensors="pt"))
-    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def for_decoder(inputs: Any) -> Any:
-    """What a causal language model takes of a tokenizer's tensors: some make `token_type_ids` as well, which a decoder
-    does not know."""
-    return type(inputs)({name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs})
-
-
-def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
-    """A conversation's tensors, up to where the model answers."""
-    if not tokenizer.chat_template:
-        raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
-    return for_decoder(templated(tokenizer, messages, return_tensors="pt", return_dict=True))
 
 
 def check_prompt(model: Any, prompt: "torch.Tensor") -> None:
@@ -195,6 +163,8 @@ def compare(
 ) -> Result:
     """Decodes plainly, once by transformers and once by our engine (`own`); says whether the tokens are the same, and
     how much faster than either the drafts made it."""
+    from zerodraft.generate.comparing import first_difference, near_tie, top_gap
+
     plain = write(model, inputs, sampling, tokenizer)
     ours = write(model, inputs, sampling, tokenizer, own)
     speedup, gained = drafted.speed / plain.speed, drafted.speed / ours.speed
@@ -222,22 +192,6 @@ def compare(
     console.print(f"our plain decoding, no drafts: {ours.speed:.1f} tokens/s, {ours.speed / plain.speed:.2f}x as fast")
     console.print(f"with drafts: {speedup:.2f}x as fast as transformers, {gained:.2f}x as fast as our plain decoding")
     return result
-
-
-def first_difference(a: list[int], b: list[int]) -> int:
-    """The first place where two token lists differ."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def top_gap(model: Any, inputs: Any, tokens: list[int]) -> float:
-    """How far apart the two best logits after these tokens lie."""
-    import torch
-
-    prompt = inputs["input_ids"].to(model.device)
-    ids = torch.cat([prompt, torch.tensor([tokens], dtype=prompt.dtype, device=model.device)], 1)
-    with torch.no_grad():
-        best = model(input_ids=ids).logits[0, -1].float().topk(2).values
-    return float(best[0] - best[1])
 
 
 def speculate(

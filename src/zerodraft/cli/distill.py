@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zerodraft.cli.command import Command, Result, metavar, settings_of
 from zerodraft.cli.loading import Dtype
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.distill import DistillSettings, Done, distill
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.drafters.distill import DistillSettings, Done, distill
 from zerodraft.training.prompts import Prompt, PromptEncoder, read_prompts
 
 SECONDS_BETWEEN_LINES = 30
@@ -60,9 +60,9 @@ class Distill(Command):
         from transformers import AutoModelForCausalLM
 
         from zerodraft.cli.loading import load_model, load_tokenizer
-        from zerodraft.targets import resolve
-        from zerodraft.training.run import versions
-        from zerodraft.training.writer import HfWriter
+        from zerodraft.models import resolve
+        from zerodraft.training.drafters.writer import HfWriter
+        from zerodraft.training.kept import versions
 
         path, prompts = resolve(self.target), self._read()
         model = load_model(AutoModelForCausalLM, path, self.dtype)
@@ -119,7 +119,7 @@ class Distill(Command):
 
 def identity(path: Path) -> dict[str, Any]:
     """What tells one target from another without reading all its weights: its configuration and its weight files."""
-    from zerodraft.targets.cache import sha256_of
+    from zerodraft.models.cache import sha256_of
 
     weights = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
     return {"config_sha256": sha256_of(path / "config.json"), "weights": weights}

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import model_type
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import model_type
 
 if TYPE_CHECKING:
-    from zerodraft.training.acceptance import Acceptance
+    from zerodraft.training.drafters.acceptance import Acceptance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +51,9 @@ class EvalDrafter(Command):
         from zerodraft.drafters.block import BlockDrafter, load_block
         from zerodraft.drafters.dflash import DFlashDrafter
         from zerodraft.drafters.dflash_files import is_dflash, load_dflash
-        from zerodraft.training.acceptance import measure_acceptance
-        from zerodraft.training.completions import check_vocabulary, read_completions
-        from zerodraft.training.features import FeatureCache
+        from zerodraft.training.drafters.acceptance import measure_acceptance
+        from zerodraft.training.drafters.completions import check_vocabulary, read_completions
+        from zerodraft.training.drafters.features import FeatureCache
 
         if self.plot is not None:
             from zerodraft.ztt.plot import check_matplotlib
@@ -89,7 +89,7 @@ class EvalDrafter(Command):
         )
         console.print(calibration(measured))
         if self.plot is not None:
-            from zerodraft.training.acceptance_plot import plot_acceptance
+            from zerodraft.training.drafters.acceptance_plot import plot_acceptance
 
             plot_acceptance(self.plot, measured, f"{Path(self.drafter).name}: {measured.mat:.2f} tokens per pass")
             console.print(f"drawn to {self.plot}")
@@ -101,7 +101,7 @@ def find_drafter(name: str) -> Path:
     """The directory of a drafter whose drafts can be judged on a target's hidden states."""
     from zerodraft.drafters.block_model import BlockDrafterConfig
     from zerodraft.drafters.dflash_files import is_dflash
-    from zerodraft.targets import resolve
+    from zerodraft.models import resolve
 
     path = resolve(name)
     if not is_dflash(path) and (kind := model_type(path)) != BlockDrafterConfig.model_type:

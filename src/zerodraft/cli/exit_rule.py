@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.strict import did_you_mean
+from zerodraft.common.errors import ZerodraftError, did_you_mean
 
 if TYPE_CHECKING:
     from zerodraft.ztt.exits import ExitRule

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, positional
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import model_type
-from zerodraft.outputs import check_free
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import model_type
+from zerodraft.common.outputs import check_free
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class ExportDrafter(Command):
         """Reads, writes and says how to use it."""
         from zerodraft.drafters.block_model import BlockDrafterConfig
         from zerodraft.drafters.dflash_files import export_dflash, is_dflash, load_dflash
-        from zerodraft.targets import resolve
+        from zerodraft.models import resolve
 
         path = resolve(self.drafter)
         if not is_dflash(path):

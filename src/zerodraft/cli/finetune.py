@@ -7,7 +7,7 @@ from rich.console import Console
 
 from zerodraft.cli.command import Result, metavar, positional
 from zerodraft.cli.training import TrainingCommand
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.recipe import Recipe, load_recipe, read_recipe
 
 DEFAULTS: dict[str, Any] = {
@@ -63,7 +63,7 @@ class Finetune(TrainingCommand):
         return TrainingCommand.run(self, console)
 
     def train(self, recipe: Recipe) -> Result:
-        """See `zerodraft.training.run.finetune`."""
-        from zerodraft.training.run import finetune
+        """See `zerodraft.training.ztt.run.finetune`."""
+        from zerodraft.training.ztt.run import finetune
 
         return finetune(recipe, resume=self.resume)

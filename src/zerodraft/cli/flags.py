@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError, did_you_mean
 from zerodraft.training.recipe import parse_yaml
-from zerodraft.training.strict import did_you_mean, from_mapping
+from zerodraft.training.strict import from_mapping
 
 T = TypeVar("T")
 

@@ -10,19 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional, settings_of
-from zerodraft.cli.decoding import (
-    Sampling,
-    check_drafter,
-    check_prompt,
-    decode_and_report,
-    encode,
-    load_target,
-)
+from zerodraft.cli.decoding import Sampling, check_drafter, check_prompt, decode_and_report, load_target
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import model_type, read_text, user_path, whole_characters
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import model_type, read_text, user_path, whole_characters
 
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
 OF_EXITS = ("exit_rule", "show_depth")
@@ -88,7 +81,7 @@ class Generate(Command):
 
     def run(self, console: Console) -> Result:
         """Loads, generates and reports."""
-        from zerodraft.targets import resolve
+        from zerodraft.models import resolve
 
         plainly = not self.target and not self._given(OF_DRAFTS)
         if plainly and (self._given(OF_EXITS) or model_type(resolve(self.model)) == "ztt"):
@@ -106,6 +99,7 @@ class Generate(Command):
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.decoder import decoder
         from zerodraft.generate.drafters import find_drafter
+        from zerodraft.models.tokenizers import encode
 
         if self.ngram:
             # a wrong file is told before anything is loaded
@@ -125,6 +119,7 @@ class Generate(Command):
         """With a Zero Token Transformer: speed and depth."""
         import torch
 
+        from zerodraft.models.tokenizers import encode
         from zerodraft.ztt.streamer import DepthStreamer
 
         model, path = load_ztt(self.model)

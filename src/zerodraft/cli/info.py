@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, positional
-from zerodraft.errors import ZerodraftError, printable, reading
+from zerodraft.common.errors import ZerodraftError, printable, reading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +33,9 @@ class Info(Command):
     def run(self, console: Console) -> Result:
         """Reads the configuration and prints what follows from it."""
         from zerodraft import ZttConfig
-        from zerodraft.targets import resolve
+        from zerodraft.models import resolve
+        from zerodraft.models.loading import load_config
         from zerodraft.ztt.info import model_info
-        from zerodraft.ztt.loading import load_config
 
         config = load_config(resolve(self.model))
         if not isinstance(config, ZttConfig):

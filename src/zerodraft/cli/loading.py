@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from zerodraft.errors import ZerodraftError, reading
-from zerodraft.files import model_type
+from zerodraft.common.errors import ZerodraftError, reading
+from zerodraft.common.files import model_type
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto", *, as_stored:
     """
     import torch
 
-    from zerodraft.ztt.loading import load_pretrained
+    from zerodraft.models.loading import load_pretrained
 
     model: Any = load_pretrained(auto_class, path, dtype=dtype)
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
@@ -79,7 +79,7 @@ def text_settings(config: Any) -> Any:
 
 def find_ztt(name: str) -> Path:
     """The directory of the Zero Token Transformer at a path, hub id or short name."""
-    from zerodraft.targets import resolve
+    from zerodraft.models import resolve
 
     path = resolve(name)
     kind = model_type(path)
@@ -134,9 +134,9 @@ def _memory() -> int | None:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer beside a model."""
-    from zerodraft.training import tokenizer
+    from zerodraft.models import tokenizers
 
-    return tokenizer.load_tokenizer(path)
+    return tokenizers.load_tokenizer(path)
 
 
 def check_tokens(largest: int, model: Any, what: str) -> None:

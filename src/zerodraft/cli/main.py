@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from zerodraft.cli.flags import parse
 from zerodraft.cli.help import Sketch, command_help, overview
-from zerodraft.errors import ZerodraftError, printable
-from zerodraft.training.strict import did_you_mean
+from zerodraft.common.errors import ZerodraftError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from zerodraft.cli.command import Command

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.errors import ZerodraftError, printable
-from zerodraft.files import user_path
-from zerodraft.outputs import new_file
+from zerodraft.common.errors import ZerodraftError, printable
+from zerodraft.common.files import user_path
+from zerodraft.common.outputs import new_file
 
 BATCH = 64
 """Texts that are tokenised at once."""
@@ -83,7 +83,7 @@ class Ngram(Command):
             return self._info(console)
         assert self.target is not None  # checked
         assert self.out is not None
-        from zerodraft.targets import resolve
+        from zerodraft.models import resolve
 
         path, out = resolve(self.target), user_path(self.out)
         started = time.perf_counter()
@@ -153,10 +153,10 @@ class Ngram(Command):
 
     def _documents(self, path: Path, folder: Path, progress: "CountProgress") -> "TokenFiles":
         """The tokens of all files; those of texts are kept in `folder`, since they are gone through several times."""
-        from zerodraft.training.completions import read_completions
+        from zerodraft.models.tokenizers import load_tokenizer
         from zerodraft.training.data import encode, read_documents
+        from zerodraft.training.drafters.completions import read_completions
         from zerodraft.training.recipe import DataRecipe
-        from zerodraft.training.tokenizer import load_tokenizer
 
         shards = [file for file in self.files if holds_tokens(user_path(file))]
         sources = [file for file in self.files if file not in shards]
@@ -230,7 +230,7 @@ def holds_tokens(path: Path) -> bool:
 
 def vocabulary_of(path: Path) -> int:
     """Tokens that a model gives logits for."""
-    from zerodraft.ztt.loading import load_config
+    from zerodraft.models.loading import load_config
 
     size = getattr(load_config(path).get_text_config(), "vocab_size", None)
     if not isinstance(size, int):

@@ -18,7 +18,7 @@ class Pretrain(TrainingCommand):
     example: ClassVar[str] = "zerodraft pretrain recipes/ztt-tiny.yaml --training.steps 100 --output runs/try"
 
     def train(self, recipe: Recipe) -> Result:
-        """See `zerodraft.training.run.pretrain`."""
-        from zerodraft.training.run import pretrain
+        """See `zerodraft.training.ztt.run.pretrain`."""
+        from zerodraft.training.ztt.run import pretrain
 
         return pretrain(recipe, resume=self.resume)

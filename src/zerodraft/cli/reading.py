@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 HISTORY = "chat_history"
 """The file in the cache directory."""
@@ -94,7 +94,7 @@ def _editor() -> Any:
 
 
 def _history_file() -> Path | None:
-    from zerodraft.targets.cache import default_cache_dir
+    from zerodraft.models.cache import default_cache_dir
 
     try:
         return default_cache_dir() / HISTORY

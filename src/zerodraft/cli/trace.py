@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 if TYPE_CHECKING:
-    from zerodraft.decoding.huggingface import DiffuSpec
     from zerodraft.decoding.stats import DecodeStats, RowStep
+    from zerodraft.generate.huggingface import DiffuSpec
 
 ACCEPTED, REJECTED, OWN = "green", "dim red strike", "bold cyan"
 

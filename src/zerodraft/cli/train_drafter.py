@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, overrides_of
-from zerodraft.training.autoregressive_recipe import AutoregressiveRecipe, load_autoregressive_recipe
-from zerodraft.training.drafter_recipe import DrafterRecipe, load_drafter_recipe
-from zerodraft.training.masked_recipe import MaskedRecipe, load_masked_recipe
+from zerodraft.training.drafters.autoregressive_recipe import AutoregressiveRecipe, load_autoregressive_recipe
+from zerodraft.training.drafters.masked_recipe import MaskedRecipe, load_masked_recipe
+from zerodraft.training.drafters.recipe import DrafterRecipe, load_drafter_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,24 +74,24 @@ class TrainDrafter(Command):
         if self.kind == "autoregressive":
             return load_autoregressive_recipe(self.recipe, given)
         if self.kind == "dflash":
-            from zerodraft.training.dflash import load_dflash_recipe
+            from zerodraft.training.drafters.dflash import load_dflash_recipe
 
             return load_dflash_recipe(self.recipe, given)
         return load_drafter_recipe(self.recipe, given)
 
     def _train(self) -> Callable[..., dict[str, Any]]:
         if self.kind == "masked":
-            from zerodraft.training.masked import train_masked
+            from zerodraft.training.drafters.masked import train_masked
 
             return train_masked
         if self.kind == "autoregressive":
-            from zerodraft.training.autoregressive import train_autoregressive
+            from zerodraft.training.drafters.autoregressive import train_autoregressive
 
             return train_autoregressive
         if self.kind == "dflash":
-            from zerodraft.training.dflash import train_dflash
+            from zerodraft.training.drafters.dflash import train_dflash
 
             return train_dflash
-        from zerodraft.training.drafter import train_drafter
+        from zerodraft.training.drafters.block import train_drafter
 
         return train_drafter

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 T = TypeVar("T")
 

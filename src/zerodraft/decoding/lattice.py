@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from ..errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 NO_TOKEN = -1
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 CostKind = Literal["draft", "verify", "score"]
 """What seconds were spent on: drafting k positions; the rest of a step, by k; and by the nodes that were scored."""

@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64, Shaped, UInt8, UInt32, UInt64
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import check_regular, user_path
+from zerodraft.common.outputs import new_file
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.scorers import LatticeScores
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import check_regular, user_path
-from zerodraft.outputs import new_file
 
 MAGIC = b"ZDNGRAM\n"
 VERSION = 1

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64, Integer
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.ngram import Level, NgramTable, index_keys
-from zerodraft.errors import ZerodraftError
 
 SMOOTHING = "interpolated Kneser-Ney, three discounts for each order (Chen and Goodman, 1999)"
 CHUNK = 1 << 22

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .lattice import Lattice
+from zerodraft.decoding.lattice import Lattice
 
 
 @dataclass(frozen=True, slots=True)

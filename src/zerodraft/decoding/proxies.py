@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import user_path
 from zerodraft.decoding.lattice import NO_TOKEN
 from zerodraft.decoding.ngram import NgramTable, open_table
 from zerodraft.decoding.scorers import CausalProxy, LatticeScores, ProxySession
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
 
 LN_10 = math.log(10)
 LARGEST_VOCABULARY = 1 << 19

@@ -23,11 +23,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
 from zerodraft.decoding.scorers import ProxySession, scorer
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.decoding.verify import Randomness
-from zerodraft.errors import ZerodraftError
 
 Expand = Literal["beam", "best_first"]
 

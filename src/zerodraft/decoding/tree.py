@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ROOT = -1
 

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
-from zerodraft.errors import ZerodraftError
 
 NO_NUMBERS = "The target's logits hold NaN or infinity; check its weights, or run it in a wider dtype."
 

@@ -15,12 +15,12 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from zerodraft.caches import argument_of
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.vocabulary import check_vocabulary_size
-from zerodraft.errors import ZerodraftError
-from zerodraft.targets.lean import LeanTarget, lean_target
+from zerodraft.fast.lean import LeanTarget, lean_target
+from zerodraft.models.caches import argument_of
 
 
 class AutoregressiveDrafter:

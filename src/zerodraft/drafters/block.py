@@ -12,15 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.drafters.block_layers import block_layers
 from zerodraft.drafters.block_model import BlockDrafterModel
 from zerodraft.drafters.tapped import FIRST_SLOTS, TappedRow, TappedSession, grown, readable_weights, release
-from zerodraft.errors import ZerodraftError
-from zerodraft.targets.int8 import rounded_linear
-from zerodraft.targets.packed import PackedLinear
-from zerodraft.targets.resolve import resolve
-from zerodraft.ztt.loading import load_pretrained
+from zerodraft.fast.int8 import rounded_linear
+from zerodraft.fast.packed import PackedLinear
+from zerodraft.models.loading import load_pretrained
+from zerodraft.models.resolve import resolve
 
 
 class BlockDrafter:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
 from zerodraft.drafters.tapped import PackedLayer
-from zerodraft.targets.compiled import CPU, kernels
-from zerodraft.targets.int8 import Int8Linear
-from zerodraft.targets.lean_compiled import CompiledLayers
-from zerodraft.targets.lean_weights import pack_layer, rotations
-from zerodraft.targets.modules import VARYING_ROPE
-from zerodraft.targets.packed import PackedLinear
+from zerodraft.fast.compiled import CPU, kernels
+from zerodraft.fast.int8 import Int8Linear
+from zerodraft.fast.lean_compiled import CompiledLayers
+from zerodraft.fast.lean_weights import pack_layer, rotations
+from zerodraft.fast.modules import VARYING_ROPE
+from zerodraft.fast.packed import PackedLinear
 
 
 @runtime_checkable

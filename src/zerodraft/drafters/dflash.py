@@ -28,7 +28,7 @@ from zerodraft.drafters.tapped import (
     readable_weights,
     release,
 )
-from zerodraft.targets.packed import PackedLinear
+from zerodraft.fast.packed import PackedLinear
 
 
 class DFlashDrafter:

@@ -27,13 +27,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
+from zerodraft.common.outputs import new_directory
 from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashModel, default_taps
 from zerodraft.drafters.rotary import rope_parameters
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
-from zerodraft.outputs import new_directory
-from zerodraft.targets.resolve import resolve
-from zerodraft.ztt.loading import check_finite, read_tensors
+from zerodraft.models.loading import check_finite, read_tensors
+from zerodraft.models.resolve import resolve
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import (
     BlockLayer,
     DrafterModel,
@@ -29,7 +30,6 @@ from zerodraft.drafters.block_model import (
     last_layers,
     training_mask,
 )
-from zerodraft.errors import ZerodraftError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from transformers import AutoModelForCausalLM
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import model_type
 from zerodraft.decoding.protocols import Drafter
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.drafters.block import BlockDrafter
@@ -17,10 +19,8 @@ from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.masked_formats import is_masked
 from zerodraft.drafters.masked_model import MaskedConfig
 from zerodraft.drafters.retokenized import RetokenizedDrafter, different_tokenizers, retokenized_if_needed
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import model_type
-from zerodraft.targets.resolve import resolve
-from zerodraft.ztt.loading import load_pretrained
+from zerodraft.models.loading import load_pretrained
+from zerodraft.models.resolve import resolve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
 from zerodraft.decoding.protocols import Progress
-from zerodraft.errors import ZerodraftError
 
 
 def lookup(

@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel
 from zerodraft.drafters.vocabulary import check_vocabulary_size
-from zerodraft.errors import ZerodraftError
-from zerodraft.targets.packed import PackedLinear
+from zerodraft.fast.packed import PackedLinear
 
 USUAL_LENGTH = 30
 """Positions drafted at most, where the model was not trained for a number: the published k_max."""

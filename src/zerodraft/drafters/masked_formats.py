@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
 from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel, rotary_of
 from zerodraft.drafters.rotary import rope_parameters
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
-from zerodraft.targets.resolve import resolve
-from zerodraft.ztt.loading import check_finite, load_pretrained, read_tensors
+from zerodraft.models.loading import check_finite, load_pretrained, read_tensors
+from zerodraft.models.resolve import resolve
 
 Fields = Mapping[str, Any]
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import BlockMlp, DrafterModel
 from zerodraft.drafters.taking import Take, layers_to_take
-from zerodraft.errors import ZerodraftError
 
 ADAPTABLE = ("llama", "mistral", "qwen2", "qwen3")
 """Targets whose layers compute what ours do."""

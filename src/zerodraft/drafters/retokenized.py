@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Float32, Int64
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, Qwen2Tokenizer
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
-from zerodraft.ztt.loading import load_tokenizer_files
+from zerodraft.models.loading import load_tokenizer_files
 
 logger = logging.getLogger(__name__)
 

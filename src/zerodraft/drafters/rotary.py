@@ -11,7 +11,7 @@ from typing import Any
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 # The fields that take part. The original length stands beside the others in Phi's files.
 _FIELDS = (

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 Take = Literal["first", "last", "spread"]
 """Which of a target's layers to start from."""

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block_model import BlockLayer
-from zerodraft.errors import ZerodraftError
-from zerodraft.targets.int8 import Int8Linear
-from zerodraft.targets.packed import PackedLinear
+from zerodraft.fast.int8 import Int8Linear
+from zerodraft.fast.packed import PackedLinear
 
 FIRST_SLOTS = 256
 """Cache positions at first; doubled when they are full."""

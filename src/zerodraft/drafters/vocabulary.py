@@ -1,6 +1,6 @@
 """Whether a drafter's tokens can be the target's, as far as sizes tell."""
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 PADDING = 256
 """Rows by which two embeddings of one tokenizer may differ: unused ones at the end, and a mask."""

@@ -3,7 +3,6 @@
 from os import PathLike, fspath
 from typing import Any
 
-from zerodraft.decoding.huggingface import DiffuSpec
 from zerodraft.decoding.lengths import CostAwareTree, FixedLength
 from zerodraft.decoding.protocols import Drafter
 from zerodraft.decoding.proxies import NgramProxy
@@ -11,8 +10,9 @@ from zerodraft.decoding.search import SearchConfig
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.none import NoDrafter
+from zerodraft.fast.best import best_target
 from zerodraft.generate.drafters import find_drafter
-from zerodraft.targets.best import best_target
+from zerodraft.generate.huggingface import DiffuSpec
 
 
 def decoder(

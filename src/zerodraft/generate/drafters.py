@@ -4,12 +4,12 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.protocols import Drafter
 from zerodraft.drafters.kinds import Denoising, check_nothing_denoised, load_kind
 from zerodraft.drafters.lookup import PromptLookupDrafter
-from zerodraft.errors import ZerodraftError
 from zerodraft.generate.names import check_name, shipped_drafter
-from zerodraft.targets.resolve import resolve
+from zerodraft.models.resolve import resolve
 
 
 def find_drafter(

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import user_path
-from zerodraft.targets.cache import default_cache_dir
-from zerodraft.targets.resolve import SHORT_NAMES
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import user_path
+from zerodraft.models.cache import default_cache_dir
+from zerodraft.models.resolve import SHORT_NAMES
 
 SHIPPED = {"smollm2": "smollm2-drafter"}
 """What a drafter in the repository's `models` directory is called, by the short name of its target."""

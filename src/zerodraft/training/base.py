@@ -25,11 +25,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints
 
-from zerodraft.errors import ZerodraftError, reading, why
+from zerodraft.common.errors import ZerodraftError, did_you_mean, reading, why
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.optim import build_optimizer, learning_rate_scale
 from zerodraft.training.recipe import TrainingRecipe
-from zerodraft.training.strict import did_you_mean
 
 PARTIAL = ".partial"
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.training.prompts import templated
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.tokenizers import templated
 from zerodraft.training.rows import Chat, Pair
 
 MARKED = re.compile(r"\{%-?\s*generation\b")

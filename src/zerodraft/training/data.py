@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from zerodraft.errors import ZerodraftError, why
-from zerodraft.files import check_regular, read_text, user_path
+from zerodraft.common.errors import ZerodraftError, did_you_mean, why
+from zerodraft.common.files import check_regular, read_text, user_path
 from zerodraft.training.chat import Tokens, tokens_of
 from zerodraft.training.jsonl import json_row
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.rows import Document, content, document_of
-from zerodraft.training.strict import did_you_mean
 
 logger = logging.getLogger(__name__)
 

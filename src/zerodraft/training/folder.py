@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
-from zerodraft.lock import LOCK, locked
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
+from zerodraft.common.lock import LOCK, locked
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.strict import from_mapping, to_mapping
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from zerodraft.files import json_object
+from zerodraft.common.files import json_object
 
 
 def json_row(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zerodraft.errors import ZerodraftError, why
-from zerodraft.files import read_text, user_path
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_text, user_path
+from zerodraft.models.tokenizers import templated
 from zerodraft.training.jsonl import json_row
 
 FORMATS = (".txt", ".jsonl")
@@ -94,25 +95,6 @@ def _unwrap(text: str) -> str:
     """Takes off Alpaca's template, which some data sets wrap their instructions in."""
     _, found, inner = text.partition("### Instruction:\n")
     return (inner.partition("### Response:")[0] if found else text).strip()
-
-
-def templated(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True, **options: Any
-) -> Any:
-    """A conversation in the tokenizer's chat template, up to where the model answers.
-
-    Raises:
-        ZerodraftError: the template cannot be read, or takes no such conversation (a system message, say).
-    """
-    try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **options)
-    # a template is a program that came with the model: it can fail in every way that Python can
-    except Exception as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ZerodraftError(
-            f"The model's chat template refuses a conversation of {roles}: {why(error)}; leave out what it does not "
-            "take, or the template."
-        ) from error
 
 
 class PromptEncoder:

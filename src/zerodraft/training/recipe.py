@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from zerodraft.errors import ZerodraftError, why
-from zerodraft.files import read_text, user_path
-from zerodraft.training.strict import check_least, did_you_mean, from_mapping
+from zerodraft.common.errors import ZerodraftError, did_you_mean, why
+from zerodraft.common.files import read_text, user_path
+from zerodraft.training.strict import check_least, from_mapping
 
 T = TypeVar("T")
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import whole_characters
+from zerodraft.common.errors import ZerodraftError, did_you_mean
+from zerodraft.common.files import whole_characters
 from zerodraft.training.recipe import DataRecipe
-from zerodraft.training.strict import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,13 @@ is no second schema to keep in step.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import reprlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError, did_you_mean
 
 T = TypeVar("T")
 
@@ -24,13 +23,6 @@ LARGEST = (1 << 63) - 1
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
 SHORT.maxlist = SHORT.maxdict = SHORT.maxtuple = 12
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` when something close exists, else the list of what is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(known)})"
 
 
 def from_mapping(cls: type[T], mapping: Any, where: str = "") -> T:

@@ -7,14 +7,11 @@ same data and size get the same tokenizer.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.ztt.loading import load_tokenizer_files
+from zerodraft.common.errors import ZerodraftError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD)
@@ -49,15 +46,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 102
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=max_length
     )
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """Loads a tokenizer saved by `save_pretrained` (a model's folder will do).
-
-    Raises:
-        ZerodraftError: nothing there that transformers can read, or it has no end-of-text token.
-    """
-    tokenizer = load_tokenizer_files(path)
-    if tokenizer.eos_token_id is None:
-        raise ZerodraftError(f"the tokenizer in '{path}' has no end-of-text token, which separates documents")
-    return tokenizer

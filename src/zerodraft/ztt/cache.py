@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.interface import TokenGrid
 
 KeysValues = tuple[Tensor, Tensor]

@@ -15,9 +15,9 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.files import read_json
-from zerodraft.outputs import new_file
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
+from zerodraft.common.outputs import new_file
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, scored_rule, trade_off

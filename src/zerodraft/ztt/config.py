@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.loading import DEEPEST
 
 Schedule = Literal["block", "layer"]
 ZeroRope = Literal["origin", "none", "relative"]
@@ -227,10 +228,6 @@ class ZttConfig(PreTrainedConfig):
     def is_shared(self, layer: int) -> bool:
         """Whether a stored layer is one of those that are cycled."""
         return self.head_layers <= layer < self.head_layers + self.shared_layers
-
-
-DEEPEST = 1 << 12
-"""Layers of an unrolled model at the most: every one has a step, and a slot in the cache."""
 
 
 def check_counts(config: ZttConfig) -> None:

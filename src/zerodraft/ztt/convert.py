@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.loading import check_finite, load_pretrained
 from zerodraft.ztt.config import Step, ZttConfig
 from zerodraft.ztt.families import find_parts
 from zerodraft.ztt.interface import BACKENDS
-from zerodraft.ztt.loading import check_finite, load_pretrained
 from zerodraft.ztt.lora import CycleLora, matrix, projections
 from zerodraft.ztt.model import ZttForCausalLM
 
@@ -64,7 +64,7 @@ def from_base(
     _check_choice("init", init, get_args(Init))
     _check_settings(settings)
     if not isinstance(model, nn.Module):
-        from zerodraft.targets import resolve  # not at the top: the core needs no downloads
+        from zerodraft.models import resolve  # not at the top: the core needs no downloads
 
         model = load_pretrained(AutoModelForCausalLM, resolve(model))
     model = check_base(model)

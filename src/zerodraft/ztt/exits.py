@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 
 ExitPolicy = Literal["propagate", "latest"]
 HeadPool = Literal["mean", "max", "min"]

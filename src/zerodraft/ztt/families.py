@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from zerodraft.caches import argument_of, cache_argument
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.caches import argument_of, cache_argument
 
 # Where the residual branch of the FFN ends, first match wins: post-norm families, most families, OPT.
 _FFN_OUTPUTS = ("post_feedforward_layernorm", "mlp", "feed_forward", "fc2")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.config import Step, ZttConfig
 from zerodraft.ztt.exits import ExitPolicy
 from zerodraft.ztt.families import attention_of, kv_shape

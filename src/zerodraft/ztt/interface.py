@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt import attention as zero
 
 PREFIX = "zero_token_"

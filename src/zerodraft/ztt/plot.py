@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zerodraft.errors import ZerodraftError
-from zerodraft.outputs import new_file
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.outputs import new_file
 from zerodraft.ztt.tradeoff import Point
 
 COLOURS = {"zero-mass": "#d1495b", "confidence": "#00798c", "entropy": "#edae49", "kl": "#5b5f97", "latent": "#66a182"}

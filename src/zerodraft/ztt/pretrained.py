@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, initialization
 
-from zerodraft.caches import KNOWN
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.caches import KNOWN
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.cycling import CycledLayers, CycleOptions, CycleRun, Readout
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict

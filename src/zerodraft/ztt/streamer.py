@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.model import ZttForCausalLM
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

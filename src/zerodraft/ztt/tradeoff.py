@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from zerodraft.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.exits import RULES, CycleOutput, ExitPolicy, ExitRule, exit_rule_to_dict
 from zerodraft.ztt.flops import count_flops
 from zerodraft.ztt.model import ZttForCausalLM

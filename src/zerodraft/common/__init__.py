@@ -1,0 +1,1 @@
+"""What every part uses: errors, reading and writing files, locks."""

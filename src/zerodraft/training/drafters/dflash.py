@@ -1,0 +1,81 @@
+"""Training a DFlash drafter: the machinery of the block drafter (`training/drafters/block.py`) around another network.
+
+The network is the published one (`drafters/dflash_model.py`), so what comes out runs in transformers, vLLM and SGLang
+(`zerodraft export-drafter`). These runtimes draft with the target's whole LM head; so does training.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.drafters.dflash_files import load_dflash
+from zerodraft.drafters.dflash_model import DFlashModel, dflash_from_target
+from zerodraft.training.drafters.block import train_drafter
+from zerodraft.training.drafters.completions import Completions
+from zerodraft.training.drafters.recipe import DrafterRecipe
+from zerodraft.training.recipe import read_recipe
+from zerodraft.training.strict import check_least
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DFlashShape:
+    """The drafter's shape."""
+
+    layers: int = 4
+    """Drafter layers; they start as copies of the target's last ones."""
+    block_size: int = 8
+    """Tokens drafted at once."""
+    taps: int = 5
+    """How many of the target's layers are tapped."""
+    mask_token: int | None = None
+    """The token that stands for a mask; the default is the last one that the completions do not hold."""
+    start: str | None = None
+    """Continue from this drafter (a folder in any DFlash layout) instead of from the target's layers."""
+
+    def __post_init__(self) -> None:
+        check_least("drafter", self, layers=1, block_size=1, taps=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DFlashRecipe(DrafterRecipe):
+    """One DFlash training run."""
+
+    drafter: DFlashShape = field(default_factory=DFlashShape)  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen
+
+
+def load_dflash_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> DFlashRecipe:
+    """A recipe from a YAML file (or none) and `section.key` values that win over it."""
+    return read_recipe(DFlashRecipe, path, overrides)
+
+
+def train_dflash(
+    recipe: DFlashRecipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
+) -> dict[str, Any]:
+    """Trains a DFlash drafter for a target; arguments, result and errors as in `train_drafter`."""
+    return train_drafter(recipe, resume=resume, callbacks=callbacks, build=build_dflash)
+
+
+def build_dflash(recipe: DFlashRecipe, target: Any, completions: Completions, train: Sequence[int]) -> DFlashModel:
+    """The drafter that a run starts with."""
+    shape = recipe.drafter
+    if shape.start is not None:
+        return load_dflash(shape.start).bind(target)
+    vocabulary = target.get_input_embeddings().weight.shape[0]
+    mask = unused_token(completions, vocabulary) if shape.mask_token is None else shape.mask_token
+    if not 0 <= mask < vocabulary:
+        raise ZerodraftError(f"drafter.mask_token is {mask}, but the target's tokens are 0 to {vocabulary - 1}.")
+    return dflash_from_target(target, shape.layers, shape.block_size, shape.taps, mask).float()
+
+
+def unused_token(completions: Completions, vocabulary: int) -> int:
+    """The last token of a vocabulary that no completion holds (or the rarest one where all occur)."""
+    counts = np.zeros(vocabulary, np.int64)
+    for i in range(len(completions)):
+        tokens, _ = completions[i]
+        counts += np.bincount(tokens, minlength=vocabulary)
+    return int(vocabulary - 1 - np.argmin(counts[::-1]))

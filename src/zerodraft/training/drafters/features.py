@@ -1,0 +1,151 @@
+"""What a target saw: its hidden states over completions, computed once and kept on disk while a drafter trains.
+
+The target's forward pass costs more than the drafter's whole training step. Sequences are computed when they are first
+asked for, so training starts at once, and later passes only read.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.drafters.completions import Completions
+
+HALF_LIMIT = 65504.0
+"""The largest float16; hidden states beyond it (first tokens of some models) are clipped."""
+
+KEY, PARTIAL_KEY, STATES, DONE = "key.json", "key.partial", "states.f16", "done.u1"
+KEY_FIELDS = {"shape", "taps", "target", "data"}
+
+
+class FeatureCache:
+    """Hidden states of a target over the sequences of some completions, in a memory-mapped file.
+
+    The file is sparse at first; `done` says which sequences are in it. A cache of another target, of other completions
+    or of other taps is made anew.
+
+    Args:
+        target: the causal language model; called without gradients.
+        completions: sequences of its tokens.
+        taps: which hidden states, as transformers numbers them (0 embeddings, i output of layer i; the
+            last after the norm).
+        folder: where the files live; new, empty, or an earlier cache.
+
+    Raises:
+        ZerodraftError: the folder holds something else, or there is too little room.
+    """
+
+    def __init__(self, target: Any, completions: Completions, taps: Sequence[int], folder: Path) -> None:
+        self.target, self.completions, self.taps, self.folder = target, completions, tuple(taps), folder
+        # a position is enough where the model can be asked for one; nobody reads the logits
+        few = "logits_to_keep" in inspect.signature(target.forward).parameters
+        self._options = {"logits_to_keep": 1} if few else {}
+        self._starts = np.cumsum([0, *completions.lengths])
+        hidden = target.config.get_text_config().hidden_size
+        shape = (int(self._starts[-1]), len(self.taps), hidden)
+        key = json.dumps(
+            {"shape": shape, "taps": self.taps, "target": _fingerprint(target), "data": _digest(completions)}
+        )
+        sizes = {STATES: 2 * int(np.prod(shape)), DONE: len(completions)}
+        fresh = _old_key(folder) != key or any(_size(folder / name) != size for name, size in sizes.items())
+        done = np.zeros(len(completions), np.uint8) if fresh else np.fromfile(folder / DONE, np.uint8)
+        _check_room(folder, 2 * int(completions.lengths[done == 0].sum()) * len(self.taps) * hidden)
+        if fresh:
+            for name in (KEY, STATES, DONE):
+                (folder / name).unlink(missing_ok=True)
+        mode: Any = "w+" if fresh else "r+"
+        self._states = np.memmap(folder / STATES, np.float16, mode=mode, shape=shape)
+        self._done = np.memmap(folder / DONE, np.uint8, mode=mode, shape=(len(completions),))
+        if fresh:
+            # last, so that a folder without it is made anew
+            partial = folder / PARTIAL_KEY
+            partial.write_text(key, "utf-8")
+            os.replace(partial, folder / KEY)
+
+    @property
+    def share_done(self) -> float:
+        """Share of the sequences that are on disk."""
+        return float(self._done.mean())
+
+    def __contains__(self, index: int) -> bool:
+        return bool(self._done[index])
+
+    def __getitem__(self, index: int) -> Float[Tensor, "n F H"]:
+        """Hidden states of one sequence, float32 on the CPU."""
+        span = slice(int(self._starts[index]), int(self._starts[index + 1]))
+        if not self._done[index]:
+            tokens, _ = self.completions[index]
+            self._states[span] = self._compute(torch.from_numpy(tokens)).numpy()
+            # on the disk before they count as done, whatever happens to the machine
+            self._states.flush()
+            self._done[index] = 1
+        return torch.from_numpy(self._states[span].astype(np.float32))
+
+    @torch.no_grad()
+    def _compute(self, tokens: Tensor) -> Tensor:
+        ids = tokens[None].to(self.target.device)
+        out = self.target(ids, output_hidden_states=True, use_cache=False, **self._options)
+        states = torch.stack([out.hidden_states[tap][0] for tap in self.taps], dim=1).float()
+        if not states.isfinite().all():
+            raise ZerodraftError("The target's hidden states are not finite: its weights are broken, or its dtype is.")
+        return states.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu()
+
+
+def _old_key(folder: Path) -> str | None:
+    """The key of the cache that is in the folder, which is made if need be; None where there is no whole one.
+
+    Raises:
+        ZerodraftError: it holds files that no cache wrote, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+        key = (folder / KEY).read_text("utf-8") if KEY in names else None
+        ours = names <= {PARTIAL_KEY, STATES, DONE} if key is None else json.loads(key).keys() == KEY_FIELDS
+    except OSError as error:
+        raise ZerodraftError(f"The cache folder '{folder}' cannot be used: {error.strerror or error}.") from error
+    except (ValueError, AttributeError):
+        key, ours = None, False
+    if not ours:
+        raise ZerodraftError(
+            f"'{folder}' holds other files than a cache of hidden states: give a new or empty folder (--cache)."
+        )
+    return key
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ZerodraftError(
+            f"The target's hidden states need {needed / 1e9:.1f} GB more in '{folder}', but only {free / 1e9:.1f} GB "
+            "are free: choose another cache folder, fewer completions or fewer layers."
+        )
+
+
+def _fingerprint(target: Any) -> str:
+    """Tells targets apart: names, shapes and the first numbers of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in target.named_parameters():
+        digest.update(f"{name}{tuple(weight.shape)}{weight.flatten()[:4].tolist()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest(completions: Completions) -> str:
+    digest = hashlib.sha256(completions.lengths.tobytes() + completions.prompt_lengths.tobytes())
+    for i in range(len(completions)):
+        digest.update(completions[i][0].tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""A Hugging Face causal language model that continues batches of prompts, for distillation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.decoding.lengths import FixedLength
+from zerodraft.decoding.verify import NO_NUMBERS
+from zerodraft.drafters.none import NoDrafter
+from zerodraft.fast.best import best_target
+from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.training.drafters.distill import DistillSettings
+
+
+class RefuseNan(LogitsProcessor):
+    """Raises `ZerodraftError` where `generate` would choose tokens among logits that are no numbers."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise ZerodraftError(NO_NUMBERS)
+        return scores
+
+
+class HfWriter:
+    """A Hugging Face causal language model as the writer: its own `generate`, left-padded. Greedy completions go
+    through our engine where it has a faster exact path for the model."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        text = model.config.get_text_config()
+        self.model = model
+        self._greedy = DiffuSpec(NoDrafter(), length=FixedLength(0)) if best_target(model) else None
+        self.vocab_size: int = text.vocab_size
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        eos = model.generation_config.eos_token_id
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
+
+    @torch.no_grad()
+    def write(
+        self, prompts: Sequence[Sequence[int]], settings: DistillSettings, *, temperature: float, limit: int, seed: int
+    ) -> list[list[int]]:
+        """One `generate` call; the global random state is left as it was."""
+        model, width, pad = self.model, max(map(len, prompts)), min(self.eos_ids)
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        options: dict[str, Any] = {"logits_processor": LogitsProcessorList([RefuseNan()])}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        elif self._greedy is not None:
+            options = {"custom_generate": self._greedy}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=limit,
+                do_sample=temperature > 0,
+                eos_token_id=sorted(self.eos_ids),
+                pad_token_id=pad,
+                **options,
+            )
+        return [self._until_end(row) for row in out[:, width:].tolist()]
+
+    def _until_end(self, row: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(row) if token in self.eos_ids), len(row))
+        return row[: end + 1]

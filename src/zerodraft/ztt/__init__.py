@@ -1,0 +1,1 @@
+"""The looped model: configuration, cycles, zero tokens, early exit, conversion, calibration."""

@@ -1,0 +1,99 @@
+"""Directories that are written whole or not at all, whatever stops the process that writes them."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zerodraft.cli.main import main
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.lock import locked
+from zerodraft.common.outputs import check_free, new_directory, new_file
+
+WRITER = """
+import sys, time
+from zerodraft.common.outputs import new_directory
+with new_directory(sys.argv[1]) as folder:
+    (folder / "half").write_text("x")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_it_is_there_whole(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty", "a/b/c"):
+        with new_directory(tmp_path / name) as folder:
+            (folder / "file").write_text("x")
+            assert not (tmp_path / name / "file").exists()
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
+        assert [path.name for path in (tmp_path / name).parent.glob(".*")] == []
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_directory(tmp_path / "a") as folder:
+            (folder / "half").write_text("x")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(ZerodraftError, match="could not be written: No space"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for text in ("old", "new"):
+        with new_file(file) as partial:
+            partial.write_text(text)
+        assert file.read_text() == text
+
+    def write() -> None:
+        with new_file(file) as partial:
+            partial.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "new"
+
+
+def test_a_killed_process_refuses_nobody(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        # while it lives, the place is its own
+        with pytest.raises(ZerodraftError, match="Another process is writing"), new_directory(tmp_path / "a"):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "a").exists()
+    with new_directory(tmp_path / "a") as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("output", ["", "/", "/dev/null", "/dev/null/x", "x" * 300, "~nobody-of-that-name/x"])
+def test_places_for_no_output(output: str) -> None:
+    with pytest.raises(ZerodraftError):
+        check_free(output)
+    for words in (["convert", "nowhere", "--output", output], ["export-drafter", "nowhere", output]):
+        assert main(words) == 2
+
+
+def test_no_run_takes_the_root() -> None:
+    for place in (Path("/"), Path()):
+        with pytest.raises(ZerodraftError, match="is no place for an output"), locked(place, "taken"):
+            pass
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path, tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ZerodraftError), new_directory(output):
+            pass
+    assert (tmp_path / "file").read_text() == "x"

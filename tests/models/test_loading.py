@@ -1,0 +1,36 @@
+"""Damaged checkpoints of converted models are one clear sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.ztt.tiny import tiny_plain
+from zerodraft import ZerodraftError
+from zerodraft.models.loading import load_pretrained
+from zerodraft.ztt.convert import from_base
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "misshapen", "nan", "config"])
+def test_damaged_checkpoints(tmp_path: Path, damage: str) -> None:
+    from_base(tiny_plain(), cycles=2).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "missing":
+        del weights["zero_tokens.keys"]
+    elif damage == "misshapen":
+        weights["zero_tokens.keys"] = torch.zeros(7, 1, 2, 8)
+    elif damage == "nan":
+        weights["cycle_gates"][0, 0] = float("nan")
+    else:
+        (tmp_path / "config.json").write_text("{")
+    if damage in ("missing", "misshapen", "nan"):
+        save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ZerodraftError) as raised:
+        load_pretrained(AutoModelForCausalLM, tmp_path)
+    assert "\n" not in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
