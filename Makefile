@@ -10,7 +10,7 @@ CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_ca
 	tests/fast/test_best.py tests/fast/test_lean.py tests/fast/test_lean_ztt.py tests/training/test_run.py tests/training/test_adapters.py \
 	tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py
 
-.PHONY: demo test test-newest quality format env env-newest clean
+.PHONY: demo test test-newest quality docs format env env-newest clean
 
 demo: env
 	@$(RUN) examples/demo.py
@@ -27,6 +27,12 @@ quality: env
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m pyright
 	@.venv/$(BIN)/lint-imports --no-cache
+	@$(MAKE) --no-print-directory docs
+
+# the pages of docs/ and a reference from the docstrings, in build/docs; dead links are errors
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: env
+	@$(RUN) -m mkdocs build --strict --quiet
 
 format: env
 	@$(RUN) -m ruff check --fix .

@@ -69,7 +69,7 @@ def main() -> int:
             make_venv(environment)
             install_torch(environment, given.torch)
             say("installing zerodraft and the tools that it is tested with")
-            pip(environment, "install", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[all,dev]")
+            pip(environment, "install", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[all,dev,docs]")
         if given.newest:
             take_newest(environment, made)
     except Failure as failure:

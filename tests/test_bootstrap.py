@@ -50,7 +50,7 @@ def test_torch_comes_first_and_from_its_cpu_build(bootstrap: ModuleType, monkeyp
     assert bootstrap.main() == 0
     installs = [command for command in commands if " install " in command]
     assert installs[0].endswith("torch==2.13.0+cpu")
-    assert "[all,dev]" in installs[1]
+    assert "[all,dev,docs]" in installs[1]
     assert installs[2].endswith(" kenlm")
     assert len(installs) == 3
 
@@ -96,7 +96,7 @@ def test_without_a_cpu_wheel_uv_is_asked_and_nothing_else_is_installed_on_failur
     commands = record(bootstrap, monkeypatch, lambda command: "torch==2.13.0" in command)
     assert bootstrap.main() == 1
     assert any("uv pip install" in command and "--torch-backend=cpu" in command for command in commands)
-    assert not any("[all,dev]" in command for command in commands)
+    assert not any("[all,dev,docs]" in command for command in commands)
     error = capsys.readouterr().err
     assert error.startswith("error: no CPU build of torch==2.13.0 could be installed")
     assert error.count("\n") == 1
@@ -128,7 +128,7 @@ def test_the_newest_releases_have_an_environment_of_their_own(
     assert bootstrap.main() == 0
     installs = [command for command in commands if " install " in command]
     assert installs[0].endswith("torch==2.13.0+cpu")
-    assert "[all,dev]" in installs[1]
+    assert "[all,dev,docs]" in installs[1]
     assert installs[2].endswith(" transformers trl peft lm-eval")
     assert len(installs) == 3
     folder = bootstrap.ROOT / ".venv-newest"

@@ -68,7 +68,7 @@ class Plan:
 class ZttConfig(PreTrainedConfig):
     """Configuration of a Zero Token Transformer over any decoder family of transformers.
 
-    Args:
+    Attributes:
         base_config: Configuration of the family whose layers are cycled (Llama, Qwen3, GPT-2, ...).
         head_layers: Layers at the start that are run once. 0 is allowed.
         tail_layers: Layers at the end that are run once. 0 is allowed.
