@@ -8,8 +8,8 @@ from statistics import fmean
 from evidence_figures import draw_curves, draw_losses
 from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
 from evidence_table import Row, Table, read_table
-from zerodraft.bench.measure import write_text
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.outputs import write_whole
 from zerodraft.training.recipe import ModelRecipe
 
 HEAD = """# Evidence
@@ -66,7 +66,7 @@ def write_report(folder: Path, page: Path) -> None:
     for name, table in tables.items():
         for what, draw in (("losses", draw_losses), ("curves", draw_curves)):
             draw(table, page.parent / figure(name, what))
-    write_text(markdown(tables), page)
+    write_whole(page, markdown(tables))
 
 
 def read_tables(folder: Path) -> dict[str, Table]:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from evidence_plan import Plan, Run, other_keys
-from zerodraft.bench.measure import write_json
+from zerodraft.bench.measure import write_result
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.training.recipe import ModelRecipe, Recipe
@@ -191,4 +191,4 @@ def check_same(found: Row | Diverged, plan: Plan, path: Path) -> None:
 
 def write_table(table: Table, path: Path) -> None:
     """Writes the table, beside its place first."""
-    write_json(to_mapping(table), path)
+    write_result(path, to_mapping(table))

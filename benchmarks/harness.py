@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from zerodraft.bench.measure import Case, interleave, provenance, ratio, spread, write_json
+from zerodraft.bench.measure import Case, interleave, provenance, ratio, spread, write_result
 
 __all__ = ["Case", "arguments", "emit", "interleave", "ratio", "spread"]
 
@@ -33,5 +33,5 @@ def emit(result: dict[str, Any], options: argparse.Namespace) -> None:
     words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     result = result | {"provenance": provenance(seed=options.seed, words=words)}
     if options.output is not None:
-        write_json(result, options.output)
+        write_result(options.output, result)
     print(json.dumps(result))

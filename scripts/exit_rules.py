@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft import ZttForCausalLM, exit_rule_from_dict
-from zerodraft.ztt.calibrate import LossBound, write_exit_rule, write_text
+from zerodraft.common.outputs import write_json, write_whole
+from zerodraft.ztt.calibrate import LossBound, write_exit_rule
 from zerodraft.ztt.plot import plot_trade_off
 from zerodraft.ztt.tradeoff import Point
 
@@ -41,14 +42,12 @@ def main(words: Sequence[str] | None = None) -> None:
         measured = json.loads(options.calibration.read_text(encoding="utf-8"))
         if options.max_loss_increase is not None:
             choose_again(measured, options.max_loss_increase)
-        stored.parent.mkdir(exist_ok=True)
-        write_text(stored, json.dumps({**measured, "commit": commit()}, indent=1) + "\n")
+        write_json(stored, {**measured, "commit": commit()}, indent=1)
     measured = json.loads(stored.read_text(encoding="utf-8"))
     if options.model is not None:
         rule = exit_rule_from_dict(measured["rule"])
         write_exit_rule(ZttForCausalLM.from_pretrained(options.model), rule, options.model)
     figure = ROOT / "docs" / "figures" / f"{options.name}.png"
-    figure.parent.mkdir(exist_ok=True)
     plot_trade_off(
         figure,
         {name: points(rule["curve"]) for name, rule in measured["rules"].items()},
@@ -59,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    write_text(PAGE, before + BEGIN + "\n\n" + tables(measured, options.name) + "\n" + END + after)
+    write_whole(PAGE, before + BEGIN + "\n\n" + tables(measured, options.name) + "\n" + END + after)
 
 
 def choose_again(measured: dict[str, Any], bound: float) -> None:

@@ -1,5 +1,6 @@
 """Directories that are written whole or not at all, whatever stops the process that writes them."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from zerodraft.cli.main import main
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.lock import locked
-from zerodraft.common.outputs import check_free, new_directory, new_file
+from zerodraft.common.outputs import check_free, filled_once, new_directory, new_file, write_json, write_whole
 
 WRITER = """
 import sys, time
@@ -97,3 +98,37 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ZerodraftError), new_directory(output):
             pass
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_text_bytes_and_json_are_written_whole_into_a_folder_that_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    write_whole(folder / "text", "für\n")
+    write_whole(folder / "bytes", b"\xff")
+    write_json(folder / "json", {"b": 1, "a": "ü"}, sort_keys=True)
+    assert (folder / "text").read_bytes() == "für\n".encode()
+    assert (folder / "bytes").read_bytes() == b"\xff"
+    assert list(json.loads((folder / "json").read_text()).items()) == [("a", "ü"), ("b", 1)]
+    assert sorted(path.name for path in folder.iterdir()) == ["bytes", "json", "text"]
+
+
+def test_a_folder_is_filled_once_and_the_first_of_several_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "a"
+
+    def fill(partial: Path) -> None:
+        (partial / "file").write_text("first")
+
+    def fill_late(partial: Path) -> None:
+        filled_once(folder, fill)
+        (partial / "file").write_text("second")
+
+    def fail(partial: Path) -> None:
+        (partial / "file").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        filled_once(folder, fail)
+    assert not folder.exists()
+    assert filled_once(folder, fill_late) == folder
+    assert filled_once(folder, fail) == folder
+    assert (folder / "file").read_text() == "first"
+    assert list(folder.parent.iterdir()) == [folder]

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zerodraft.bench.measure import write_bytes
 from zerodraft.bench.report import plots_of
 from zerodraft.bench.tables import KINDS, complete
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json, user_path
+from zerodraft.common.outputs import write_whole
 
 
 def read_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -45,6 +45,6 @@ def write_plots(results: Mapping[str, Mapping[str, Any]], folder: Path) -> dict[
             images = plots_of(result)
         for title, image in images.items():
             path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', title.lower())}.png"
-            write_bytes(image, path)
+            write_whole(path, image)
             written.setdefault(name, {})[title] = path
     return written

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 import zerodraft
-from zerodraft.common.outputs import new_file
+from zerodraft.common.outputs import write_whole
 from zerodraft.fast import compiled
 from zerodraft.models.cache import sha256_of
 
@@ -134,9 +134,9 @@ def command_line() -> list[str]:
     return ["zerodraft" if name == "__main__.py" else name, *sys.argv[1:]]
 
 
-def write_json(result: Any, path: Path) -> None:
-    """Write a result, beside its place first."""
-    write_text(dumps(result) + "\n", path)
+def write_result(path: Path, result: Any) -> None:
+    """Writes a result in the form of `dumps`."""
+    write_whole(path, dumps(result) + "\n")
 
 
 def dumps(value: Any, indent: int = 0) -> str:
@@ -152,18 +152,6 @@ def dumps(value: Any, indent: int = 0) -> str:
     else:
         opening, closing = "[", "]"
     return opening + "\n" + ",\n".join(pad + text for text in inner) + "\n" + " " * indent + closing
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file, beside its place first."""
-    write_bytes(text.encode(), path)
-
-
-def write_bytes(data: bytes, path: Path) -> None:
-    """Write a file, beside its place first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as partial:
-        partial.write_bytes(data)
 
 
 def _git(*words: str) -> str | None:

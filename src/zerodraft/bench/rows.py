@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zerodraft.bench.measure import write_text
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.outputs import write_whole
 from zerodraft.training.jsonl import json_row
 
 
@@ -29,7 +29,7 @@ class RowFile:
         settings = json.loads(json.dumps(settings))
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(json.dumps({"settings": settings}) + "\n", path)
+            write_whole(path, json.dumps({"settings": settings}) + "\n")
             return
         lines = _whole_lines(path)
         found = lines[0].get("settings") if lines else None
@@ -120,7 +120,7 @@ def _drop_cut_line(path: Path) -> None:
     """What was cut off at the end would spoil the next line."""
     text = path.read_text(encoding="utf-8")
     if text and not text.endswith("\n"):
-        write_text(text[: text.rfind("\n") + 1], path)
+        write_whole(path, text[: text.rfind("\n") + 1])
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import Dtype
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
+from zerodraft.common.outputs import write_whole
 
 if TYPE_CHECKING:
     from zerodraft.bench.decode import Settings, Task
@@ -156,7 +157,7 @@ class Bench(Command):
         import torch
 
         from zerodraft.bench.decode import check_equality, measure
-        from zerodraft.bench.measure import command_line, kernels, provenance, versions, write_json
+        from zerodraft.bench.measure import command_line, kernels, provenance, versions, write_result
         from zerodraft.bench.methods import BASE, available, choose
         from zerodraft.bench.rows import References, RowFile
         from zerodraft.bench.summary import figures, headline, line
@@ -204,7 +205,7 @@ class Bench(Command):
         }
         show_table(result, console)
         if output is not None:
-            write_json(result, output)
+            write_result(output, result)
             kept.remove()
             console.print(f"written to {self.output}")
         # what the file has for every prompt would only hide the rest on a terminal
@@ -213,7 +214,7 @@ class Bench(Command):
     def _memory(self, console: Console) -> Result:
         from functools import partial
 
-        from zerodraft.bench.measure import command_line, provenance, write_json
+        from zerodraft.bench.measure import command_line, provenance, write_result
         from zerodraft.bench.memory import measure_apart
         from zerodraft.bench.methods import FULL
         from zerodraft.bench.prompts import default_files
@@ -241,7 +242,7 @@ class Bench(Command):
         }
         show_tables(memory_tables(result), console)
         if self.output:
-            write_json(result, user_path(self.output))
+            write_result(user_path(self.output), result)
             console.print(f"written to {self.output}")
         return result
 
@@ -262,7 +263,7 @@ class Bench(Command):
 
     def _kernels(self, console: Console) -> Result:
         from zerodraft.bench.kernels import kernel_sections
-        from zerodraft.bench.measure import command_line, provenance, write_json
+        from zerodraft.bench.measure import command_line, provenance, write_result
         from zerodraft.bench.sections import Effort
         from zerodraft.bench.tables import kernel_tables
         from zerodraft.cli.decoding import load_target
@@ -279,13 +280,12 @@ class Bench(Command):
         }
         show_tables(kernel_tables(result), console)
         if self.output:
-            write_json(result, user_path(self.output))
+            write_result(user_path(self.output), result)
             console.print(f"written to {self.output}")
         return result
 
     def _report(self, console: Console) -> Result:
         from zerodraft.bench.files import read_results, write_plots
-        from zerodraft.bench.measure import write_text
         from zerodraft.bench.page import markdown
         from zerodraft.bench.report import page
         from zerodraft.bench.whatif import EXAMPLE, parse_costs
@@ -302,7 +302,7 @@ class Bench(Command):
             name: {title: Path(os.path.relpath(path, out.parent)).as_posix() for title, path in files.items()}
             for name, files in plots.items()
         }
-        write_text(page(results, costs) if as_html else markdown(results, links), out)
+        write_whole(out, page(results, costs) if as_html else markdown(results, links))
         console.print(f"{len(results)} results -> {self.out}")
         return {
             "out": self.out,

@@ -1,7 +1,6 @@
 """`zerodraft calibrate`: finds the threshold at which tokens leave early, and shows what it costs and saves."""
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -219,16 +218,15 @@ class Calibrate(Command):
         """Writes the report and the plot; without matplotlib it says so and goes on."""
         import torch
 
+        from zerodraft.common.outputs import write_json
         from zerodraft.training.kept import versions
-        from zerodraft.ztt.calibrate import write_text
         from zerodraft.ztt.plot import plot_trade_off
 
         folder = user_path(self.output) if self.output else path
-        folder.mkdir(parents=True, exist_ok=True)
         machine = {"platform": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
         command = shlex.join(["zerodraft", *sys.argv[1:]])
         provenance = {"command": command, "versions": versions(), "machine": machine}
-        write_text(folder / "calibration.json", json.dumps({**report, **provenance}, indent=1) + "\n")
+        write_json(folder / "calibration.json", {**report, **provenance}, indent=1)
         names = ["calibration.json"]
         try:
             title = f"{path.name} on {'/'.join(Path(report['text']['name']).parts[-2:])}"

@@ -1,12 +1,15 @@
 """Files and directories that are written whole or not at all, and leave nothing behind that refuses where a process is
 killed."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from zerodraft.common.errors import ZerodraftError, reading
 from zerodraft.common.files import user_path
@@ -22,6 +25,26 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, and the folder around it if need be; it is on the disk before it has its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as partial, partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what killed processes left half-written; for who holds the folder."""
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2, sort_keys: bool = False) -> None:
+    """Writes a JSON file as `write_whole` does."""
+    write_whole(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
 
 
 def check_free(output: str | PathLike[str]) -> Path:
@@ -61,3 +84,20 @@ def new_directory(output: str | PathLike[str]) -> Iterator[Path]:
                 os.replace(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def filled_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder, filled by `fill` if it is not there; of several processes at once the first one's stays."""
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        fill(partial)
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder

@@ -13,6 +13,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zerodraft.common.outputs import write_whole
+
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "log.jsonl"
@@ -31,9 +33,7 @@ class JsonLog:
     def __init__(self, folder: str | os.PathLike[str], resumed_step: int = 0) -> None:
         self.path = Path(folder) / LOG_NAME
         kept = [row for row in read_log(self.path) if row["step"] <= resumed_step] if resumed_step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._kept = {(row["step"], *row) for row in kept}
 
     def write(self, **row: Any) -> None:

@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch.utils.data import Dataset
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean, why
 from zerodraft.common.files import check_regular, read_text, user_path
+from zerodraft.common.outputs import filled_once
 from zerodraft.training.chat import Tokens, tokens_of
 from zerodraft.training.jsonl import json_row
 from zerodraft.training.recipe import DataRecipe
@@ -314,20 +313,13 @@ def _tokenize_cached(
         digest.update(hashlib.sha256(content(document).encode()).digest())
     folder = cache / digest.hexdigest()[:32]
     names = ("tokens.npy", "learned.npy") if masked else ("tokens.npy",)
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".partial-"))
-        try:
-            # the second array is only there if it is wanted
-            for name, array in zip(names, _tokenize(documents, tokenizer, masked), strict=False):
-                np.save(partial / name, array)
-            os.replace(partial, folder)
-        except OSError:
-            # another process finished the same folder first; its content is the same
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def save(partial: Path) -> None:
+        # the second array is only there if it is wanted
+        for name, array in zip(names, _tokenize(documents, tokenizer, masked), strict=False):
+            np.save(partial / name, array)
+
+    filled_once(folder, save)
     arrays = [np.load(folder / name, mmap_mode="r") for name in names]
     return arrays[0], arrays[1] if masked else None
 

@@ -3,7 +3,6 @@
 It holds `recipe.json`, `log.jsonl`, `checkpoint-N/`, and at the end `model/` and `results.json`.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.common.lock import LOCK, locked
+from zerodraft.common.outputs import remove_partials, write_json
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.strict import from_mapping, to_mapping
 
@@ -99,18 +99,11 @@ def checkpoint_step(checkpoint: str | None) -> int:
 
 def start_folder(folder: Path, recipe: Any, resumed_step: int) -> JsonLog:
     """Notes the recipe in a run's folder and opens its log."""
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
     write_json(folder / RECIPE, to_mapping(recipe))
     # what a killed run had begun to remove
     rotate_checkpoints(str(folder), save_total_limit=recipe.training.keep_checkpoints)
     return JsonLog(folder, resumed_step)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside the place, then renames."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -4,7 +4,6 @@ Nothing is modelled: candidates are taken from the quantiles of the rule's own s
 applied, and the interval in which the target is met for the first time is halved a few times.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
-from zerodraft.common.outputs import new_file
+from zerodraft.common.outputs import write_json
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, scored_rule, trade_off
@@ -242,11 +241,5 @@ def write_exit_rule(model: ZttForCausalLM, rule: ExitRule, directory: str | os.P
         config = read_json(path, "configuration")
         if config.get("model_type") != model.config.model_type:
             raise ZerodraftError(f"{str(path)!r} is not the configuration of a Zero Token Transformer.")
-        write_text(path, json.dumps(config | {"exit_rule": stored}, indent=2, sort_keys=True) + "\n")
+        write_json(path, config | {"exit_rule": stored}, sort_keys=True)
     model.config.exit_rule = stored
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    with new_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")

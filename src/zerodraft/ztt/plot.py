@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.outputs import new_file
+from zerodraft.common.outputs import write_whole
 from zerodraft.ztt.tradeoff import Point
 
 COLOURS = {"zero-mass": "#d1495b", "confidence": "#00798c", "entropy": "#edae49", "kl": "#5b5f97", "latent": "#66a182"}
@@ -68,5 +68,4 @@ def save_figure(path: str | os.PathLike[str], figure: Any) -> None:
 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    with new_file(Path(path)) as partial:
-        partial.write_bytes(image.getvalue())
+    write_whole(Path(path), image.getvalue())

@@ -17,6 +17,7 @@ from jaxtyping import Float32, Int64, Shaped
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_text, user_path
+from zerodraft.common.outputs import write_whole
 
 WIDTHS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 """Bytes a token to its type on disk."""
@@ -148,28 +149,7 @@ def write_shard(folder: Path, name: str, rows: Sequence[Completion], vocab_size:
     data = b"".join(np.array(row.tokens, dtype).tobytes() for row in rows)
     index = [{"n": len(row.tokens), "p": row.prompt_length, "temp": row.temperature, "src": row.source} for row in rows]
     write_whole(folder / f"{name}.bin", data)
-    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in index).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file as a whole or not at all, and on the disk before it has its name.
-
-    Raises:
-        ZerodraftError: the disk is full, or another reason why it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ZerodraftError(
-            f"'{path}' could not be written ({error.strerror or error}): make room and run the same command again; "
-            "what was finished before is kept."
-        ) from error
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in index))
 
 
 def _map(path: Path, count: int) -> Shaped[np.ndarray, "t"]:

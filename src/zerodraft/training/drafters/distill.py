@@ -6,7 +6,6 @@ files as one that was not. The format on disk is that of `completions`; `manifes
 """
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -20,7 +19,8 @@ import numpy as np
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json, user_path
 from zerodraft.common.lock import LOCK, locked
-from zerodraft.training.drafters.completions import Completion, read_shard, write_shard, write_whole
+from zerodraft.common.outputs import remove_partials, write_json
+from zerodraft.training.drafters.completions import Completion, read_shard, write_shard
 from zerodraft.training.prompts import Prompt, PromptEncoder, fingerprint
 
 MANIFEST = "manifest.json"
@@ -240,9 +240,14 @@ def _claimed(folder: Path) -> Iterator[None]:
     if not (folder / MANIFEST).is_file() and not (folder / LOCK).is_file() and _holds_anything(folder):
         raise ZerodraftError(f"'{folder}' holds other files: name a new directory for the completions.")
     with locked(folder, f"Another process is writing completions into '{folder}'."):
-        for leftover in folder.glob(".*.partial"):
-            leftover.unlink(missing_ok=True)
-        yield
+        remove_partials(folder)
+        try:
+            yield
+        except OSError as error:
+            raise ZerodraftError(
+                f"'{folder}' could not be written ({error.strerror or error}): make room and run the same command "
+                "again; what was finished before is kept."
+            ) from error
 
 
 def _holds_anything(folder: Path) -> bool:
@@ -277,4 +282,4 @@ def _totals(folder: Path, batches: Sequence[Batch]) -> dict[str, int]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_json(folder / MANIFEST, manifest, indent=1)

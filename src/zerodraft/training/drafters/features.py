@@ -7,7 +7,6 @@ asked for, so training starts at once, and later passes only read.
 import hashlib
 import inspect
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.outputs import write_whole
 from zerodraft.training.drafters.completions import Completions
 
 HALF_LIMIT = 65504.0
 """The largest float16; hidden states beyond it (first tokens of some models) are clipped."""
 
-KEY, PARTIAL_KEY, STATES, DONE = "key.json", "key.partial", "states.f16", "done.u1"
+KEY, STATES, DONE = "key.json", "states.f16", "done.u1"
 KEY_FIELDS = {"shape", "taps", "target", "data"}
 
 
@@ -68,9 +68,7 @@ class FeatureCache:
         self._done = np.memmap(folder / DONE, np.uint8, mode=mode, shape=(len(completions),))
         if fresh:
             # last, so that a folder without it is made anew
-            partial = folder / PARTIAL_KEY
-            partial.write_text(key, "utf-8")
-            os.replace(partial, folder / KEY)
+            write_whole(folder / KEY, key)
 
     @property
     def share_done(self) -> float:
@@ -109,9 +107,9 @@ def _old_key(folder: Path) -> str | None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in folder.iterdir()}
+        names = {path.name for path in folder.iterdir() if path.suffix != ".partial"}
         key = (folder / KEY).read_text("utf-8") if KEY in names else None
-        ours = names <= {PARTIAL_KEY, STATES, DONE} if key is None else json.loads(key).keys() == KEY_FIELDS
+        ours = names <= {STATES, DONE} if key is None else json.loads(key).keys() == KEY_FIELDS
     except OSError as error:
         raise ZerodraftError(f"The cache folder '{folder}' cannot be used: {error.strerror or error}.") from error
     except (ValueError, AttributeError):

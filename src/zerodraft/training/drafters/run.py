@@ -20,12 +20,13 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.outputs import write_json
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
 from zerodraft.training.base import RecipeTrainer, training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.drafters.completions import Completions, check_vocabulary, read_completions
-from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder, write_json
+from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder
 from zerodraft.training.kept import provenance, save_model
 
 SHORTEST = 12

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from transformers import TrainerCallback, default_data_collator, set_seed
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
+from zerodraft.common.outputs import filled_once, write_json
 from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.base import training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.data import TextData, build_data, read_documents, split_documents
-from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder, write_json
+from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder
 from zerodraft.training.kept import provenance, save_model
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.rows import Document, plain_text
@@ -145,16 +145,12 @@ def _tokenizer(recipe: Recipe, documents: Sequence[Document]) -> Any:
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     cached = user_path(recipe.data.cache) / f"tokenizer-{digest.hexdigest()[:32]}"
-    if not cached.is_dir():
-        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings)
-        partial = cached.with_name(f".partial-{os.getpid()}-{cached.name}")
-        tokenizer.save_pretrained(partial)
-        try:
-            os.replace(partial, cached)
-        except OSError:
-            # another process finished the same tokenizer first
-            shutil.rmtree(partial, ignore_errors=True)
-    return load_tokenizer(cached)
+
+    def train_one(partial: Path) -> None:
+        sizes = recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings
+        train_tokenizer(texts, *sizes).save_pretrained(partial)
+
+    return load_tokenizer(filled_once(cached, train_one))
 
 
 def _check_vocabulary(model: Any, data: TextData, recipe: Recipe) -> None:
