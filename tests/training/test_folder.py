@@ -12,7 +12,7 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.lock import LOCK, locked
 from zerodraft.training.base import forward_passes
 from zerodraft.training.callbacks import JsonLog, read_log
-from zerodraft.training.folder import claimed
+from zerodraft.training.folder import check_sums, claimed, write_sums
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.ztt.run import pretrain
 
@@ -139,6 +139,32 @@ def test_a_recipe_that_cannot_be_read_is_told(tmp_path, text):
     (tmp_path / "recipe.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ZerodraftError), claimed(str(tmp_path), Recipe(output="x"), True):
         pass
+
+
+def test_a_checkpoint_is_what_was_written(tmp_path):
+    for name in ("trainer_state.json", "parts/optimizer.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    write_sums(tmp_path)
+    (tmp_path / "notes.txt").write_text("of the user")
+    check_sums(tmp_path)
+    (tmp_path / "parts" / "optimizer.pt").write_text("parts/optimizer.pT")
+    with pytest.raises(ZerodraftError, match=r"'parts/optimizer.pt' in the checkpoint .* is damaged"):
+        check_sums(tmp_path)
+    (tmp_path / "parts" / "optimizer.pt").unlink()
+    os.mkfifo(tmp_path / "parts" / "optimizer.pt")
+    with pytest.raises(ZerodraftError, match="is no file"):
+        check_sums(tmp_path)
+    (tmp_path / "sums.json").unlink()
+    with pytest.raises(ZerodraftError, match="is not whole"):
+        check_sums(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["", "[]", "1", "{", '{"step": "1"}', '{"loss": 1}', "[" * 100_000])
+def test_a_log_that_is_none_is_told(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ZerodraftError, match="Line 2 of the log"):
+        JsonLog(tmp_path, resumed_step=1)
 
 
 def test_a_log_is_measured_again_without_a_second_row(tmp_path):

@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
-from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError, reading
 from zerodraft.common.files import read_json
 from zerodraft.common.outputs import new_directory
 from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashModel, default_taps
 from zerodraft.drafters.rotary import rope_parameters
-from zerodraft.models.loading import check_finite, read_tensors
+from zerodraft.models.loading import check_depth, check_finite, read_config, read_tensors
 from zerodraft.models.resolve import resolve
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
         ZerodraftError: no DFlash drafter there, a damaged one, or one with parts that this network does not have.
     """
     folder = resolve(path)
-    fields, tensors = read_json(folder / "config.json", "configuration"), dict(read_tensors(folder))
+    fields, tensors = read_config(folder), dict(read_tensors(folder))
     layout = _layout(fields)
     if layout is None and (kind := _later_kind(fields)):
         inner = fields.get("dflash_config") or {}
@@ -86,16 +85,13 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
             f"'{folder}' holds no DFlash drafter: its config.json names neither the architecture {ZLAB} nor "
             f"{TRANSFORMERS} nor the model type {DFlashConfig.model_type}."
         )
-    try:
+    with reading(f"The config.json in '{folder}'", "is not that of a DFlash drafter that can be loaded"):
         config = DFlashConfig.from_dict(fields) if layout == "ours" else config_of(fields, layout)
-    except (KeyError, TypeError, ValueError, StrictDataclassError, ZerodraftError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split()).rstrip(".")
-        raise ZerodraftError(
-            f"The config.json in '{folder}' is not that of a DFlash drafter that can be loaded: {reason}."
-        ) from error
-    model = DFlashModel(config)
+        check_depth(config, folder)
+        with torch.device("meta"):
+            # of sizes that the weights do not have nothing is allocated
+            expected = {name: tuple(value.shape) for name, value in DFlashModel(config).state_dict().items()}
     tensors = {FROM_TRANSFORMERS.get(name, name): value.float() for name, value in tensors.items()}
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
         name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -104,6 +100,7 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
             f"{expected.get(name, 'none')}: its weights do not fit its config.json, or are of a later kind."
         )
     check_finite(tensors.items(), str(folder))
+    model = DFlashModel(config)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -256,7 +253,7 @@ def published_config(config: DFlashConfig, layout: Layout, dtype: torch.dtype = 
 def _layout(fields: Mapping[str, Any]) -> str | None:
     if fields.get("model_type") == DFlashConfig.model_type:
         return "ours"
-    architectures = fields.get("architectures") or []
+    architectures = _architectures(fields)
     if ZLAB in architectures:
         return "z-lab"
     if TRANSFORMERS in architectures or fields.get("model_type") == "muse_glimmer_assistant":
@@ -264,7 +261,11 @@ def _layout(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _architectures(fields: Mapping[str, Any]) -> list[str]:
+    named = fields.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
+
+
 def _later_kind(fields: Mapping[str, Any]) -> str | None:
     """An architecture that is called DFlash, but is none of those that can be loaded."""
-    named = (str(name) for name in fields.get("architectures") or [])
-    return next((name for name in named if "dflash" in name.lower() and name != ZLAB), None)
+    return next((name for name in _architectures(fields) if "dflash" in name.lower() and name != ZLAB), None)

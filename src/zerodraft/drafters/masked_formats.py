@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import read_json
+from zerodraft.common.errors import ZerodraftError, reading
 from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel, rotary_of
 from zerodraft.drafters.rotary import rope_parameters
-from zerodraft.models.loading import check_finite, load_pretrained, read_tensors
+from zerodraft.models.loading import check_depth, check_finite, load_pretrained, read_config, read_tensors
 from zerodraft.models.resolve import resolve
 
 Fields = Mapping[str, Any]
@@ -137,7 +136,7 @@ def load_masked(path: str | PathLike[str], dtype: torch.dtype | None = None) -> 
         ZerodraftError: an unknown format, missing files or tensors, shapes that do not fit the config.
     """
     folder = resolve(path)
-    fields = read_json(folder / "config.json")
+    fields = read_config(folder)
     kind = str(fields.get("model_type"))
     if kind == MaskedConfig.model_type:
         model = load_pretrained(MaskedModel, folder, **({} if dtype is None else {"dtype": dtype}))
@@ -149,21 +148,26 @@ def load_masked(path: str | PathLike[str], dtype: torch.dtype | None = None) -> 
             f"DiffuCoder ('Dream'), LLaDA ('llada') and our own ('{MaskedConfig.model_type}')."
         )
     form = FORMATS[kind.lower()]
-    try:
-        config = form.config(fields)
-    except ZerodraftError as error:
-        raise ZerodraftError(f"'{folder / 'config.json'}' is not of the '{kind}' kind that is known: {error}") from None
+    what = f"is not of the '{kind}' kind that is known"
+    with reading(f"'{folder / 'config.json'}'", what):
+        try:
+            config = form.config(fields)
+        except ZerodraftError as error:
+            raise ZerodraftError(f"'{folder / 'config.json'}' {what}: {error}") from None
+        check_depth(config, folder)
+        with torch.device("meta"):
+            model = MaskedModel(config)
     if not 0 <= config.mask_token_id < config.vocab_size:
         raise ZerodraftError(
             f"'{folder / 'config.json'}' says mask_token_id={config.mask_token_id}, but the embedding has "
             f"{config.vocab_size} rows: set the mask token of this checkpoint."
         )
-    return _fill(config, form, folder, dtype)
+    return _fill(model, form, folder, dtype)
 
 
-def _fill(config: MaskedConfig, form: Format, folder: Path, dtype: torch.dtype | None) -> MaskedModel:
-    with torch.device("meta"):
-        model = MaskedModel(config)
+def _fill(model: MaskedModel, form: Format, folder: Path, dtype: torch.dtype | None) -> MaskedModel:
+    """Put the weights of a directory into a model that has none yet."""
+    config = model.config
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     weights: dict[str, Tensor] = {}
     for name, tensor in read_tensors(folder):

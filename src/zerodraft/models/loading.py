@@ -25,6 +25,7 @@ Name = str | PathLike[str]
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DEEPEST = 1 << 12
 """Layers of an unrolled model at the most: every one has a step, and a slot in the cache."""
+MOST_LABELS = 1 << 20
 ROOM = 1 << 20
 """Parameters that may be missing from a checkpoint; the message then names them."""
 
@@ -38,14 +39,18 @@ def load_config(name: Name) -> PreTrainedConfig:
     check_files(name)
     with reading(f"The configuration of {str(name)!r}"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        text = config.get_text_config()
-        layers = int(getattr(text, "stored_layers", getattr(text, "num_hidden_layers", None)) or 0)
-    # each would be built, whatever the weight files hold
+        check_depth(config, name)
+    return config
+
+
+def check_depth(config: PreTrainedConfig, name: Name) -> None:
+    """Raise for more layers than a model has: each would be built, whatever the weight files hold."""
+    text = config.get_text_config()
+    layers = int(getattr(text, "stored_layers", getattr(text, "num_hidden_layers", None)) or 0)
     if layers > DEEPEST:
         raise ZerodraftError(
             f"The configuration of {str(name)!r} has num_hidden_layers={layers}; a model has at most {DEEPEST}."
         )
-    return config
 
 
 def load_tokenizer_files(name: Name, loader: Any = AutoTokenizer, **options: Any) -> Any:
@@ -139,9 +144,28 @@ def check_files(name: Name) -> None:
     for pattern in READ:
         for path in folder.glob(pattern):
             check_regular(path)
-    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+    if (folder / "config.json").exists():
+        read_config(folder)
+    for file in ("generation_config.json", "tokenizer_config.json"):
         if (folder / file).exists():
             read_json(folder / file)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of a directory's `config.json`.
+
+    Raises:
+        ZerodraftError: there is none, or transformers would make a name for each of far too many labels.
+    """
+    fields = read_json(folder / "config.json", "configuration")
+    open_ones = [fields]
+    while open_ones:
+        part = open_ones.pop()
+        labels = part.get("num_labels")
+        if isinstance(labels, int) and labels > MOST_LABELS:
+            raise ZerodraftError(f"The configuration in '{folder}' has num_labels={labels}, more than {MOST_LABELS}.")
+        open_ones += [value for value in part.values() if isinstance(value, dict)]
+    return fields
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -27,6 +27,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean, reading, why
 from zerodraft.training.callbacks import JsonLog
+from zerodraft.training.folder import write_sums
 from zerodraft.training.optim import build_optimizer, learning_rate_scale
 from zerodraft.training.recipe import TrainingRecipe
 
@@ -166,6 +167,7 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
+            write_sums(folder / PARTIAL / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(folder / PARTIAL / name, folder / name)
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)

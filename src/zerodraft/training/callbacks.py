@@ -13,6 +13,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import json_object, read_text
 from zerodraft.common.outputs import write_whole
 
 logger = logging.getLogger(__name__)
@@ -45,11 +47,20 @@ class JsonLog:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl`; a last line cut short by a crash is left out."""
-    if not Path(path).is_file():
+    """The rows of a `log.jsonl`; a last line cut short by a crash is left out.
+
+    Raises:
+        ZerodraftError: it is no log.
+    """
+    path = Path(path)
+    if not path.exists():
         return []
-    *complete, _ = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in complete]
+    *complete, _ = read_text(path, "log").split("\n")
+    rows = [json_object(line, f"Line {number} of the log '{path}'") for number, line in enumerate(complete, 1)]
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int:
+            raise ZerodraftError(f"Line {number} of the log '{path}' has no step: remove the file.")
+    return rows
 
 
 class ProgressBar(TrainerCallback):

@@ -16,12 +16,15 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.common.lock import LOCK, locked
 from zerodraft.common.outputs import remove_partials, write_json
+from zerodraft.models.cache import sha256_of
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.strict import from_mapping, to_mapping
 
 logger = logging.getLogger(__name__)
 
 RECIPE, RESULTS = "recipe.json", "results.json"
+SUMS = "sums.json"
+"""Beside the files of a checkpoint: the sha256 of each."""
 
 MAY_CHANGE = (
     "steps",
@@ -84,7 +87,29 @@ def check_folder(folder: Path, recipe: Any, resume: bool, begun: bool) -> str | 
     changed = [key for key in changed if key not in {*PLACES, *(f"training.{name}" for name in MAY_CHANGE)}]
     if changed:
         raise ZerodraftError(f"'{folder}' holds a run with another {', '.join(changed)}: a resumed run must keep it")
+    check_sums(Path(checkpoint))
     return checkpoint
+
+
+def write_sums(checkpoint: Path) -> None:
+    """Notes the checksums of a checkpoint's files: pickles and states tell little about themselves, and a wrong number
+    in one of them would show steps later, or never."""
+    files = [path for path in checkpoint.rglob("*") if not path.is_dir()]
+    sums = {path.relative_to(checkpoint).as_posix(): sha256_of(path) for path in files}
+    (checkpoint / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def check_sums(checkpoint: Path) -> None:
+    """Raises `ZerodraftError` unless a checkpoint's files are those that were written."""
+    advice = "remove the folder, and the run goes on from an earlier one or from its beginning"
+    if not (checkpoint / SUMS).exists():
+        raise ZerodraftError(f"The checkpoint '{checkpoint}' is not whole, it has no {SUMS}: {advice}.")
+    sums = read_json(checkpoint / SUMS, "list of checksums")
+    for name, noted in sums.items():
+        path = checkpoint / name
+        if not path.is_file() or sha256_of(path) != noted:
+            state = "damaged" if path.is_file() else "no file"
+            raise ZerodraftError(f"'{name}' in the checkpoint '{checkpoint}' is {state}: {advice}.")
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:

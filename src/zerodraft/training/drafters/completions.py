@@ -120,7 +120,7 @@ def read_shard(index: Path) -> Shard:
             row = json.loads(line)
             n, p, temperature = row["n"], row["p"], float(row["temp"])
             source = str(row.get("src", ""))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ZerodraftError(
                 f"'{index}' line {number} is no entry of an index of completions: expected an object with n, p, temp."
             ) from error
