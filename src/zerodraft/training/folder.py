@@ -3,6 +3,7 @@
 It holds `recipe.json`, `log.jsonl`, `checkpoint-N/`, and at the end `model/` and `results.json`.
 """
 
+import json
 import logging
 import os
 from collections.abc import Iterator
