@@ -10,18 +10,15 @@ import platform
 import shlex
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import zerodraft
 from zerodraft.common.outputs import write_whole
+from zerodraft.common.provenance import versions
 from zerodraft.fast import compiled
 from zerodraft.models.cache import sha256_of
 
@@ -83,17 +80,6 @@ def provenance(*, seed: int, words: Sequence[str], sha256: Mapping[str, str] | N
     }
 
 
-def versions() -> dict[str, str]:
-    """Of what figures depend on."""
-    return {
-        "zerodraft": zerodraft.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": version("tokenizers"),
-        "python": platform.python_version(),
-    }
-
-
 def kernels() -> str:
     """Whether the lean path has compiled kernels here, and how wide their vectors are."""
     found = compiled.kernels()
@@ -126,12 +112,6 @@ def weights(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-
-
-def command_line() -> list[str]:
-    """The words that started this process."""
-    name = Path(sys.argv[0]).name
-    return ["zerodraft" if name == "__main__.py" else name, *sys.argv[1:]]
 
 
 def write_result(path: Path, result: Any) -> None:

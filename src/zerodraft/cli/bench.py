@@ -157,10 +157,11 @@ class Bench(Command):
         import torch
 
         from zerodraft.bench.decode import check_equality, measure
-        from zerodraft.bench.measure import command_line, kernels, provenance, versions, write_result
+        from zerodraft.bench.measure import kernels, provenance, write_result
         from zerodraft.bench.methods import BASE, available, choose
         from zerodraft.bench.rows import References, RowFile
         from zerodraft.bench.summary import figures, headline, line
+        from zerodraft.common.provenance import command_line, versions
 
         wanted = self._wanted()
         methods = choose(wanted, available(equipment))
@@ -214,11 +215,12 @@ class Bench(Command):
     def _memory(self, console: Console) -> Result:
         from functools import partial
 
-        from zerodraft.bench.measure import command_line, provenance, write_result
+        from zerodraft.bench.measure import provenance, write_result
         from zerodraft.bench.memory import measure_apart
         from zerodraft.bench.methods import FULL
         from zerodraft.bench.prompts import default_files
         from zerodraft.bench.tables import memory_tables
+        from zerodraft.common.provenance import command_line
 
         self._prepare()
         files = self.prompts or default_files()
@@ -263,10 +265,11 @@ class Bench(Command):
 
     def _kernels(self, console: Console) -> Result:
         from zerodraft.bench.kernels import kernel_sections
-        from zerodraft.bench.measure import command_line, provenance, write_result
+        from zerodraft.bench.measure import provenance, write_result
         from zerodraft.bench.sections import Effort
         from zerodraft.bench.tables import kernel_tables
         from zerodraft.cli.decoding import load_target
+        from zerodraft.common.provenance import command_line
 
         self._prepare()
         model, tokenizer = load_target(self.target, self.dtype)

@@ -1,10 +1,6 @@
 """`zerodraft calibrate`: finds the threshold at which tokens leave early, and shows what it costs and saves."""
 
 import hashlib
-import os
-import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -216,17 +212,13 @@ class Calibrate(Command):
         chosen: "Point",
     ) -> list[str]:
         """Writes the report and the plot; without matplotlib it says so and goes on."""
-        import torch
 
         from zerodraft.common.outputs import write_json
-        from zerodraft.training.kept import versions
+        from zerodraft.common.provenance import provenance
         from zerodraft.ztt.plot import plot_trade_off
 
         folder = user_path(self.output) if self.output else path
-        machine = {"platform": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        command = shlex.join(["zerodraft", *sys.argv[1:]])
-        provenance = {"command": command, "versions": versions(), "machine": machine}
-        write_json(folder / "calibration.json", {**report, **provenance}, indent=1)
+        write_json(folder / "calibration.json", {**report, **provenance()}, indent=1)
         names = ["calibration.json"]
         try:
             title = f"{path.name} on {'/'.join(Path(report['text']['name']).parts[-2:])}"

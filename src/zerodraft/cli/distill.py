@@ -1,10 +1,6 @@
 """`zerodraft distill`: a target's own completions, to train a drafter with."""
 
-import os
-import platform
 import random
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,20 +56,14 @@ class Distill(Command):
         from transformers import AutoModelForCausalLM
 
         from zerodraft.cli.loading import load_model, load_tokenizer
+        from zerodraft.common.provenance import provenance
         from zerodraft.models import resolve
         from zerodraft.training.drafters.writer import HfWriter
-        from zerodraft.training.kept import versions
 
         path, prompts = resolve(self.target), self._read()
         model = load_model(AutoModelForCausalLM, path, self.dtype)
         tokenizer = load_tokenizer(path)
-        provenance = {
-            "target_name": self.target,
-            "prompt_files": sorted({prompt.source for prompt in prompts}),
-            "command": shlex.join(["zerodraft", *sys.argv[1:]]),
-            "versions": versions(),
-            "machine": {"platform": platform.machine(), "cores": os.cpu_count()},
-        }
+        source = {"target_name": self.target, "prompt_files": sorted({prompt.source for prompt in prompts})}
         started = time.perf_counter()
         with BatchProgress(console) as progress:
             manifest = distill(
@@ -83,7 +73,7 @@ class Distill(Command):
                 self.out,
                 self.settings,
                 target=identity(path) | ({} if self.dtype == "auto" else {"dtype": self.dtype}),
-                provenance=provenance,
+                provenance=source | provenance(),
                 on_batch=progress.show,
             )
             written = progress.tokens

@@ -1,40 +1,12 @@
-"""What a training run leaves: the model, and what is needed to repeat it."""
+"""The model that a training run leaves."""
 
 import os
-import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import zerodraft
 from zerodraft.common.errors import reading
 from zerodraft.training.base import RecipeTrainer
-from zerodraft.training.strict import to_mapping
-
-
-def provenance(recipe: Any) -> dict[str, Any]:
-    """What is needed to repeat a run: command, seed, versions, machine and recipe."""
-    return {
-        "command": _command(),
-        "seed": recipe.seed,
-        "versions": versions(),
-        "machine": {"platform": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "recipe": to_mapping(recipe),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {
-        "zerodraft": zerodraft.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, adapters: bool = False) -> None:
@@ -60,8 +32,3 @@ def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, a
         (partial / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-
-
-def _command() -> str:
-    name = Path(sys.argv[0]).name
-    return " ".join(["zerodraft" if name == "__main__.py" else name, *sys.argv[1:]])

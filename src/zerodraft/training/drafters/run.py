@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_json
+from zerodraft.common.provenance import provenance
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
 from zerodraft.training.base import RecipeTrainer, training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.drafters.completions import Completions, check_vocabulary, read_completions
 from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder
-from zerodraft.training.kept import provenance, save_model
+from zerodraft.training.kept import save_model
+from zerodraft.training.strict import to_mapping
 
 SHORTEST = 12
 """Completions of fewer tokens are left out."""
@@ -182,7 +184,9 @@ class DrafterRun:
                 "sequences": len(self.held_back),
                 **{name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in acceptance.items()},
             },
-            **provenance(recipe),
+            **provenance(),
+            "seed": recipe.seed,
+            "recipe": to_mapping(recipe),
         }
         save_model(trainer, folder, self.tokenizer)
         if trainer.is_world_process_zero():
