@@ -18,7 +18,7 @@ Legend: B rows, N context positions, A blocks (anchors), K slots of a block, F t
 heads, nk key/value heads, D head size, V draft vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.config import ZttConfig
@@ -77,8 +77,11 @@ class BlockDrafterConfig(PreTrainedConfig):
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
+KeysValues = tuple[Float[Tensor, "_ nk _ D"], Float[Tensor, "_ nk _ D"]]
+
+
 class BlockAttention(nn.Module):
-    """Attention of a block's slots to the target's states before it and to each other."""
+    """Attention of tokens to themselves in both directions and to what stands before them."""
 
     def __init__(self, target: Any, qk_norm: bool, bias: bool) -> None:
         super().__init__()
@@ -92,29 +95,35 @@ class BlockAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=target.rms_norm_eps) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=target.rms_norm_eps) if qk_norm else nn.Identity()
 
-    def keys_values(
-        self, x: Float[Tensor, "B T H"], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Float[Tensor, "B nk T D"], Float[Tensor, "B nk T D"]]:
+    def keys_values(self, x: Float[Tensor, "B T H"], rotary: tuple[Tensor, Tensor]) -> KeysValues:
         """Keys, at their rotary positions, and values of normalised states."""
         shape = (*x.shape[:2], self.num_kv_heads, self.head_dim)
         k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
-        _, k = apply_rotary_pos_emb(k, k, *rotary)
-        return k, self.v_proj(x).view(shape).transpose(1, 2)
+        return rotated(k, rotary), self.v_proj(x).view(shape).transpose(1, 2)
 
     def forward(
         self,
         x: Float[Tensor, "B Q H"],
         rotary: tuple[Tensor, Tensor],
-        context: tuple[Float[Tensor, "B nk N D"], Float[Tensor, "B nk N D"]],
+        seen: Callable[[KeysValues], KeysValues],
         mask: Bool[Tensor, "B 1 Q M"] | None,
     ) -> Float[Tensor, "B Q H"]:
-        """Q slots against N context positions and then the slots themselves (M = N + Q)."""
+        """Q tokens against the M keys and values that `seen` makes of their own."""
         q = self.q_norm(self.q_proj(x).view(*x.shape[:2], self.num_heads, self.head_dim)).transpose(1, 2)
-        q, _ = apply_rotary_pos_emb(q, q, *rotary)
-        k, v = self.keys_values(x, rotary)
-        k, v = torch.cat([context[0], k], dim=2), torch.cat([context[1], v], dim=2)
+        q, (k, v) = rotated(q, rotary), seen(self.keys_values(x, rotary))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.num_heads != self.num_kv_heads)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def rotated(x: Float[Tensor, "B h T D"], rotary: tuple[Tensor, Tensor]) -> Float[Tensor, "B h T D"]:
+    """Queries or keys at their rotary positions."""
+    cos, sin = (part[:, None] for part in rotary)
+    return x * cos + rotate_half(x) * sin
+
+
+def behind(context: KeysValues) -> Callable[[KeysValues], KeysValues]:
+    """What slots see: the context, then themselves."""
+    return lambda own: (torch.cat([context[0], own[0]], dim=2), torch.cat([context[1], own[1]], dim=2))
 
 
 class BlockMlp(nn.Module):
@@ -142,9 +151,7 @@ class BlockLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(target.hidden_size, eps=target.rms_norm_eps)
         self.mlp = BlockMlp(target)
 
-    def context(
-        self, tap: Float[Tensor, "B N H"], rotary: tuple[Tensor, Tensor]
-    ) -> tuple[Float[Tensor, "B nk N D"], Float[Tensor, "B nk N D"]]:
+    def context(self, tap: Float[Tensor, "B N H"], rotary: tuple[Tensor, Tensor]) -> KeysValues:
         """Keys and values of the target's states."""
         return self.self_attn.keys_values(self.input_layernorm(tap), rotary)
 
@@ -152,11 +159,11 @@ class BlockLayer(nn.Module):
         self,
         x: Float[Tensor, "B Q H"],
         rotary: tuple[Tensor, Tensor],
-        context: tuple[Tensor, Tensor],
+        seen: Callable[[KeysValues], KeysValues],
         mask: Bool[Tensor, "B 1 Q M"] | None,
     ) -> Float[Tensor, "B Q H"]:
-        """One layer over the slots."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, context, mask)
+        """One layer over the tokens; see `BlockAttention`."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, seen, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -279,7 +286,7 @@ class BlockDrafterModel(DrafterModel):
         context_rotary, block_rotary = self.rotate(here[None]), self.rotate(slots)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, BlockLayer)
-            x = layer(x, block_rotary, layer.context(taps[:, :, i], context_rotary), mask)
+            x = layer(x, block_rotary, behind(layer.context(taps[:, :, i], context_rotary)), mask)
         return self.norm(x).unflatten(1, (-1, k))
 
 

@@ -25,6 +25,7 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import (
     BlockLayer,
     DrafterModel,
+    behind,
     check_target_config,
     copy_layers,
     last_layers,
@@ -253,7 +254,7 @@ class DFlashModel(DrafterModel):
             assert isinstance(layer, BlockLayer)
             seen = visible(places, keys, self.config.window(i), self.config.causal_sliding)
             context = layer.self_attn.keys_values(feature, context_rotary)
-            x = layer(x, block_rotary, context, mask if seen is None else mask & seen[:, None])
+            x = layer(x, block_rotary, behind(context), mask if seen is None else mask & seen[:, None])
         return self.norm(x).unflatten(1, (-1, slots))[:, :, 1:]
 
 

@@ -13,17 +13,17 @@ head size, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.drafters.block_model import BlockMlp, DrafterModel
+from zerodraft.drafters.block_model import BlockLayer, DrafterModel, KeysValues
 from zerodraft.drafters.taking import Take, layers_to_take
 
 ADAPTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -87,67 +87,6 @@ class MaskedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class MaskedAttention(nn.Module):
-    """Attention over whatever `visible` allows: by default everything."""
-
-    def __init__(self, config: MaskedConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        )  # fmt: skip
-        width, kv_width, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T H"],
-        rotary: tuple[Tensor, Tensor],
-        visible: Bool[Tensor, "B 1 T S"] | None,
-        cache: Float[Tensor, "2 nk C D"] | None,
-        start: int,
-    ) -> Float[Tensor, "B T H"]:
-        """With a cache (one row), keys and values are written from `start` on, and all up to them are seen."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
-        v = self.v_proj(x).view(shape).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *rotary)
-        if cache is not None:
-            end = start + x.shape[1]
-            cache[0, :, start:end], cache[1, :, start:end] = k[0], v[0]
-            k, v = cache[:1, :, :end], cache[1:, :, :end]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class MaskedLayer(nn.Module):
-    """A pre-norm decoder layer with the parameter names of Llama, Mistral, Qwen2 and Qwen3."""
-
-    def __init__(self, config: MaskedConfig) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MaskedAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = BlockMlp(config)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T H"],
-        rotary: tuple[Tensor, Tensor],
-        visible: Bool[Tensor, "B 1 T S"] | None,
-        cache: Float[Tensor, "2 nk C D"] | None,
-        start: int,
-    ) -> Float[Tensor, "B T H"]:
-        """One layer over the tokens."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, visible, cache, start)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 class MaskedModel(DrafterModel):
     """A masked diffusion language model; `lm_head` makes logits of what `forward` returns."""
 
@@ -158,7 +97,9 @@ class MaskedModel(DrafterModel):
     def __init__(self, config: MaskedConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MaskedLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            BlockLayer(config, config.qk_norm, config.attention_bias) for _ in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = rotary_of(config)
@@ -201,8 +142,18 @@ class MaskedModel(DrafterModel):
         x = self.embed_tokens(ids)
         rotary = self.rotary(x, positions)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rotary, visible, None if cache is None else cache[i], start)
+            x = layer(x, rotary, partial(kept, None if cache is None else cache[i], start), visible)
         return self.norm(x)
+
+
+def kept(cache: Float[Tensor, "2 nk C D"] | None, start: int, own: KeysValues) -> KeysValues:
+    """What tokens see: with a cache (one row) their keys and values are written from `start` on, and all up to them are
+    seen."""
+    if cache is None:
+        return own
+    end = start + own[0].shape[2]
+    cache[0, :, start:end], cache[1, :, start:end] = own[0][0], own[1][0]
+    return cache[:1, :, :end], cache[1:, :, :end]
 
 
 def rotary_of(config: Any) -> LlamaRotaryEmbedding:
