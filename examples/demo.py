@@ -108,9 +108,9 @@ def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict
         answers.append({"prompt": question, **result})
         console.print()
     tokens = sum(answer["new_tokens"] for answer in answers)
-    drafted, plain = (
+    drafted, plain, own = (
         tokens / sum(answer["new_tokens"] / answer[key] for answer in answers)
-        for key in ("tokens_per_second", "plain_tokens_per_second")
+        for key in ("tokens_per_second", "plain_tokens_per_second", "own_plain_tokens_per_second")
     )
     return {
         "target": target,
@@ -121,7 +121,9 @@ def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict
         "equal": all(answer["equal"] for answer in answers),
         "tokens_per_second": drafted,
         "plain_tokens_per_second": plain,
+        "own_plain_tokens_per_second": own,
         "speedup": drafted / plain,
+        "speedup_over_own_plain": drafted / own,
         "mat": (tokens - len(answers)) / max(1, sum(answer["stats"]["steps"] for answer in answers)),
     }
 
@@ -357,13 +359,7 @@ def summary(console: Console, result: Mapping[str, Any]) -> None:
     if "left_out" in drafts:
         console.print(f"DiffuSpec was left out: {drafts['left_out']}\n")
     else:
-        table = Table(f"DiffuSpec, {drafts['target']}", "plain tokens/s", "with drafts", "", "tokens a pass", box=None)
-        for row in (*drafts["answers"], {**drafts, "prompt": "all"}):
-            speeds = (f"{row['plain_tokens_per_second']:.1f}", f"{row['tokens_per_second']:.1f}")
-            table.add_row(shorten(row["prompt"], 32), *speeds, f"{row['speedup']:.2f}x", f"{row['mat']:.2f}")
-        console.print(table)
-        equal = "the same tokens with drafts as plainly" if drafts["equal"] else "[red]other tokens[/red] (see above)"
-        console.print(f"{equal}, in all {drafts['new_tokens']}\n")
+        sum_up_drafts(console, drafts)
     training = result["training"]
     table = Table("trained here", "parameters", "training loss", "held-back loss", "seconds", "tokens/s", box=None)
     for name, title in TITLES.items():
@@ -396,6 +392,18 @@ def summary(console: Console, result: Mapping[str, Any]) -> None:
     table.add_row("loss", f"{off['loss']:.4f}", f"{on['loss']:.4f}", f"{on['loss_increase']:+.4f}")
     console.print(table)
     console.print(f"everything was measured in this run, which took {result['seconds']:.0f} seconds")
+
+
+def sum_up_drafts(console: Console, drafts: Mapping[str, Any]) -> None:
+    """Tokens per second with drafts, beside transformers' and our own plain decoding."""
+    table = Table("DiffuSpec, tokens/s", "transformers", "our plain", "drafts", "faster by", "a pass", box=None)
+    for row in (*drafts["answers"], {**drafts, "prompt": "all"}):
+        rates = (f"{row[f'{kind}tokens_per_second']:.1f}" for kind in ("plain_", "own_plain_", ""))
+        ratios = f"{row['speedup']:.2f}x, {row['speedup_over_own_plain']:.2f}x"
+        table.add_row(shorten(row["prompt"], 19, placeholder=" ..."), *rates, ratios, f"{row['mat']:.2f}")
+    console.print(table)
+    equal = "the same tokens with drafts as plainly" if drafts["equal"] else "[red]other tokens[/red] (see above)"
+    console.print(f"{equal}, in all {drafts['new_tokens']}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The parts of `make demo` on a tiny model and a tiny text: they run, report what happened, and say what is missing."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,20 @@ def test_it_decodes_with_drafts_and_plainly(chat_dir: Path, capsys: pytest.Captu
     assert drafts["equal"] is True
     for row in (*drafts["answers"], drafts):
         assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["plain_tokens_per_second"])
+        of_own = row["tokens_per_second"] / row["own_plain_tokens_per_second"]
+        assert row["speedup_over_own_plain"] == pytest.approx(of_own)
     accepted = sum(answer["stats"]["accepted"] for answer in drafts["answers"])
     steps = sum(answer["stats"]["steps"] for answer in drafts["answers"])
     assert drafts["mat"] == pytest.approx((accepted + steps) / steps, abs=0.1)
     out = capsys.readouterr().out
+    assert out.count(" as fast as our plain decoding") == len(demo.QUESTIONS)
     for answer in drafts["answers"]:
         assert f"{answer['prompt']}\n" in out
     assert out.count("the same tokens") == out.count("[-rejected-]") == len(demo.QUESTIONS)
+
+    demo.sum_up_drafts(Console(highlight=False, width=80), drafts)
+    total = f"{drafts['speedup']:.2f}x, {drafts['speedup_over_own_plain']:.2f}x"
+    assert re.search(rf"\n *all .* {total} ", capsys.readouterr().out)
 
 
 def test_a_target_that_cannot_be_had_is_one_sentence_and_the_rest_goes_on(

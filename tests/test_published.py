@@ -1,8 +1,10 @@
 """Published figures come from published measurements: what the documentation says is what is in results/."""
 
 import json
+import re
 
 import pytest
+from examples.demo import TITLES
 from scripts import exit_rules
 
 
@@ -13,6 +15,41 @@ def test_the_tables_of_exit_rules_are_those_of_the_measurement(path) -> None:
     assert (exit_rules.ROOT / "docs" / "figures" / f"{path.stem}.png").is_file()
     assert {"command", "commit", "versions", "machine"} <= measured.keys()
     assert "/home/" not in json.dumps(measured)
+
+
+def test_the_run_in_the_readme_is_that_of_the_results() -> None:
+    """If it fails after a new run of the demo: the expected lines are what belongs there."""
+    run = json.loads((exit_rules.ROOT / "results" / "demo.json").read_text(encoding="utf-8"))
+    answers, text, cycles = run["drafts"]["answers"], run["text"], run["model"]["cycles"]
+    assert all(answer["equal"] for answer in answers)
+    lines = [
+        f"{shortened(answer['prompt']):<27}{answer['tokens_per_second']:>6.1f} tokens/s, "
+        f"plainly {answer['plain_tokens_per_second']:.1f}: {answer['speedup']:.2f}x, {answer['mat']:.2f} tokens a pass"
+        for answer in answers
+    ]
+    lines += [f"ztt-tiny: {run['model']['parameters']:,} parameters, {cycles} cycles"]
+    lines += [
+        f"batch {row['batch']:>2}: off {row['off']:,.0f}, on {row['on']:,.0f} tokens/s: {row['speedup']:.2f}x"
+        for row in run["speed"]
+    ]
+    lines += [
+        f"FLOPs per token: {text['off']['flops_per_token']:,.0f} off, {text['on']['flops_per_token']:,.0f} on: "
+        f"{text['flops_saved']:.1%} saved at {text['on']['mean_cycles']:.2f} of {cycles} cycles a token",
+        f"loss per token: {text['off']['loss']:.4f} off, {text['on']['loss']:.4f} on",
+    ]
+    lines += [
+        f"{title}: {run['training'][name]['parameters']:,} parameters, held-back loss "
+        f"{run['training'][name]['held_back_loss']:.4f}"
+        for name, title in TITLES.items()
+    ]
+    readme = (exit_rules.ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\nsmollm2: .*\n((?:.*\n)*?)```$", readme, re.MULTILINE)
+    assert block.splitlines() == lines, "README.md should have\n" + "\n".join(lines)
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a long prompt, to the end of a word or sentence."""
+    return prompt if len(prompt) < 24 else prompt[: prompt.rindex(" ", 0, 24)] + " ..."
 
 
 def test_the_line_of_fixed_depths() -> None:

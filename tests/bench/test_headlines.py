@@ -37,8 +37,12 @@ def test_the_table_of_the_documentation(result: dict[str, Any]) -> None:
 
 def test_figures_in_sentences(result: dict[str, Any]) -> None:
     readme, prose = (ROOT / "README.md").read_text(encoding="utf-8"), re.sub(r"(?m)^\|.*$", "", section())
-    of_plain, prompts = f"{result['speedup_over_hf_plain']:.2f}", str(result["prompts_measured"])
-    assert re.findall(r"(\d+\.\d+) times as fast as transformers' `generate`", readme) == [of_plain]
+    readme = re.sub(r"\s+", " ", readme)
+    of_plain, of_own = (f"{result[f'speedup_over_{name}_plain']:.2f}" for name in ("hf", "own"))
+    prompts = str(result["prompts_measured"])
+    assert re.findall(r"(\d+\.\d+) times as fast as", readme) == [of_plain, of_own]
+    assert f"{of_plain} times as fast as transformers' `generate`" in readme
+    assert f"{of_own} times as fast as our own plain decoding" in readme
     assert re.findall(r"\[(\d+) prompts, (\w+) tasks\]", readme) == [(prompts, count_of(result["by_task"]))]
     assert re.findall(r"(\d+) prompts of Spec-Bench over its (\w+) tasks", prose) == [
         (prompts, count_of(result["by_task"]))
