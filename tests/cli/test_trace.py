@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from zerodraft.cli.trace import ACCEPTED, OWN, REJECTED, TextPieces, rejected_path, trace, trace_legend
+from zerodraft.cli.trace import ACCEPTED, OWN, REJECTED, rejected_path, trace, trace_legend
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.pieces import TextPieces
 from zerodraft.decoding.stats import DecodeStats, RowStep, Step
 
 

@@ -4,13 +4,13 @@ Where there are no colours, marks say it: {+accepted+}, [-rejected-].
 """
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.pieces import TextPieces
 
 if TYPE_CHECKING:
     from zerodraft.decoding.stats import DecodeStats, RowStep
@@ -20,8 +20,6 @@ ACCEPTED, REJECTED, OWN = "green", "dim red strike", "bold cyan"
 
 ROOT = -1
 """The parent of a draft's first tokens (see `decoding.stats`)."""
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 MARKS = {ACCEPTED: "{{+{}+}}", REJECTED: "[-{}-]", OWN: "{}"}
 """What stands for a colour, as in `git diff --word-diff`."""
@@ -169,34 +167,3 @@ def rejected_path(row: "RowStep") -> list[int]:
         node = row.parents.index(node)
         path.append(row.drafted[node])
     return path
-
-
-class TextPieces:
-    """Tokens to text one by one; a token that is a part of a character waits for the rest of it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        # one token of context stays, since some tokenizers write a token differently at the start of a text
-        self._before: list[int] = []
-        self._waiting: list[int] = []
-
-    def add(self, token: int) -> str:
-        """The text that this token completes."""
-        self._waiting.append(token)
-        text = self._text(self._waiting)
-        if text.endswith(REPLACEMENT):
-            return ""
-        self._before, self._waiting = self._waiting[-1:], []
-        return text
-
-    def peek(self, tokens: Sequence[int]) -> str:
-        """The text of tokens that are not added."""
-        return self._text([*self._waiting, *tokens])
-
-    def rest(self) -> str:
-        """What still waits at the end."""
-        return self._text(self._waiting) if self._waiting else ""
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        known = self._tokenizer.decode(self._before, skip_special_tokens=True)
-        return self._tokenizer.decode([*self._before, *tokens], skip_special_tokens=True)[len(known) :]

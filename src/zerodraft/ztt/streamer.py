@@ -4,26 +4,15 @@ The token at position p is the prediction of position p - 1, so its depth is the
 ran. Without an exit rule every token has the depth of the model.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.pieces import Decoder, TextPieces
 from zerodraft.ztt.model import ZttForCausalLM
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-@runtime_checkable
-class Decoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of the ids."""
-        ...
 
 
 class DepthStreamer(BaseStreamer):
@@ -55,8 +44,7 @@ class DepthStreamer(BaseStreamer):
         self.tokens: list[int] = []
         self.depths: list[int] = []
         self._prompt_length: int | None = None
-        # Tokens from `_window` on are decoded again for each piece, of which those before `_written` are written.
-        self._window = self._written = 0
+        self._pieces = TextPieces(self.tokenizer) if self.tokenizer else None
 
     def put(self, value: Int[Tensor, "..."]) -> None:
         """Takes the prompt `(1, t)` first, then the new tokens as they come."""
@@ -71,25 +59,17 @@ class DepthStreamer(BaseStreamer):
         for token in value.flatten().tolist():
             self.depths.append(self._depth(self._prompt_length + len(self.tokens) - 1))
             self.tokens.append(token)
-            self._write(final=False)
+            self._write(self._pieces.add(token) if self._pieces else "")
 
     def end(self) -> None:
         """Hands on what was held back; the next `put` starts a new text."""
-        self._write(final=True)
+        self._write(self._pieces.rest() if self._pieces else "")
         self._prompt_length = None
 
     def _depth(self, position: int) -> int:
         depths = self.model.last_exit
         return self.model.config.cycles if depths is None else int(depths[0, position])
 
-    def _write(self, final: bool) -> None:
-        if self.tokenizer is None or self.on_text is None or self._written == len(self.tokens):
-            return
-        written = self.tokenizer.decode(self.tokens[self._window : self._written], skip_special_tokens=True)
-        text = self.tokenizer.decode(self.tokens[self._window :], skip_special_tokens=True)
-        if text.endswith(REPLACEMENT) and not final:
-            return
-        if len(text) > len(written):
-            self.on_text(text[len(written) :], self.depths[-1])
-        # One token of context stays, since some tokenizers write a token differently at the start of a text.
-        self._window, self._written = max(self._window, self._written - 1), len(self.tokens)
+    def _write(self, text: str) -> None:
+        if text and self.on_text:
+            self.on_text(text, self.depths[-1])
