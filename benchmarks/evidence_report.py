@@ -2,12 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+import evidence_domain
+import evidence_mechanism
+from evidence_domain import Domains
 from evidence_figures import draw_curves, draw_losses
+from evidence_mechanism import Mechanisms, draw_masses
 from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
 from evidence_table import Row, Table, read_table
+from evidence_text import grid, interval
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
 from zerodraft.training.recipe import ModelRecipe
@@ -50,10 +56,21 @@ CLAIMS = (
     Claim(text="better than the vanilla model of equal parameters", other="vanilla"),
     Claim(text="better than basic cycling", other="basic"),
     Claim(text="better than head-tail cycling: zero tokens help", other="head-tail", options=False),
+    Claim(
+        text="better than head-tail cycling where both are fed the head's output again: zero tokens help",
+        arm="ztt-input",
+        other="head-tail-input",
+        options=False,
+    ),
     Claim(text="better than the vanilla model of equal parameters trained for as many FLOPs", other="vanilla-longer"),
     Claim(text="early exit cuts compute and keeps the quality"),
     Claim(text="pretrained models gain by fine-tuning as Zero Token Transformers"),
 )
+
+LOOKS = evidence_mechanism.result_file("*"), evidence_domain.result_file("*")
+"""Files beside the tables with what was found in the models of their runs."""
+
+NOT_MEASURED = "Not measured yet.\n"
 
 
 def write_report(folder: Path, page: Path) -> None:
@@ -66,7 +83,31 @@ def write_report(folder: Path, page: Path) -> None:
     for name, table in tables.items():
         for what, draw in (("losses", draw_losses), ("curves", draw_curves)):
             draw(table, page.parent / figure(name, what))
-    write_whole(page, markdown(tables))
+    looks = read_looks(folder)
+    for found in looks.mechanisms:
+        draw_masses(found, page.parent / evidence_mechanism.figure(found.table))
+    write_whole(page, markdown(tables, looks))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Looks:
+    """What was found by looking into the models of finished runs."""
+
+    mechanisms: Sequence[Mechanisms] = ()
+    domains: Sequence[Domains] = ()
+
+
+def read_looks(folder: Path) -> Looks:
+    """All such results in a folder.
+
+    Raises:
+        ZerodraftError: one is damaged.
+    """
+    mechanisms, domains = (sorted(folder.glob(pattern)) for pattern in LOOKS)
+    return Looks(
+        mechanisms=[evidence_mechanism.read_mechanisms(path) for path in mechanisms],
+        domains=[evidence_domain.read_domains(path) for path in domains],
+    )
 
 
 def read_tables(folder: Path) -> dict[str, Table]:
@@ -75,7 +116,8 @@ def read_tables(folder: Path) -> dict[str, Table]:
     Raises:
         ZerodraftError: one is damaged, or is not called what its file is called.
     """
-    tables = {path.stem: read_table(path) for path in sorted(folder.glob("*.json"))}
+    looks = {path for pattern in LOOKS for path in folder.glob(pattern)}
+    tables = {path.stem: read_table(path) for path in sorted({*folder.glob("*.json")} - looks)}
     for name, table in tables.items():
         if table.plan.table != name:
             raise ZerodraftError(
@@ -89,11 +131,16 @@ def figure(name: str, what: str) -> str:
     return f"figures/evidence-{name}-{what}.png"
 
 
-def markdown(tables: Mapping[str, Table]) -> str:
+def markdown(tables: Mapping[str, Table], looks: Looks) -> str:
     """The page."""
     parts = [HEAD, "## The claims\n", *claims(tables)]
     for name, table in tables.items():
         parts += section(name, table)
+    for head, sections in (
+        (evidence_mechanism.HEAD, [evidence_mechanism.section(found) for found in looks.mechanisms]),
+        (evidence_domain.HEAD, [evidence_domain.section(found) for found in looks.domains]),
+    ):
+        parts += [head, *(chain.from_iterable(sections) if sections else [NOT_MEASURED])]
     return "\n".join(parts)
 
 
@@ -312,22 +359,6 @@ def mean_by_cycle(rows: Sequence[Row]) -> list[float]:
 
 
 # --- cells ---
-
-
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [
-        "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in (header, *rows)
-    ]
-    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]]) + "\n"
-
-
-def interval(value: Estimate | None, digits: int = 4) -> str:
-    """A mean with its interval, as far as there are any."""
-    if value is None:
-        return "-"
-    mean = f"{value.mean:.{digits}f}"
-    return mean if value.count < 2 else f"{mean} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
 def by_cycle(losses: Sequence[float]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from evidence_plan import Plan
-from evidence_report import HEAD, difference, markdown, phi_of, read_tables, write_report
+from evidence_report import HEAD, Looks, difference, phi_of, read_looks, read_tables, write_report
+from evidence_report import markdown as whole_page
 from evidence_table import Diverged, Table, write_table
 from tests.benchmarks.conftest import made_row
 from zerodraft.common.errors import ZerodraftError
@@ -33,6 +34,10 @@ def table(make_plan: Callable[..., Plan]) -> Table:
     return Table(plan=plan, rows=tuple(rows))
 
 
+def markdown(tables: dict[str, Table]) -> str:
+    return whole_page(tables, Looks())
+
+
 def row_of(page: str, *beginning: str) -> list[str]:
     """The cells of the one row that begins so."""
     (found,) = [line for line in page.splitlines() if line.startswith(f"| {' | '.join(beginning)} |")]
@@ -53,7 +58,7 @@ def test_verdicts_follow_the_intervals(table: Table) -> None:
     basic = row_of(page, "better than basic cycling")
     assert basic[3:] == ["-0.1000", "other -0.1000", "1.000x, 2.00x", "1", "**undecided**"]
     assert row_of(page, "better than head-tail cycling: zero tokens help")[-1] == "**not tested yet**"
-    assert page.count("**not tested yet**") == 4
+    assert page.count("**not tested yet**") == 5
 
 
 def test_arms_with_further_options_test_a_claim_unless_it_is_about_zero_tokens(make_plan: Callable[..., Plan]) -> None:
@@ -62,7 +67,7 @@ def test_arms_with_further_options_test_a_claim_unless_it_is_about_zero_tokens(m
     rows = [made_row(plan, arm, seed, loss + seed) for arm, loss in losses.items() for seed in plan.seeds]
     page = markdown({"tiny": Table(plan=plan, rows=tuple(rows))})
     arms = [cells(line)[2] for line in page.splitlines() if line.startswith("| better than")]
-    assert arms == ["ztt, vanilla", "ztt-input, vanilla", "-", "ztt, head-tail", "-"]
+    assert arms == ["ztt, vanilla", "ztt-input, vanilla", "-", "ztt, head-tail", "-", "-"]
 
 
 def test_a_claim_that_falls_the_other_way_is_told_as_plainly(make_plan: Callable[..., Plan]) -> None:
@@ -133,7 +138,8 @@ def test_without_results_all_claims_wait(tmp_path: Path) -> None:
     write_report(tmp_path / "none", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith(HEAD)
-    assert page.count("**not tested yet**") == 6
+    assert page.count("**not tested yet**") == 7
+    assert page.count("Not measured yet.") == 2
 
 
 def test_a_file_with_another_tables_results_is_refused(table: Table, tmp_path: Path) -> None:
@@ -145,5 +151,5 @@ def test_a_file_with_another_tables_results_is_refused(table: Table, tmp_path: P
 def test_the_page_in_docs_is_that_of_the_committed_results() -> None:
     tables = read_tables(ROOT / "results" / "evidence")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert page == markdown(tables)
+    assert page == whole_page(tables, read_looks(ROOT / "results" / "evidence"))
     assert all((ROOT / "docs" / "figures" / f"evidence-{name}-losses.png").is_file() for name in tables)
