@@ -16,7 +16,7 @@ from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.fast.lean import lean_target
 from zerodraft.generate.huggingface import DiffuSpec
-from zerodraft.models import resolve
+from zerodraft.models.resolve import resolve
 
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "smollm2-drafter"
 

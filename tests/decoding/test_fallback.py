@@ -89,6 +89,18 @@ def test_tries_become_rarer() -> None:
     assert "1.40 plain ones and brings 1.00 tokens" in fallback.why()
 
 
+def test_a_draft_that_took_no_time_when_nothing_is_left() -> None:
+    fallback = Fallback()
+    for _ in range(FIRST_PLAIN):
+        fallback.learn(0, 1.0, 1.0)
+    fallback.learn(1, 1.0, 6.0)
+    fallback.learn(1, 1.0, 6.0)
+    assert fallback.resting
+    # faster than a plain step
+    fallback.learn(4, 1.0, 0.5)
+    assert fallback.resting
+
+
 def test_text_that_drafts_suit_again_is_noticed() -> None:
     fallback = Fallback()
     assert speed(fallback, right=0.0, draft=0.4, tokens=400) > 0.96

@@ -23,8 +23,8 @@ from zerodraft.fast.lean import LeanTarget
 from zerodraft.fast.recorded import RecordingError
 from zerodraft.fast.target import HfTarget
 from zerodraft.generate.huggingface import DiffuSpec
-from zerodraft.models import resolve
 from zerodraft.models.caches import CACHE
+from zerodraft.models.resolve import resolve
 
 FAMILIES = [family for family in MODELS if family != "ztt"]
 

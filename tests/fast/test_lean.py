@@ -19,8 +19,8 @@ from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import LeanTarget, lean_target
 from zerodraft.fast.lean_weights import release_lean
 from zerodraft.fast.packed import HalvesLinear
-from zerodraft.models import resolve
 from zerodraft.models.caches import CACHE
+from zerodraft.models.resolve import resolve
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

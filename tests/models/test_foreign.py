@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.saved import save, tiny_llama, tiny_tokenizer
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.models import resolve
 from zerodraft.models.loading import load_pretrained
+from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
 
 # of PEFT, over names that newer transformers calls otherwise

@@ -52,7 +52,7 @@ def test_unknown_name(name: str, hint: str) -> None:
 OFFLINE = """
 import sys
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.models import resolve
+from zerodraft.models.resolve import resolve
 try:
     resolve(sys.argv[1], cache_dir=sys.argv[2])
 except ZerodraftError as error:

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ztt.tiny import FAMILIES, LAYERS, logits, open_gates, tiny_plain, tokens
 from zerodraft import ZttForCausalLM
-from zerodraft.models import resolve
 from zerodraft.models.loading import load_pretrained
+from zerodraft.models.resolve import resolve
 from zerodraft.ztt.convert import from_base
 
 

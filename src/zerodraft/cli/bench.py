@@ -329,7 +329,7 @@ class Bench(Command):
         """Of what is measured with, so that results of other weights or prompts can be told apart."""
         from zerodraft.bench.measure import fingerprint, weights
         from zerodraft.generate.names import shipped_drafter
-        from zerodraft.models import resolve
+        from zerodraft.models.resolve import resolve
 
         models = {
             "target": self.target,
@@ -353,8 +353,8 @@ class Bench(Command):
         from zerodraft.cli.loading import load_tokenizer
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.drafters import find_drafter
-        from zerodraft.models import resolve
         from zerodraft.models.loading import load_pretrained
+        from zerodraft.models.resolve import resolve
 
         def load(kind: Any, name: str) -> Any:
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None

@@ -73,8 +73,8 @@ class Convert(Command):
     def _from_base(self) -> tuple[Any, Any, Path]:
         from transformers import AutoModelForCausalLM
 
-        from zerodraft.models import resolve
         from zerodraft.models.loading import load_pretrained
+        from zerodraft.models.resolve import resolve
         from zerodraft.ztt.convert import from_base
 
         if self.unroll:

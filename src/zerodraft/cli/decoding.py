@@ -82,7 +82,7 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     """The causal language model at a path, hub id or short name, ready to run in a type, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from zerodraft.models import resolve
+    from zerodraft.models.resolve import resolve
 
     path = resolve(name)
     return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path)

@@ -57,7 +57,7 @@ class Distill(Command):
 
         from zerodraft.cli.loading import load_model, load_tokenizer
         from zerodraft.common.provenance import provenance
-        from zerodraft.models import resolve
+        from zerodraft.models.resolve import resolve
         from zerodraft.training.drafters.writer import HfWriter
 
         path, prompts = resolve(self.target), self._read()

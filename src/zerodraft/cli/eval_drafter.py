@@ -101,7 +101,7 @@ def find_drafter(name: str) -> Path:
     """The directory of a drafter whose drafts can be judged on a target's hidden states."""
     from zerodraft.drafters.block_model import BlockDrafterConfig
     from zerodraft.drafters.dflash_files import is_dflash
-    from zerodraft.models import resolve
+    from zerodraft.models.resolve import resolve
 
     path = resolve(name)
     if not is_dflash(path) and (kind := model_type(path)) != BlockDrafterConfig.model_type:

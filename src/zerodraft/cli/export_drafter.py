@@ -35,7 +35,7 @@ class ExportDrafter(Command):
         """Reads, writes and says how to use it."""
         from zerodraft.drafters.block_model import BlockDrafterConfig
         from zerodraft.drafters.dflash_files import export_dflash, is_dflash, load_dflash
-        from zerodraft.models import resolve
+        from zerodraft.models.resolve import resolve
 
         path = resolve(self.drafter)
         if not is_dflash(path):

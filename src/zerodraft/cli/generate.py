@@ -81,7 +81,7 @@ class Generate(Command):
 
     def run(self, console: Console) -> Result:
         """Loads, generates and reports."""
-        from zerodraft.models import resolve
+        from zerodraft.models.resolve import resolve
 
         plainly = not self.target and not self._given(OF_DRAFTS)
         if plainly and (self._given(OF_EXITS) or model_type(resolve(self.model)) == "ztt"):

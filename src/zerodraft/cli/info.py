@@ -33,8 +33,8 @@ class Info(Command):
     def run(self, console: Console) -> Result:
         """Reads the configuration and prints what follows from it."""
         from zerodraft import ZttConfig
-        from zerodraft.models import resolve
         from zerodraft.models.loading import load_config
+        from zerodraft.models.resolve import resolve
         from zerodraft.ztt.info import model_info
 
         config = load_config(resolve(self.model))

@@ -79,7 +79,7 @@ def text_settings(config: Any) -> Any:
 
 def find_ztt(name: str) -> Path:
     """The directory of the Zero Token Transformer at a path, hub id or short name."""
-    from zerodraft.models import resolve
+    from zerodraft.models.resolve import resolve
 
     path = resolve(name)
     kind = model_type(path)

@@ -83,7 +83,7 @@ class Ngram(Command):
             return self._info(console)
         assert self.target is not None  # checked
         assert self.out is not None
-        from zerodraft.models import resolve
+        from zerodraft.models.resolve import resolve
 
         path, out = resolve(self.target), user_path(self.out)
         started = time.perf_counter()

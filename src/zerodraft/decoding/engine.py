@@ -103,7 +103,7 @@ class Engine:
             self._tell_proxies([self.kept.tokens])
         else:
             self.session = self.drafter.start(len(real), self.target.device, self.generator)
-        clock = self.fallback.timer(self.target.device) if self.fallback else perf_counter
+        clock = self._clock = self.fallback.timer(self.target.device) if self.fallback else perf_counter
         if self.fallback:
             self.fallback.begin()
         with self.stats.timed("prefill"):
@@ -122,7 +122,9 @@ class Engine:
             watching = self.fallback is not None and self.fallback.watching
             began = clock() if watching else 0.0
             lattices, asked, unread = self._draft()
-            drafted = perf_counter()
+            # a rest is to cost nothing, and its steps say nothing new
+            timed = any(asked) or self.fallback is None or not self.fallback.resting
+            drafted = clock() if timed else 0.0
             with self.stats.timed("search"):
                 drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
                 drafts = self._filled_up(drafts)
@@ -133,9 +135,8 @@ class Engine:
                 out = self.target.score(ids, depth, visible, self.drafter.taps)
                 step, kept = self._settle(out, drafts)
                 self.target.keep(kept)
-            if any(asked) or self.fallback is None or not self.fallback.resting:
-                # a rest is to cost nothing, and its steps say nothing new
-                seconds = perf_counter() - drafted
+            if timed:
+                seconds = clock() - drafted
                 self._lengths[0].observe_cost("verify", max(asked), seconds)
                 self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
             for at, row in enumerate(step.rows):

@@ -172,7 +172,8 @@ class Fallback:
 
     def _affordable(self) -> int:
         """Positions whose draft the account can pay for even if it brings nothing, as far as the last draft tells."""
-        return int(self._balance / self._position) if self._position > self._balance / UNLIMITED else UNLIMITED
+        least = max(self._balance, 0.0) / UNLIMITED
+        return int(self._balance / self._position) if self._position > least else UNLIMITED
 
 
 def _recent(values: tuple[T, ...], new: T) -> tuple[T, ...]:

@@ -1,5 +1,1 @@
 """Getting a model: names and wheels, the cache directory, foreign formats, loading, what transformers calls caches."""
-
-from zerodraft.models.resolve import resolve
-
-__all__ = ["resolve"]

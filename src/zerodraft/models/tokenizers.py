@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError, why
-from zerodraft.models.loading import load_tokenizer_files
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -14,6 +13,9 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         ZerodraftError: nothing there that transformers can read, or it has no end-of-text token.
     """
+    # not at the top: whoever only fills in a template need not wait for transformers
+    from zerodraft.models.loading import load_tokenizer_files
+
     tokenizer = load_tokenizer_files(path)
     if tokenizer.eos_token_id is None:
         raise ZerodraftError(f"the tokenizer in '{path}' has no end-of-text token, which separates documents")

@@ -64,7 +64,7 @@ def from_base(
     _check_choice("init", init, get_args(Init))
     _check_settings(settings)
     if not isinstance(model, nn.Module):
-        from zerodraft.models import resolve  # not at the top: the core needs no downloads
+        from zerodraft.models.resolve import resolve  # not at the top: the core needs no downloads
 
         model = load_pretrained(AutoModelForCausalLM, resolve(model))
     model = check_base(model)
