@@ -116,7 +116,8 @@ def test_the_result_reads_back(tmp_path: Path) -> None:
     manifest = run(tmp_path / "out", on_batch=seen.append, provenance={"why": "a test"})
     found = read_completions(tmp_path / "out")
     assert len(found) == manifest["sequences"] == len(PROMPTS)
-    assert found.completion_tokens == manifest["completion_tokens"] == 45 == seen[-1].tokens
+    written = (found.lengths - found.prompt_lengths).sum()
+    assert written == manifest["completion_tokens"] == 45 == seen[-1].tokens
     assert seen[-1].batches == seen[-1].total == len(found.shards)
     assert set(found.sources) == {"cats"}
     tokens, prompt_length = found[0]

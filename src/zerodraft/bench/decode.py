@@ -19,7 +19,7 @@ from zerodraft.bench.rows import References, RowFile
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.generate.comparing import first_difference, near_tie
-from zerodraft.models.tokenizers import encode
+from zerodraft.models.tokenizers import encode, left_padded
 
 Row = dict[str, Any]
 """One prompt: `id`, `task`, `prompt_tokens`, and by method what was measured."""
@@ -139,7 +139,7 @@ def check_equality(
     _add_references(missing, settings, model, references, reference, reference_batch)
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
-        found = {name: method.decode(left_padded(part), settings.options()) for name, method in methods.items()}
+        found = {name: method.decode(together(part), settings.options()) for name, method in methods.items()}
         for at, task in enumerate(part):
             name = task.question.id
             expected = references.get(name, task.tokens, settings.max_new_tokens, eos_ids(model))
@@ -165,7 +165,7 @@ def _add_references(
         missing.sort(key=lambda task: task.length)
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
-        found = reference.decode(left_padded(part), settings.options())
+        found = reference.decode(together(part), settings.options())
         for task, tokens in zip(part, found.tokens, strict=True):
             references.add(task.question.id, task.tokens, tokens, batched=len(part) > 1)
 
@@ -177,17 +177,9 @@ def _left(tasks: Sequence[Task], kept: RowFile) -> tuple[list[Row], list[Task]]:
     return rows, [task for task in tasks if task.question.id not in done]
 
 
-def left_padded(tasks: Sequence[Task]) -> dict[str, Any]:
-    """Several prompts as one batch."""
-    if len(tasks) == 1:
-        return dict(tasks[0].inputs)
-    width = max(task.length for task in tasks)
-    first = tasks[0].inputs["input_ids"]
-    ids, mask = (first.new_zeros(len(tasks), width) for _ in range(2))
-    for row, task in enumerate(tasks):
-        ids[row, width - task.length :] = task.inputs["input_ids"][0]
-        mask[row, width - task.length :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+def together(tasks: Sequence[Task]) -> dict[str, Any]:
+    """The inputs of several prompts as one batch."""
+    return left_padded([task.inputs["input_ids"][0] for task in tasks]) if len(tasks) > 1 else dict(tasks[0].inputs)
 
 
 def _row(task: Task, measured: dict[str, Any]) -> Row:

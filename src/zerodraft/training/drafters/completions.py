@@ -79,11 +79,6 @@ class Completions:
         tokens = self._tokens[shard][start : start + int(self.lengths[index])]
         return np.asarray(tokens, np.int64), int(self.prompt_lengths[index])
 
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens that the target wrote, without the prompts."""
-        return int((self.lengths - self.prompt_lengths).sum())
-
 
 def read_completions(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Completions:
     """Reads shards: directories (all shards in them, by name) or single `.bin` or `.jsonl` files.

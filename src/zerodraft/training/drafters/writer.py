@@ -13,6 +13,7 @@ from zerodraft.decoding.verify import NO_NUMBERS
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.fast.best import best_target
 from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.models.tokenizers import left_padded
 from zerodraft.training.drafters.distill import DistillSettings
 
 
@@ -44,10 +45,8 @@ class HfWriter:
         self, prompts: Sequence[Sequence[int]], settings: DistillSettings, *, temperature: float, limit: int, seed: int
     ) -> list[list[int]]:
         """One `generate` call; the global random state is left as it was."""
-        model, width, pad = self.model, max(map(len, prompts)), min(self.eos_ids)
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-        mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        model, pad = self.model, min(self.eos_ids)
+        inputs = left_padded([torch.tensor(prompt, device=model.device) for prompt in prompts], pad)
         options: dict[str, Any] = {"logits_processor": LogitsProcessorList([RefuseNan()])}
         if temperature > 0:
             options |= {"temperature": temperature, "top_k": settings.top_k, "top_p": settings.top_p}
@@ -56,15 +55,14 @@ class HfWriter:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **inputs,
                 max_new_tokens=limit,
                 do_sample=temperature > 0,
                 eos_token_id=sorted(self.eos_ids),
                 pad_token_id=pad,
                 **options,
             )
-        return [self._until_end(row) for row in out[:, width:].tolist()]
+        return [self._until_end(row) for row in out[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _until_end(self, row: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(row) if token in self.eos_ids), len(row))
