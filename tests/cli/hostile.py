@@ -6,6 +6,7 @@ minutes, from the seed `ZERODRAFT_FUZZ_START` on, with the kinds that `ZERODRAFT
 """
 
 import json
+import logging
 import math
 import os
 import random
@@ -54,6 +55,8 @@ EXTRA = {
     ),
 }  # fmt: skip
 """Fields that the files need not have, by file."""
+
+logger = logging.getLogger(__name__)
 
 Change = Callable[[random.Random, Path], str]
 """Damages a file and says how."""
@@ -174,6 +177,7 @@ def run_cases(
             found.append(f"{what} | {' '.join(words)} | {code}")
     signal.signal(signal.SIGALRM, before)
     monkeypatch.chdir(folder)
+    logger.info("%d cases from seed %d", runs, seed)
     assert not found, f"{len(found)} of {runs} (seed {seed}):\n" + "\n".join(found)
 
 

@@ -1,15 +1,19 @@
 """Directories that are written whole or not at all, whatever stops the process that writes them."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from zerodraft.cli.main import main
-from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError, writing
 from zerodraft.common.lock import locked
 from zerodraft.common.outputs import check_free, filled_once, new_directory, new_file, write_json, write_whole
 
@@ -42,6 +46,29 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ZerodraftError, match="could not be written: No space"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_of_ours_is_not_told_as_one_of_the_system(tmp_path: Path) -> None:
+    for error in (TypeError("of ours"), RuntimeError("of ours")):
+        with pytest.raises(type(error), match="of ours"), new_directory(tmp_path / "a"):
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "save",
+    [lambda x, path: save_file({"x": x}, path), lambda x, path: torch.save(x, path)],
+    ids=["safetensors", "torch"],
+)
+def test_a_full_disk_is_one_sentence_whoever_writes(save: Callable[[torch.Tensor, Path], None], tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the kernel lets no file grow beyond this, as a full disk would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2200, hard))
+    try:
+        with pytest.raises(ZerodraftError, match=r"^It could not be written: "), writing("It"):
+            save(torch.zeros(9000), tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.decoding.paths import path_to
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import NO_TOKEN, Lattice
 from zerodraft.decoding.scorers import LatticeScores, ProxySession
@@ -209,7 +210,7 @@ def test_best_first_holds_the_best_prefixes(lattice: Lattice, budget: int, lam: 
     pruned = prune(lattice, config, EOS)
     tree, chances = best_first(pruned, config, budget, proxy, EOS)
     every = all_prefixes(pruned, lam, None if lattice.chain else proxy, EOS)
-    held = [tuple(tree.path_to(node)) for node in range(len(tree))]
+    held = [tuple(path_to(tree, node)) for node in range(len(tree))]
     assert len(set(held)) == len(held)
     np.testing.assert_allclose(chances, np.exp([every[path] for path in held]), rtol=1e-5)
     # by their scores: which of several equal prefixes is in does not matter
@@ -227,10 +228,10 @@ def test_merged_trees_hold_the_likeliest_nodes_of_all(parts: list[Lattice], budg
     every: dict[tuple[int, ...], float] = {}
     for tree, chances in ranked:
         for node, chance in enumerate(chances.tolist()):
-            path = tuple(tree.path_to(node))
+            path = tuple(path_to(tree, node))
             every[path] = max(every.get(path, 0.0), chance)
     tree, chances = merge(ranked, budget)
-    held = [tuple(tree.path_to(node)) for node in range(len(tree))]
+    held = [tuple(path_to(tree, node)) for node in range(len(tree))]
     assert len(set(held)) == len(held) == min(budget, len(every))
     assert chances.tolist() == [every[path] for path in held] == sorted(every.values(), reverse=True)[: len(held)]
 
@@ -302,7 +303,7 @@ def test_a_chain_is_its_first_candidates() -> None:
     contrary = TrigramProxy(1, tabled=True)
     assert build_tree(lattice, SearchConfig(tau=1.0), contrary, EOS).tokens.tolist() == [5, 8, 2]
     tree = build_tree(lattice, SearchConfig(tau=1.0, expand="best_first", budget=9), contrary, EOS)
-    held = sorted(tuple(tree.path_to(node)) for node in range(len(tree)))
+    held = sorted(tuple(path_to(tree, node)) for node in range(len(tree)))
     assert held == [(5,), (5, 8), (5, 8, 2), (5, 8, 2, 1), (5, 9), (6,)]
 
 
@@ -332,7 +333,7 @@ def test_sampled_paths_follow_the_pruned_distributions() -> None:
 def test_sampled_paths_end_where_they_have_to() -> None:
     chain = lattice_of({5: 0.5, 6: 0.5}, {3: 0.5, 0: 0.5}, {4: 1.0}, chain=True)
     draft = sample_draft(chain, SearchConfig(tau=1.0, beam=64), Dice(), EOS)
-    held = {tuple(draft.tree.path_to(node)) for node in range(len(draft.tree))}
+    held = {tuple(path_to(draft.tree, node)) for node in range(len(draft.tree))}
     assert held == {(5,), (6,), (5, 3), (5, 0), (5, 3, 4)}
 
 

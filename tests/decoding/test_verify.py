@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tests.decoding.paths import path_to
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding import verify
 from zerodraft.decoding.lattice import Lattice
@@ -150,10 +151,6 @@ def deterministic(draw_tree: Callable[[np.random.Generator], DraftTree]) -> Step
         return emitted(tree, verify.point_mass(tree, lambda node: p((*prefix, *path_to(tree, node))), dice))
 
     return step
-
-
-def path_to(tree: DraftTree, node: int) -> list[int]:
-    return [] if node == ROOT else tree.path_to(node)
 
 
 def random_path(rng: np.random.Generator) -> DraftTree:
@@ -344,7 +341,7 @@ def test_greedy_verification_emits_what_plain_greedy_decoding_does(paths: list[l
     tokens = emitted(tree, verdict)
     assert tokens == [best(tuple(tokens[:i])) for i in range(len(tokens))]
     # and it stops only where the tree has no such child
-    assert tuple(tokens) not in {tuple(tree.path_to(node)) for node in range(len(tree))}
+    assert tuple(tokens) not in {tuple(path_to(tree, node)) for node in range(len(tree))}
     assert verdict.kept == sorted(verdict.kept)
 
 

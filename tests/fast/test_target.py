@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, MptConfig, MptForCausalLM, StaticCache
 
+from tests.decoding.paths import path_to
 from tests.ztt.tiny import FAMILIES, gap, left_padded, tiny, tiny_plain, tokens
 from zerodraft import ConfidenceExit, ZerodraftError
 from zerodraft.decoding.tree import DraftTree
@@ -47,7 +48,7 @@ def plain(model: Any, text: list[int], **options: Any) -> Any:
 def check(model: Any, out: Any, row: int, text: list[int], tree: DraftTree, taps: tuple[int, ...] = ()) -> None:
     """Row `row` of a pass over `text` (which ends with the last known token) and a tree."""
     for node in range(-1, len(tree)):
-        whole = plain(model, text + tree.path_to(node))
+        whole = plain(model, text + path_to(tree, node))
         assert gap(out.logits[row, node + 1], whole.logits[0, -1]) < 2e-5
         for at, tap in enumerate(taps):
             assert gap(out.taps[row, node + 1, at], whole.hidden_states[tap][0, -1]) < 2e-5
@@ -184,7 +185,7 @@ def test_exits_of_a_zero_token_transformer_do_not_depend_on_the_tree() -> None:
             out = score(target, [30, 30], [TREE, PATH] if kept[0] else [PATH, TREE])
             for row, (text, tree) in enumerate(zip(texts, [TREE, PATH] if kept[0] else [PATH, TREE], strict=True)):
                 for node in range(-1, len(tree)):
-                    whole = plain(model, text + tree.path_to(node), exit_rule=rule)
+                    whole = plain(model, text + path_to(tree, node), exit_rule=rule)
                     assert gap(out.logits[row, node + 1], whole.logits[0, -1]) < 2e-5
                     depths |= set(whole.exit_depth[0].tolist())
             target.keep([[0, *(n + 1 for n in nodes)] for nodes in kept])

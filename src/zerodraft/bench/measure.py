@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from zerodraft.common.machine import memory_bytes
 from zerodraft.common.outputs import write_whole
 from zerodraft.common.provenance import versions
 from zerodraft.fast import compiled
@@ -96,10 +97,8 @@ def cpu_name() -> str:
 
 def memory_gib() -> float | None:
     """The machine's memory."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
+    memory = memory_bytes()
+    return None if memory is None else round(memory / 2**30, 1)
 
 
 def fingerprint(files: Iterable[Path]) -> str:

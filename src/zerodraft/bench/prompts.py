@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import read_text, user_path
-from zerodraft.training.jsonl import json_row
+from zerodraft.common.files import json_object, read_text, user_path
 from zerodraft.training.prompts import read_prompts
 
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -95,7 +94,7 @@ def _spec_bench(path: Path) -> Iterator[Question]:
         if not line.strip():
             continue
         try:
-            row = json_row(line, path, number)
+            row = json_object(line, f"'{path}' line {number}")
             identity, category, text = str(row["question_id"]), str(row["category"]), str(row["turns"][0])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             if number == 1:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import json_object
 from zerodraft.common.outputs import write_whole
-from zerodraft.training.jsonl import json_row
 
 
 class RowFile:
@@ -126,4 +126,4 @@ def _drop_cut_line(path: Path) -> None:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """All lines but one that was cut off."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    return [json_object(line, f"'{path}' line {number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -1,12 +1,12 @@
 """Getting a model and its tokenizer for a command; whatever is wrong with them is one clear sentence."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from zerodraft.common.errors import ZerodraftError, reading
 from zerodraft.common.files import model_type
+from zerodraft.common.machine import memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto", *, as_stored:
         value = getattr(model.config.get_text_config(), name, None)
         if isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ZerodraftError(f"The configuration of '{path}' has {name} beyond 0 to 1, with which no norm works.")
+    model = model.to(default_device()).eval() if as_stored else ready(model, dtype)
     with reading(f"The model '{path}'", "does not run"):
-        model = model.to(default_device()).eval() if as_stored else ready(model, dtype)
         model.generation_config = text_settings(model.generation_config)
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -107,7 +107,7 @@ def ready(model: Any, dtype: Dtype = "auto") -> Any:
     halves = model.dtype in (torch.bfloat16, torch.float16) and getattr(model, "hf_quantizer", None) is None
     if dtype == "auto" and device.type == "cpu" and halves:
         # the model, and at most as much again for packed weights
-        needed, memory = 8 * sum(weight.numel() for weight in model.parameters()), _memory()
+        needed, memory = 8 * sum(weight.numel() for weight in model.parameters()), memory_bytes()
         stored = str(model.dtype).removeprefix("torch.")
         if memory is None or needed < memory:
             logger.info(
@@ -122,14 +122,6 @@ def ready(model: Any, dtype: Dtype = "auto") -> Any:
                 needed / 1e9,
             )
     return model.to(device).eval()
-
-
-def _memory() -> int | None:
-    """Bytes of memory that the machine has, where the system tells."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def load_tokenizer(path: Path) -> Any:

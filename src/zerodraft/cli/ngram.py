@@ -1,6 +1,5 @@
 """`zerodraft ngram`: n-gram tables for the path search, from text or tokens."""
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from rich.text import Text
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.common.errors import ZerodraftError, printable
 from zerodraft.common.files import user_path
-from zerodraft.common.outputs import new_file
+from zerodraft.common.outputs import closed_parent, new_file
 
 BATCH = 64
 """Texts that are tokenised at once."""
@@ -67,11 +66,8 @@ class Ngram(Command):
                 raise ZerodraftError(f"--{name} is missing; see 'zerodraft ngram --help'")
         if self.out and user_path(self.out).is_dir():
             raise ZerodraftError(f"--out is '{self.out}', a directory: name a file")
-        if self.out:
-            parents = user_path(self.out).absolute().parents
-            nearest = next(parent for parent in parents if parent.exists())
-            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-                raise ZerodraftError(f"--out is '{self.out}', but in '{nearest}' no file can be made: name another")
+        if self.out and (closed := closed_parent(user_path(self.out))):
+            raise ZerodraftError(f"--out is '{self.out}', but in '{closed}' no file can be made: name another")
         if not 1 <= self.order <= LONGEST:
             raise ZerodraftError(f"--order is {self.order}; it must be from 1 to {LONGEST}")
         if self.min_count < 1:

@@ -28,6 +28,24 @@ def reading(what: str, outcome: str = "could not be loaded") -> Iterator[None]:
         raise ZerodraftError(f"{what} {outcome}: {why(error)}.") from error
 
 
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Around the writing of an output: what the system says against it becomes one sentence (a full disk, a folder that
+    takes no files). All other errors are mistakes of ours, and stay what they are."""
+    try:
+        yield
+    except Exception as error:
+        torn = any(sign in str(error) for sign in TORN)
+        if not torn and not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = "the disk takes no more" if torn else why(error)
+        raise ZerodraftError(f"{what} could not be written: {reason}.") from error
+
+
+TORN = ("inline_container", "iostream")
+"""What torch says where a file could not be written to its end; safetensors tells the system's error as text."""
+
+
 def why(error: BaseException) -> str:
     """The first line of an error's message without its last stop, or what else the error tells."""
     if isinstance(error, OSError) and error.strerror:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from zerodraft.common.errors import ZerodraftError, reading
+from zerodraft.common.errors import ZerodraftError, reading, writing
 from zerodraft.common.files import user_path
 from zerodraft.common.lock import locked
 
@@ -59,10 +59,15 @@ def check_free(output: str | PathLike[str]) -> Path:
     with reading(f"'{output}'", "cannot be used"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ZerodraftError(f"'{output}' exists already: name a new directory, or remove it first")
-        nearest = next(parent for parent in path.resolve().parents if parent.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise ZerodraftError(f"'{output}' cannot be made: '{nearest}' takes no new files")
+        if closed := closed_parent(path):
+            raise ZerodraftError(f"'{output}' cannot be made: '{closed}' takes no new files")
     return path
+
+
+def closed_parent(path: Path) -> Path | None:
+    """The nearest directory above a path that is there, if nothing new can be made in it."""
+    nearest = next(parent for parent in path.resolve().parents if parent.exists())
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
 
 
 @contextmanager
@@ -78,7 +83,7 @@ def new_directory(output: str | PathLike[str]) -> Iterator[Path]:
         staging = place / path.name
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            with reading(f"'{output}'", "could not be written"):
+            with writing(f"'{output}'"):
                 staging.mkdir()
                 yield staging
                 os.replace(staging, path)

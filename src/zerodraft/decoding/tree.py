@@ -93,18 +93,6 @@ class DraftTree:
             children[parent + 1].setdefault(token, node)
         return children
 
-    def lineage(self, node: int) -> list[int]:
-        """The nodes from the root (not included) down to this one."""
-        nodes = []
-        while node != ROOT:
-            nodes.append(node)
-            node = int(self.parents[node])
-        return nodes[::-1]
-
-    def path_to(self, node: int) -> list[int]:
-        """The drafted tokens up to and including this node."""
-        return [int(self.tokens[n]) for n in self.lineage(node)]
-
 
 @dataclass(frozen=True, slots=True)
 class SampledDraft:

@@ -275,7 +275,7 @@ class DiffuSpec:
         return GenerateDecoderOnlyOutput(
             sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
             scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
-            logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]
+            logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]  # and here
             **for_return(past),
         )
 

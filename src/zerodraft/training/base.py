@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints
 
-from zerodraft.common.errors import ZerodraftError, did_you_mean, reading, why
+from zerodraft.common.errors import ZerodraftError, did_you_mean, why, writing
 from zerodraft.training.callbacks import JsonLog
 from zerodraft.training.folder import write_sums
 from zerodraft.training.optim import build_optimizer, learning_rate_scale
@@ -160,7 +160,7 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            with reading(f"The checkpoint in '{folder}'", "could not be written"):
+            with writing(f"The checkpoint in '{folder}'"):
                 super()._save_checkpoint(model, trial)
         finally:
             self._saving = False

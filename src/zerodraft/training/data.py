@@ -24,10 +24,9 @@ import torch
 from torch.utils.data import Dataset
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean, why
-from zerodraft.common.files import check_regular, read_text, user_path
+from zerodraft.common.files import check_regular, json_object, read_text, user_path
 from zerodraft.common.outputs import filled_once
 from zerodraft.training.chat import Tokens, tokens_of
-from zerodraft.training.jsonl import json_row
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.rows import Document, content, document_of
 
@@ -220,7 +219,7 @@ def _read_source(source: str, recipe: DataRecipe) -> Iterator[Document | None]:
             # split on "\n" only: strings may hold U+2028 and other characters that str.splitlines takes for line ends
             for number, line in enumerate(read_text(path, "data file").split("\n"), 1):
                 if line.strip():
-                    yield document_of(json_row(line, path, number), recipe, str(path))
+                    yield document_of(json_object(line, f"'{path}' line {number}"), recipe, str(path))
         else:
             yield from (document_of(row, recipe, str(path)) for row in _parquet_rows(path))
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zerodraft.common.errors import reading
+from zerodraft.common.errors import writing
 from zerodraft.training.base import RecipeTrainer
 
 
@@ -17,7 +17,7 @@ def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, a
     partial, final = folder / ".model", folder / "model"
     shutil.rmtree(partial, ignore_errors=True) if trainer.args.should_save else None
     trainer.accelerator.wait_for_everyone()
-    with reading(f"The model in '{folder}'", "could not be written"):
+    with writing(f"The model in '{folder}'"):
         if adapters:
             trainer.save_model(str(partial / "adapter"))
             if trainer.args.should_save:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import read_text, user_path
+from zerodraft.common.files import json_object, read_text, user_path
 from zerodraft.models.tokenizers import templated
-from zerodraft.training.jsonl import json_row
 
 FORMATS = (".txt", ".jsonl")
 
@@ -65,7 +64,7 @@ def _texts(text: str, path: Path) -> Iterator[str]:
         if path.suffix == ".txt":
             yield line.strip()
         elif line.strip():
-            yield _of_row(json_row(line, path, number), path, number)
+            yield _of_row(json_object(line, f"'{path}' line {number}"), path, number)
 
 
 def _of_row(row: dict[str, Any], path: Path, number: int) -> str:

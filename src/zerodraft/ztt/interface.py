@@ -184,7 +184,8 @@ def _zero_attention(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output, mass, and weights if eager, in the fastest form that backend, device and inputs allow; all are equal."""
+    """Output, mass, and weights if eager, in the fastest form that backend, device and inputs allow; all are equal. The
+    other forms go without the weights of all keys, where there is a way around them."""
     assert call.key is not None
     if torch.is_autocast_enabled(q.device.type):
         # Autocast brings torch's attention to one dtype (rotated q and k are float32, v is not), not its kernels.
@@ -193,45 +194,30 @@ def _zero_attention(
         s0 = zero.zero_scores(q, call.key, scale)
         weights, mass = zero.zero_attention_weights(q, k, s0, mask=mask, is_causal=causal, scale=scale)
         return zero.weighted_values(weights, v, dropout), mass, weights
-    return *_fused(backend, call, q, k, v, mask, causal, scale, dropout), None
-
-
-def _fused(
-    backend: str,
-    call: LayerCall,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Any,
-    causal: bool,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor | None]:
-    """Output and mass without the weights of all keys, where there is a way around them."""
-    assert call.key is not None
     if q.shape[-1] != v.shape[-1]:
         # Latent attention: kernels want one size for keys and values. Zeros change no score, and come out as zeros.
         width = max(q.shape[-1], v.shape[-1])
         padded = LayerCall(call.cycle, F.pad(call.key, (0, width - q.shape[-1])), None, call.need_mass, call.masks)
         q, k, wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-        out, mass = _fused(backend, padded, q, k, wide, mask, causal, scale, dropout)
-        return out[..., : v.shape[-1]], mass
+        out, mass, _ = _zero_attention(backend, padded, q, k, wide, mask, causal, scale, dropout)
+        return out[..., : v.shape[-1]], mass, None
     if backend == "flex_attention":
-        return zero.zero_attention_flex(q, k, v, zero.zero_scores(q, call.key, scale), block_mask=mask, scale=scale)
+        s0 = zero.zero_scores(q, call.key, scale)
+        return *zero.zero_attention_flex(q, k, v, s0, block_mask=mask, scale=scale), None
     if q.device.type == "cpu" and backend == "sdpa" and dropout == 0:
         if mask is not None:
             mask = call.masks(mask, lambda x: zero.AdditiveMask.of(x, q))
-        return zero.zero_attention_lse(
+        return *zero.zero_attention_lse(
             q, k, v, call.key, mask=mask, is_causal=causal, scale=scale, need_mass=call.need_mass
-        )
+        ), None
     forms = {"mask": mask, "is_causal": causal, "scale": scale}
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, call.key))
     if zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
-        return zero.zero_attention_lse(q, k, v, call.key, need_mass=call.need_mass, **forms)
+        return *zero.zero_attention_lse(q, k, v, call.key, need_mass=call.need_mass, **forms), None
     if call.key.ndim == 2 and not (dropout > 0 and call.need_mass):  # dropout there would fall on the mass, too
-        return zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=call.need_mass, **forms)
+        return *zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=call.need_mass, **forms), None
     s0 = zero.zero_scores(q, call.key, scale)
-    return zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms)
+    return *zero.zero_attention_reference(q, k, v, s0, dropout=dropout, **forms), None
 
 
 def _family_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

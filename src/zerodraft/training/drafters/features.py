@@ -70,11 +70,6 @@ class FeatureCache:
             # last, so that a folder without it is made anew
             write_whole(folder / KEY, key)
 
-    @property
-    def share_done(self) -> float:
-        """Share of the sequences that are on disk."""
-        return float(self._done.mean())
-
     def __contains__(self, index: int) -> bool:
         return bool(self._done[index])
 
