@@ -37,7 +37,7 @@ class Bench(Command):
     target: str = metavar("DIR|NAME", default="smollm2")
     """The model that decodes."""
     dtype: Dtype = "auto"
-    """What it computes in; auto: as its weights are stored."""
+    """Dtype of the computation; auto: as the weights are stored."""
     drafter: str = metavar("DIR|NAME", default="")
     """As for 'zerodraft generate'."""
     drafter_steps: int = 1
@@ -55,9 +55,9 @@ class Bench(Command):
     prompts: tuple[str, ...] = metavar("FILE...", default=())
     """JSONL or text; by default Spec-Bench in $ZERODRAFT_DATA."""
     limit: int = 30
-    """So many prompts, spread over the tasks; 0: all."""
+    """Number of prompts, spread over the tasks; 0: all."""
     max_new_tokens: int = 128
-    """Write at most so many tokens."""
+    """Write at most this many tokens."""
     methods: tuple[str, ...] = metavar("NAME...", default=())
     """Methods, with spaces or commas between; by default all."""
     temperature: float = 0.0

@@ -39,14 +39,14 @@ class Calibrate(Command):
     text: str = metavar("FILE")
     """Text to measure on (.txt, .md, .jsonl, .parquet; a folder or a glob): not what the model was trained on."""
     rule: Literal["zero-mass", "confidence", "entropy", "kl", "latent", "best"] | None = None
-    """The rule; 'best' takes the one of --rules that meets the target best. Left out, it is zero-mass, or latent where
-    no token could leave after a cycle with a zero token (as in a model deepened to two cycles)."""
+    """The rule; 'best' takes the one of --rules that meets the target best. By default zero-mass, or latent where no
+    token could exit after a cycle with a zero token (as in a model deepened to two cycles)."""
     rules: tuple[str, ...] = metavar("all|RULE ...", default=())
     """Measure these rules too and draw them all in one plot."""
     budget: float | None = None
     """Target: at most this share of the FLOPs, such as 0.7."""
     mean_cycles: float | None = None
-    """Target: at most so many cycles a token."""
+    """Target: at most this many cycles per token."""
     max_loss_increase: float | None = None
     """Target: at most this increase of the loss as a share, such as 0.02."""
     max_loss_nats: float | None = None
@@ -56,7 +56,7 @@ class Calibrate(Command):
     layers: Literal["all", "first", "last"] = "all"
     """zero-mass: which of the shared layers count."""
     policy: Literal["propagate", "latest"] = "propagate"
-    """What deeper cycles see of tokens that left."""
+    """Where deeper cycles take keys and values of exited tokens from."""
     blocks: int = 64
     """Blocks of text to measure on, taken evenly from all of it."""
     block_length: int = 256

@@ -28,11 +28,11 @@ class ChatSampling(Sampling):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chat(Command):
-    """Talk with a model that decodes with drafts; its answers come as they are written.
+    """Talk with a model that decodes with drafts; answers are streamed.
 
     One line is one message, and so are lines that are pasted at once. /new starts a new conversation, /quit (or the end
-    of the input) ends the program. Ctrl-C stops an answer; what is there of it stays in the conversation. Of earlier
-    turns nothing is computed again.
+    of the input) ends the program. Ctrl-C stops an answer; its beginning stays in the conversation. Earlier turns
+    are not computed again.
     """
 
     example: ClassVar[str] = "zerodraft chat --target smollm2"
@@ -40,7 +40,7 @@ class Chat(Command):
     target: str = metavar("DIR|NAME", also=("model",), default="smollm2")
     """A causal language model with a chat template: directory, hub id or short name."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: float32 on CPUs, else as stored."""
+    """Dtype of the computation; auto: float32 on CPUs, else as stored."""
     drafter: str = metavar("DIR|NAME", default="")
     """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
     drafter_steps: int = 1
@@ -48,7 +48,7 @@ class Chat(Command):
     prefix_cache: bool = True
     """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
     system: str = metavar("TEXT", default="")
-    """Tell the model who it is, before the conversation."""
+    """The system message, before the conversation."""
     sampling: ChatSampling = settings_of(ChatSampling)
 
     def check(self) -> None:

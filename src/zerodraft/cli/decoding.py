@@ -31,15 +31,15 @@ class Sampling:
     temperature: float = 0.0
     """Sampling temperature; 0: the most probable token each time."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens of this probability together."""
+    """Sample from the most probable tokens of this total mass."""
     top_k: int | None = None
-    """Sample from so many tokens (0: all); left out: as `generate` does."""
+    """From the N most probable tokens (0: all); default: `generate`'s."""
     min_p: float = 0.0
-    """Only tokens with this share of the likeliest one's chance."""
+    """Only tokens with at least this share of the highest probability."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that the text has already are less likely."""
+    """Above 1: tokens that occurred before become less likely."""
     stop: tuple[str, ...] = each("TEXT", default=())
-    """End the text behind this; can be given again for more."""
+    """End the text after this; may be repeated."""
     seed: int = 0
     """Seed of the sampling."""
 

@@ -24,7 +24,7 @@ class Distill(Command):
     """Let a target complete prompts, greedily and sampled, as training data for a drafter.
 
     Prompts come from text files (one a line) and JSONL files (instruction with input or context, question, prompt,
-    problem or text), or the target invents them. Run the same command again to go on after an interruption.
+    problem or text), or the target invents them. After an interruption the same command continues.
     """
 
     example: ClassVar[str] = "zerodraft distill --target smollm2 --prompts prompts.jsonl --out completions"
@@ -32,13 +32,13 @@ class Distill(Command):
     target: str = metavar("DIR|NAME", also=("model",))
     """The model that writes: directory, hub id or short name."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: float32 on CPUs, else as stored."""
+    """Dtype of the computation; auto: float32 on CPUs, else as stored."""
     prompts: tuple[str, ...] = metavar("FILE...", default=())
     """Files with prompts."""
     out: str = metavar("DIR")
     """Directory for the completions."""
     limit: int = 0
-    """Use so many of the prompts in the files, drawn at random; 0 for all."""
+    """Use this many prompts from the files, drawn at random; 0: all."""
     chat: bool = True
     """Put prompts into the target's chat template."""
     settings: DistillSettings = settings_of(DistillSettings)

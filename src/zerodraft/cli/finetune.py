@@ -30,8 +30,8 @@ DEFAULTS: dict[str, Any] = {
 class Finetune(TrainingCommand):
     """Train an existing model further; a plain model is converted first.
 
-    A YAML recipe says how, or --model, --data and --output alone: then settings for a small text are taken and shown.
-    Any key of a recipe can be set on the command line too, where it wins over the file.
+    Settings come from a YAML recipe. With --model, --data and --output alone, settings for a small text are used and
+    printed. Any key of a recipe is also a flag, which wins over the file.
     """
 
     example: ClassVar[str] = "zerodraft finetune --model smollm2 --data notes.txt --output runs/notes"

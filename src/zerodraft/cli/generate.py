@@ -23,7 +23,7 @@ OF_EXITS = ("exit_rule", "show_depth")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generate(Command):
-    """Write text with any model faster and the same by drafts, or with a Zero Token Transformer.
+    """Write text: faster by drafts, with the same tokens, or with a Zero Token Transformer.
 
     A drafter proposes tokens, the target checks them all in one pass. Drafters: a directory from 'zerodraft
     train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), or a small
@@ -40,9 +40,9 @@ class Generate(Command):
     target: str = metavar("DIR|NAME", default="")
     """The same, always to decode with drafts."""
     dtype: Dtype = "auto"
-    """What the target computes in; auto: float32 on CPUs, else as stored."""
+    """Dtype of the computation; auto: float32 on CPUs, else as stored."""
     drafter: str = metavar("DIR|NAME", default="")
-    """Who drafts; by default the target's own in models/, else lookup."""
+    """The drafter; default: the target's own in models/, else lookup."""
     drafter_steps: int = 1
     """Denoising steps of a masked diffusion drafter."""
     prefix_cache: bool = True
@@ -50,7 +50,7 @@ class Generate(Command):
     ngram: str = metavar("FILE", default="")
     """A table from 'zerodraft ngram', to choose among drafts."""
     compare: bool = False
-    """Decode plainly too; tell equality and speedup."""
+    """Also decode without drafts; report equality and speedup."""
     trace: bool = False
     """Colour (or mark) accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")

@@ -39,7 +39,7 @@ class Ngram(Command):
     files: tuple[str, ...] = positional("FILE...")
     """Files, directories, globs; for 'info' one table."""
     target: str | None = metavar("DIR|NAME", also=("model",), default=None)
-    """The model whose tokens they are: directory, hub id or short name."""
+    """The model whose tokenizer is used: directory, hub id or short name."""
     out: str | None = metavar("FILE", default=None)
     """The file to write."""
     order: int = 3

@@ -12,7 +12,7 @@ from zerodraft.training.recipe import Recipe
 class Pretrain(TrainingCommand):
     """Train a model from scratch, tokenizer included, as a YAML recipe says.
 
-    Any key of the recipe can be set on the command line too, where it wins over the file.
+    Any key of the recipe is also a flag, which wins over the file.
     """
 
     example: ClassVar[str] = "zerodraft pretrain recipes/ztt-tiny.yaml --training.steps 100 --output runs/try"

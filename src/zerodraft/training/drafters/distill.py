@@ -41,19 +41,19 @@ class DistillSettings:
     temperatures: tuple[float, ...] = (0.7, 1.0)
     """Temperatures of the sampled ones, in equal shares."""
     top_k: int = 64
-    """Sample from so many tokens; 0 for all."""
+    """Sample from this many of the most probable tokens; 0: all."""
     top_p: float = 0.95
     """Sample from the most probable tokens that together have this probability."""
     max_new_tokens: int = 256
     """Longest completion."""
     max_prompt_tokens: int = 512
-    """Leave longer prompts out."""
+    """Skip longer prompts."""
     invent: int = 0
-    """Let the target invent about so many prompts."""
+    """Let the target invent about this many prompts."""
     batch_size: int = 32
     """Completions written at once."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.greedy <= 1:
