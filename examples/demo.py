@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from zerodraft.cli.main import log_to_stderr
+from zerodraft.cli.main import log_to_stderr, no_bars_in_a_pipe
 from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     console = Console(stderr=options.json, highlight=False)
     log_to_stderr(logging.INFO)
+    no_bars_in_a_pipe()
     started = time.perf_counter()
     try:
         if not (options.model / "config.json").is_file():

@@ -2,15 +2,16 @@
 
 import hashlib
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.loading import check_tokens, load_tokenizer, load_ztt
+from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
 
@@ -95,19 +96,21 @@ class Calibrate(Command):
         rule = self.rule or ("zero-mass" if _has_masses(model.config) else "latent")
         names = self._names(rule)
         check_tokens(int(blocks.max()), model, f"'{self.text}'")
-        with _progress(console) as progress:
-            task = progress.add_task("measuring", total=None)
-            ruler = Ruler(model, blocks, self.policy, self.batch_size, lambda: progress.advance(task))
-            runs = 1 + model.config.cycles + len(names) * (1 + len(LEVELS) + HALVINGS)
-            progress.update(task, total=runs * ruler.passes)
+        runs = 1 + model.config.cycles + len(names) * (1 + len(LEVELS) + HALVINGS)
+        measured, passes = "no exits", count(1)
+
+        def on_batch() -> None:
+            progress.show(measured, next(passes), runs * ruler.passes)
+
+        with LiveProgress(console) as progress:
+            ruler = Ruler(model, blocks, self.policy, self.batch_size, on_batch)
             curves, refused = {}, {}
-            for name in names:
-                progress.update(task, description=name)
+            for measured in names:
                 try:
-                    curves[name] = search(ruler, self._template(name), target)
+                    curves[measured] = search(ruler, self._template(measured), target)
                 except ZerodraftError as error:
-                    curves[name], refused[name] = (), str(error)
-            progress.update(task, description="fixed depths")
+                    curves[measured], refused[measured] = (), str(error)
+            measured = "fixed depths"
             fixed = [ruler.measure(FixedExit(cycles=cycles)) for cycles in range(1, model.config.cycles + 1)]
         found: dict[str, CalibrationResult] = {}
         for name in names:
@@ -228,16 +231,6 @@ class Calibrate(Command):
             console.print(f"no plot: {error}")
         console.print(f"written to {self.output or self.model}: {', '.join(names)}")
         return names
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True)
 
 
 def _has_masses(config: Any) -> bool:

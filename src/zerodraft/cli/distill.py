@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zerodraft.cli.command import Command, Result, metavar, settings_of
 from zerodraft.cli.loading import Dtype
+from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.drafters.distill import DistillSettings, Done, distill
 from zerodraft.training.prompts import Prompt, PromptEncoder, read_prompts
-
-SECONDS_BETWEEN_LINES = 30
-"""Progress where the output is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +62,15 @@ class Distill(Command):
         tokenizer = load_tokenizer(path)
         source = {"target_name": self.target, "prompt_files": sorted({prompt.source for prompt in prompts})}
         started = time.perf_counter()
-        with BatchProgress(console) as progress:
+        written = 0
+
+        def show(done: Done) -> None:
+            nonlocal written
+            written = done.tokens
+            text = f"{done.tokens:,} tokens, {done.tokens / done.seconds:.0f} tokens/s, batches"
+            progress.show(text, done.batches, done.total)
+
+        with LiveProgress(console) as progress:
             manifest = distill(
                 HfWriter(model, tokenizer),
                 PromptEncoder(tokenizer, chat=self.chat),
@@ -74,9 +79,8 @@ class Distill(Command):
                 self.settings,
                 target=identity(path) | ({} if self.dtype == "auto" else {"dtype": self.dtype}),
                 provenance=source | provenance(),
-                on_batch=progress.show,
+                on_batch=show,
             )
-            written = progress.tokens
         seconds = time.perf_counter() - started
         speed = written / seconds if written else 0.0
         found = manifest["made_with"]["prompts"]
@@ -113,35 +117,3 @@ def identity(path: Path) -> dict[str, Any]:
 
     weights = {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
     return {"config_sha256": sha256_of(path / "config.json"), "weights": weights}
-
-
-class BatchProgress:
-    """A bar with tokens per second on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.tokens = console, 0
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("writing", total=None)
-        self._last = time.perf_counter()
-
-    def __enter__(self) -> "BatchProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: Done) -> None:
-        """After each batch."""
-        self.tokens = done.tokens
-        text = (
-            f"{done.batches} of {done.total} batches, {done.tokens:,} tokens, {done.tokens / done.seconds:.0f} tokens/s"
-        )
-        self._bar.update(self._task, description=text, completed=done.batches, total=done.total)
-        now = time.perf_counter()
-        if not self.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
-            self._last = now
-            self.console.print(text)

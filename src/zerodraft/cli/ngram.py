@@ -9,18 +9,16 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError, printable
 from zerodraft.common.files import user_path
 from zerodraft.common.outputs import closed_parent, new_file
 
 BATCH = 64
 """Texts that are tokenised at once."""
-SECONDS_BETWEEN_LINES = 30
-"""Progress where the output is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +81,7 @@ class Ngram(Command):
 
         path, out = resolve(self.target), user_path(self.out)
         started = time.perf_counter()
-        with CountProgress(console) as progress, tempfile.TemporaryDirectory(prefix="zerodraft-ngram-") as folder:
+        with LiveProgress(console) as progress, tempfile.TemporaryDirectory(prefix="zerodraft-ngram-") as folder:
             documents = self._documents(path, Path(folder), progress)
             try:
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +97,7 @@ class Ngram(Command):
         )
         return result
 
-    def _build(self, documents: "TokenFiles", path: Path, out: Path, progress: "CountProgress") -> Result:
+    def _build(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
         from zerodraft.decoding.ngram import save_table
         from zerodraft.decoding.ngram_build import build_table
 
@@ -109,7 +107,7 @@ class Ngram(Command):
             order=self.order,
             min_count=self.min_count,
             about={"target": self.target, "files": [Path(file).name for file in self.files]},
-            on_progress=progress.show,
+            on_progress=progress.count,
         )
         size = save_table(table, out)
         return {
@@ -121,13 +119,13 @@ class Ngram(Command):
             "bytes": size,
         }
 
-    def _words(self, documents: "TokenFiles", path: Path, out: Path, progress: "CountProgress") -> Result:
+    def _words(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
         tokens = 0
         with new_file(out) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
             for document in documents:
                 stream.write(" ".join(map(str, document.tolist())) + "\n")
                 tokens += len(document)
-                progress.show("words", tokens)
+                progress.count("words", tokens)
         return {"tokens": tokens, "bytes": out.stat().st_size}
 
     def _info(self, console: Console) -> Result:
@@ -147,7 +145,7 @@ class Ngram(Command):
             "bytes": user_path(self.files[0]).stat().st_size,
         }
 
-    def _documents(self, path: Path, folder: Path, progress: "CountProgress") -> "TokenFiles":
+    def _documents(self, path: Path, folder: Path, progress: "LiveProgress") -> "TokenFiles":
         """The tokens of all files; those of texts are kept in `folder`, since they are gone through several times."""
         from zerodraft.models.tokenizers import load_tokenizer
         from zerodraft.training.data import encode, read_documents
@@ -171,7 +169,7 @@ class Ngram(Command):
                     lengths.append(len(ids))
                     done += len(ids)
                     if at % BATCH == 0 or at == len(documents):
-                        progress.show("tokenising", done)
+                        progress.count("tokenising", done)
         tokens = np.memmap(folder / "tokens.bin", "<u4", "r")
         return TokenFiles(completions, np.split(tokens, np.cumsum(lengths)[:-1]))
 
@@ -190,33 +188,6 @@ class TokenFiles:
             # the prompt's tokens count as well: they made held-back completions likelier
             yield self.completions[index][0]
         yield from self.texts
-
-
-class CountProgress:
-    """What is being counted, on one line of a terminal; a line now and then elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console, self._last = console, time.perf_counter()
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"),
-            console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("reading", total=None, tokens=0)
-
-    def __enter__(self) -> "CountProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def show(self, stage: str, tokens: int) -> None:
-        """After each chunk: the stage and the tokens that it has gone through."""
-        self._bar.update(self._task, description=stage, tokens=tokens)
-        now = time.perf_counter()
-        if not self.console.is_terminal and now - self._last > SECONDS_BETWEEN_LINES:
-            self._last = now
-            self.console.print(f"{stage}: {tokens:,} tokens")
 
 
 def holds_tokens(path: Path) -> bool:

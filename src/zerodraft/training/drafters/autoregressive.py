@@ -135,20 +135,7 @@ class AutoregressiveTrainer(HeldBackTrainer):
 def train_autoregressive(
     recipe: AutoregressiveDrafterRecipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
 ) -> dict[str, Any]:
-    """Trains a small causal language model to draft for a target.
-
-    Args:
-        recipe: the whole run.
-        resume: continue from the last checkpoint in `recipe.out`.
-        callbacks: instead of the progress bar.
-
-    Returns:
-        What is written to `results.json`: acceptance, speed, sizes, and what is needed to repeat the run.
-
-    Raises:
-        ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
-            finite.
-    """
+    """Trains a small causal model to draft for a target; arguments, result and errors as in `train_drafter`."""
     with prepared(recipe, resume) as run:
         run.tokenizer = load_tokenizer(resolve(recipe.target))
         model = _model(recipe.autoregressive, run.target)

@@ -212,20 +212,7 @@ class MaskedTrainer(HeldBackTrainer):
 def train_masked(
     recipe: MaskedDrafterRecipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] | None = None
 ) -> dict[str, Any]:
-    """Trains a masked diffusion drafter for a target.
-
-    Args:
-        recipe: the whole run.
-        resume: continue from the last checkpoint in `recipe.out`.
-        callbacks: instead of the progress bar.
-
-    Returns:
-        What is written to `results.json`: acceptance, speed, sizes, and what is needed to repeat the run.
-
-    Raises:
-        ZerodraftError: recipe, target and completions do not fit, the folder holds another run, or the loss is not
-            finite.
-    """
+    """Trains a masked diffusion drafter for a target; arguments, result and errors as in `train_drafter`."""
     with prepared(recipe, resume) as run:
         model = _model(recipe.masked, run.target)
         vocab_size = run.target.config.get_text_config().vocab_size
