@@ -110,6 +110,23 @@ def test_text_that_drafts_suit_again_is_noticed() -> None:
     assert not fallback.resting
 
 
+def test_text_after_text_without_use_is_read_ever_later() -> None:
+    fallback, first = Fallback(), []
+    for _ in range(7):
+        fallback.begin()
+        asked = []
+        for _ in range(200):
+            asked.append(min(fallback.longest(), 8))
+            fallback.learn(asked[-1], 1.0, 1.4 if asked[-1] else 1.0)
+        first.append(next((place for place, k in enumerate(asked) if k), 200))
+    assert first[1] <= 8
+    assert first == sorted(first)
+    assert first[-1] == 200
+    # one that drafts suit is noticed in time, and then all is as before
+    assert speed(fallback, right=0.9, draft=0.4, tokens=2000) > 2
+    assert speed(fallback, right=0.9, draft=0.4, tokens=200) > 2.5
+
+
 def test_reading_a_long_prompt_counts_once() -> None:
     fallback = Fallback()
     for step in range(60):

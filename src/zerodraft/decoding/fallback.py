@@ -73,6 +73,8 @@ class Fallback:
     _longest: int = field(default=1, init=False)
     _tries: int = field(default=0, init=False)
     _rest: int = field(default=0, init=False)
+    _lost: int = field(default=0, init=False)
+    """Texts in a row that ended without drafts."""
     _drafts: int = field(default=0, init=False)
     _until: int = field(init=False)
 
@@ -86,9 +88,11 @@ class Fallback:
 
     def begin(self) -> None:
         """A new text, in which drafts may do better or worse than in the last."""
-        # where they did not pay in the last one either, less is staked
-        self._balance = self.allowance / 2 if self.resting else self.allowance
-        self._tries, self._rest = 0, min(self._rest, REST)
+        # where they did not pay in the last ones either, less is staked, and later
+        lost = self.resting
+        self._balance = self.allowance / 2 if lost else self.allowance
+        self._tries, self._rest = 0, min(REST << self._lost, LONGEST_REST) if lost else 0
+        self._lost = min(self._lost + 1, 16) if lost else 0
 
     def timer(self, device: torch.device) -> Callable[[], float]:
         """The clock for steps on a device. On a CPU the time of this thread, which other programs add nothing to: a
