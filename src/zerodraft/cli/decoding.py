@@ -35,7 +35,7 @@ class Sampling:
     top_k: int | None = None
     """From the N most probable tokens (0: all); default: `generate`'s."""
     min_p: float = 0.0
-    """Only tokens with at least this share of the highest probability."""
+    """Only tokens with this share of the highest probability."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that occurred before become less likely."""
     stop: tuple[str, ...] = each("TEXT", default=())
