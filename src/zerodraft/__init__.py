@@ -5,6 +5,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from zerodraft.common import moved
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, CostAwareTree, DraftLength, FixedLength
@@ -35,6 +36,8 @@ from zerodraft.ztt.exits import (
 from zerodraft.ztt.model import ZttCausalLMOutput, ZttForCausalLM, ZttModel
 
 __version__ = "0.1.0"
+
+moved.install()
 
 AutoConfig.register("ztt", ZttConfig, exist_ok=True)
 AutoModel.register(ZttConfig, ZttModel, exist_ok=True)
