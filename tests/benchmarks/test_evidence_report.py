@@ -70,6 +70,19 @@ def test_arms_with_further_options_test_a_claim_unless_it_is_about_zero_tokens(m
     assert arms == ["ztt, vanilla", "ztt-input, vanilla", "-", "ztt, head-tail", "-", "-"]
 
 
+def test_zero_tokens_are_tested_where_both_are_fed_again(make_plan: Callable[..., Plan]) -> None:
+    arms = ("head-tail", "ztt", "head-tail-input", "ztt-input")
+    plan = make_plan(arms=dict.fromkeys(arms, {}), baseline="head-tail")
+    losses = dict(zip(arms, (3.0, 2.9, 2.8, 2.85), strict=True))
+    rows = [made_row(plan, arm, seed, loss + seed) for arm, loss in losses.items() for seed in plan.seeds]
+    page = markdown({"tiny": Table(plan=plan, rows=tuple(rows))})
+    plain = row_of(page, "better than head-tail cycling: zero tokens help")
+    assert plain[2:4] == ["ztt, head-tail", "-0.1000 [-0.1000, -0.1000]"]
+    fed = row_of(page, "better than head-tail cycling where both are fed the head's output again: zero tokens help")
+    assert fed[2:4] == ["ztt-input, head-tail-input", "0.0500 [0.0500, 0.0500]"]
+    assert "### Against head-tail" in page
+
+
 def test_a_claim_that_falls_the_other_way_is_told_as_plainly(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan()
     losses = {"vanilla": (3.0, 3.1), "ztt": (3.1, 3.2001)}

@@ -19,7 +19,7 @@ RATES = {"1e-2": {"learning_rate": 1e-2}, "1e-3": {"learning_rate": 1e-3}}
 def test_the_plans_that_come_along_are_whole(path: Path) -> None:
     plan = read_plan(path)
     assert plan.table == path.stem
-    assert {plan.baseline, plan.bound, "ztt"} <= {*plan.arms}
+    assert "ztt" in plan.arms
 
 
 def test_all_arms_of_the_first_seed_come_first(make_plan: Callable[..., Plan]) -> None:
