@@ -72,7 +72,7 @@ def test_arms_with_further_options_test_a_claim_unless_it_is_about_zero_tokens(m
 
 def test_zero_tokens_are_tested_where_both_are_fed_again(make_plan: Callable[..., Plan]) -> None:
     arms = ("head-tail", "ztt", "head-tail-input", "ztt-input")
-    plan = make_plan(arms=dict.fromkeys(arms, {}), baseline="head-tail")
+    plan = make_plan(arms={arm: {} for arm in arms}, baseline="head-tail")
     losses = dict(zip(arms, (3.0, 2.9, 2.8, 2.85), strict=True))
     rows = [made_row(plan, arm, seed, loss + seed) for arm, loss in losses.items() for seed in plan.seeds]
     page = markdown({"tiny": Table(plan=plan, rows=tuple(rows))})
