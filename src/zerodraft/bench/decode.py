@@ -19,7 +19,8 @@ from zerodraft.bench.rows import References, RowFile
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.generate.comparing import first_difference, near_tie
-from zerodraft.models.tokenizers import encode, left_padded
+from zerodraft.models.padding import left_padded
+from zerodraft.models.tokenizers import encode
 
 Row = dict[str, Any]
 """One prompt: `id`, `task`, `prompt_tokens`, and by method what was measured."""

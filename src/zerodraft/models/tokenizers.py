@@ -1,14 +1,8 @@
-"""Tokenizers, and texts as the tensors that a model reads."""
+"""Tokenizers, and texts as the tensors that a model reads. Nothing here waits for torch: help texts come this way."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from zerodraft.common.errors import ZerodraftError, why
 
@@ -65,10 +59,3 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     if not tokenizer.chat_template:
         raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
     return for_decoder(templated(tokenizer, messages, return_tensors="pt", return_dict=True))
-
-
-def left_padded(prompts: Sequence[Int[Tensor, " _"]], pad: int = 0) -> dict[str, Tensor]:
-    """Several prompts as one batch with its mask. (`tokenizer.pad` needs a padding token, which many models lack.)"""
-    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
-    mask = pad_left([torch.ones_like(prompt) for prompt in prompts])
-    return {"input_ids": pad_left(list(prompts), padding_value=pad), "attention_mask": mask}

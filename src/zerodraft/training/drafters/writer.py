@@ -13,7 +13,7 @@ from zerodraft.decoding.verify import NO_NUMBERS
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.fast.best import best_target
 from zerodraft.generate.huggingface import DiffuSpec
-from zerodraft.models.tokenizers import left_padded
+from zerodraft.models.padding import left_padded
 from zerodraft.training.drafters.distill import DistillSettings
 
 

@@ -1,8 +1,8 @@
-"""Texts as tensors."""
+"""Prompts as a batch."""
 
 import torch
 
-from zerodraft.models.tokenizers import left_padded
+from zerodraft.models.padding import left_padded
 
 
 def test_prompts_of_several_lengths_end_together() -> None:
