@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zerodraft.ztt.calibrate import CalibrationResult, Target
-    from zerodraft.ztt.tradeoff import Point, Ruler, ScoredRule
+    from zerodraft.ztt.exits import ScoredRule
+    from zerodraft.ztt.tradeoff import Point, Ruler
 
 NAMES = ("zero-mass", "confidence", "entropy", "kl", "latent")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.common.outputs import write_json
-from zerodraft.ztt.exits import ExitPolicy, ExitRule, exit_rule_from_dict, exit_rule_to_dict
+from zerodraft.ztt.exits import ExitPolicy, ExitRule, ScoredRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
-from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, ScoredRule, at_level, scored_rule, trade_off
+from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, at_level, scored_rule, trade_off
 
 HALVINGS = 5
 """How often the interval around the target is halved."""

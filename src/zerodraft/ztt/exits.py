@@ -6,6 +6,7 @@ softmax confidence and entropy are the usual readouts (e.g. CALM), KL and latent
 models.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -55,12 +56,33 @@ class ExitRule(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ZeroMassExit:
-    """Stop where the mass on the zero token reaches `threshold`: the attention adds at most one minus it."""
+class ScoredRule(ABC):
+    """A rule that stops tokens whose score is high enough.
+
+    Attributes:
+        threshold: Where it stops a token, in the unit of the rule.
+        sign: Turns a threshold into a score: -1 where a low value stops a token.
+    """
 
     threshold: float
+    sign: ClassVar[float] = 1.0
+    reads_zero_mass: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
+        """The higher, the sooner a token stops."""
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        return self.score(out) >= self.sign * self.threshold
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroMassExit(ScoredRule):
+    """Stop where the mass on the zero token reaches `threshold`: the attention adds at most one minus it."""
+
     pool: HeadPool = "mean"
     layers: LayerChoice = "all"
+    reads_zero_mass: ClassVar[bool] = True
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         """The pooled mass, or minus infinity in a cycle without zero tokens."""
@@ -72,68 +94,47 @@ class ZeroMassExit:
         mass = mass.flatten(1)
         return {"mean": mass.mean, "max": mass.amax, "min": mass.amin}[self.pool](-1)
 
-    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
-        return self.score(out) >= self.threshold
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ConfidenceExit:
+class ConfidenceExit(ScoredRule):
     """Stop where the most probable next token has at least probability `threshold`."""
-
-    threshold: float
-    reads_zero_mass: ClassVar[bool] = False
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         return out.readout(out.hidden).float().softmax(-1).amax(-1)
 
-    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
-        return self.score(out) >= self.threshold
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EntropyExit:
+class EntropyExit(ScoredRule):
     """Stop where the entropy of the next token (in nats) is at most `threshold`."""
 
-    threshold: float
-    reads_zero_mass: ClassVar[bool] = False
+    sign: ClassVar[float] = -1.0
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         log_p = out.readout(out.hidden).float().log_softmax(-1)
         return (log_p.exp() * log_p).sum(-1)
 
-    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
-        return self.score(out) >= -self.threshold
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KlExit:
+class KlExit(ScoredRule):
     """Stop where the prediction has settled: KL(after the cycle || before it), in nats, is at most `threshold`."""
 
-    threshold: float
-    reads_zero_mass: ClassVar[bool] = False
+    sign: ClassVar[float] = -1.0
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         log_p = out.readout(out.hidden).float().log_softmax(-1)
         log_q = out.readout(out.previous).float().log_softmax(-1)
         return -(log_p.exp() * (log_p - log_q)).sum(-1)
 
-    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
-        return self.score(out) >= -self.threshold
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LatentExit:
+class LatentExit(ScoredRule):
     """Stop where the state has settled: |after - before| / |after| is at most `threshold`."""
 
-    threshold: float
-    reads_zero_mass: ClassVar[bool] = False
+    sign: ClassVar[float] = -1.0
 
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.promote_types(out.hidden.dtype, torch.float32))
         return -norm(out.hidden - out.previous) / norm(out.hidden).clamp_min(1e-12)
-
-    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
-        return self.score(out) >= -self.threshold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +156,8 @@ RULES: dict[str, type] = {
     "latent": LatentExit,
     "cycles": FixedExit,
 }
+SCORED = tuple(name for name, rule in RULES.items() if issubclass(rule, ScoredRule))
+"""Those with a threshold that can be found by measuring."""
 _NAMES = {rule: name for name, rule in RULES.items()}
 
 

@@ -8,7 +8,7 @@ are those of generation, at the speed of prefill.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,29 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.ztt.exits import RULES, CycleOutput, ExitPolicy, ExitRule, exit_rule_to_dict
+from zerodraft.ztt.exits import RULES, SCORED, CycleOutput, ExitPolicy, ExitRule, ScoredRule, exit_rule_to_dict
 from zerodraft.ztt.flops import count_flops
 from zerodraft.ztt.model import ZttForCausalLM
 
-SIGNS = {"zero-mass": 1.0, "confidence": 1.0, "entropy": -1.0, "kl": -1.0, "latent": -1.0}
-"""Rules with a threshold, and the sign that turns a score into one: a token stops from `sign * threshold` on."""
-
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Thresholds are placed so that this share of all scores (of every token after every cycle but the last) would stop."""
-
-
-@runtime_checkable
-class ScoredRule(Protocol):
-    """A rule that stops tokens whose score is high enough."""
-
-    @property
-    def threshold(self) -> float:
-        """Where it stops a token."""
-        ...
-
-    def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
-        """The higher, the sooner a token stops."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,22 +200,16 @@ def scored_rule(rule: str | ExitRule) -> ScoredRule:
     Raises:
         ZerodraftError: unknown, or without a threshold.
     """
-    made = RULES[rule](threshold=0.0) if isinstance(rule, str) and rule in SIGNS else rule
-    if not isinstance(made, ScoredRule) or rule_name(made) not in SIGNS:
-        raise ZerodraftError(f"{rule!r} is no exit rule with a threshold; choose one of {', '.join(SIGNS)}.")
+    made = RULES[rule](threshold=0.0) if isinstance(rule, str) and rule in SCORED else rule
+    if not isinstance(made, ScoredRule) or type(made) not in RULES.values():
+        raise ZerodraftError(f"{rule!r} is no exit rule with a threshold; choose one of {', '.join(SCORED)}.")
     return made
-
-
-def rule_name(rule: Any) -> str:
-    """The name under which a rule is stored, or an empty text."""
-    return next((name for name, kind in RULES.items() if type(rule) is kind), "")
 
 
 def at_level(rule: ScoredRule, scores: Float[Tensor, " n"], level: float) -> ExitRule:
     """The rule with the threshold that a share `level` of the (ascending) scores reaches."""
     index = min(int((1 - level) * len(scores)), len(scores) - 1)
-    threshold = SIGNS[rule_name(rule)] * float(scores[index])
-    return replace(rule, threshold=threshold)  # pyright: ignore[reportArgumentType]  # all rules are dataclasses
+    return replace(rule, threshold=rule.sign * float(scores[index]))
 
 
 def trade_off(
