@@ -110,7 +110,7 @@ def test_what_a_class_changes_is_named(kind: type[LlamaForCausalLM], rows: int, 
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     answers = tiny_plain("llama").generate(**batch, **options)
     spec = spec_for(answers, batch["attention_mask"], make_target=make_target)
-    with pytest.raises(ZerodraftError, match=r"leave custom_generate away") as told:
+    with pytest.raises(ZerodraftError, match=r"leave out custom_generate") as told:
         model.generate(**batch, **options, custom_generate=spec)
     name = {Growing: "_update_model_kwargs_for_generation", OwnLoop: "_sample"}.get(kind, f"{kind.__name__}.{PREPARE}")
     assert name in str(told.value)
@@ -195,16 +195,16 @@ def test_virtual_tokens_are_refused_and_lora_is_not() -> None:
 
 SMALL = {"vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
 MISFITS: dict[str, Any] = {
-    "GPT-1": (lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(**SMALL)), "leave custom_generate away"),
+    "GPT-1": (lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(**SMALL)), "leave out custom_generate"),
     "XLM": (
         lambda: XLMWithLMHeadModel(
             XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, mask_token_id=3, use_lang_emb=False)
         ),
-        "leave custom_generate away",
+        "leave out custom_generate",
     ),
     "XLNet": (
         lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)),
-        "leave custom_generate away",
+        "leave out custom_generate",
     ),
     "Falcon with ALiBi": (
         lambda: FalconForCausalLM(

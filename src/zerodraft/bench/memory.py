@@ -18,7 +18,7 @@ from zerodraft.common.errors import ZerodraftError
 STATUS = Path("/proc/self/status")
 MIB = 2**20
 PROMPT_TOKENS = 512
-"""Of the text that is continued, if the prompts have so many."""
+"""Of the text that is continued, if the prompts are that long."""
 
 
 def resident() -> float | None:

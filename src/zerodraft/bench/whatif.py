@@ -36,12 +36,12 @@ class Costs:
     other_ms: float = 0.0
 
     def target(self, tokens: int) -> float:
-        """A pass over so many tokens."""
+        """Cost of a pass over this many tokens."""
         known = sorted(self.target_ms)
         return float(np.interp(tokens, known, [self.target_ms[k] for k in known]))
 
     def step(self, drafted: int, by_model: bool) -> float:
-        """A step with so many drafted tokens; one without a draft is a plain pass."""
+        """Cost of a step with this many drafted tokens; without a draft it is a plain pass."""
         return self.target(drafted + 1) + self.draft_ms * by_model + self.other_ms * (drafted > 0)
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 Target = Callable[[list[int]], Tensor]
 """Logits `(vocabulary)` of the token after a text."""
 Drafter = Callable[[list[int], int], Tensor]
-"""Log-probabilities `(positions, vocabulary)` of so many next tokens, each blind to what the others become."""
+"""Log-probabilities `(positions, vocabulary)` of the next tokens, each position blind to the others' choices."""
 Proxy = Callable[[list[int]], Tensor]
 """Log-probabilities `(vocabulary)` of the next token, by a small causal model: it knows what goes together."""
 

@@ -62,7 +62,7 @@ class LastingTarget(Target, Protocol):
     """A target whose cache can serve another text that begins like the last one."""
 
     def crop(self, lengths: Sequence[int]) -> None:
-        """Forget what rows have cached beyond so many tokens."""
+        """Forget cached tokens beyond these lengths, one for each row."""
         ...
 
     def goes_on_from(self, earlier: Target) -> bool:

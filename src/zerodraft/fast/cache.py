@@ -66,7 +66,7 @@ class DraftLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def grow(self, capacity: int) -> None:
-        """Room for so many columns; what lies behind the text is not kept."""
+        """Make room for this many columns; what lies behind the text is not kept."""
         start = self.extent.start
         for name in ("keys", "values"):
             old = getattr(self, name)

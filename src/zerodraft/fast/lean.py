@@ -129,7 +129,7 @@ class LeanTarget:
         return isinstance(earlier, LeanTarget) and self._weights is earlier._weights and earlier._gaps is None
 
     def crop(self, lengths: Sequence[int]) -> None:
-        """Forget what rows have cached beyond so many tokens."""
+        """Forget cached tokens beyond these lengths, one for each row."""
         self._lengths = [min(known, length) for known, length in zip(self._lengths, lengths, strict=True)]
         self._slots = max(self._lengths, default=0)
         self._rows = torch.tensor(self._lengths, device=CPU)[:, None]

@@ -1,7 +1,7 @@
 """A linear layer whose weight is laid out once for the CPU's matrix kernels.
 
 Reading the weights is nearly all that decoding a few tokens costs, so 8 rows ought to take little longer than one. Our
-own kernels (`compiled`) come close to that. Where they cannot be had, oneDNN multiplies fastest when the weight is in
+own kernels (`compiled`) come close to that. Without them, oneDNN multiplies fastest when the weight is in
 its own blocked order: torch reorders it on every call; here it is done once, through the two operators that torch's
 compiler uses when it freezes a model.
 """

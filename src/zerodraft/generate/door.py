@@ -48,7 +48,7 @@ def restore(frame: FrameType | None) -> None:
 
 @cache
 def tell_of_loss() -> None:
-    """Warn, once, that what `generate` takes away cannot be had back."""
+    """Warn, once, that `generate` drops arguments which cannot be recovered."""
     logger.warning(
         "transformers %s has no GenerationMixin.%s: streamers and stop strings may be dropped without a word where "
         "custom_generate is given; use transformers 5.23 for them.",

@@ -37,7 +37,7 @@ def feeding(model: Any, arguments: Mapping[str, Any]) -> "Feeding | None":
         if hasattr(GenerationMixin, name) and not _is_inherited(model, name):
             raise ZerodraftError(
                 f"{type(model).__name__} decodes in a way of its own ({name}), which drafts cannot follow; leave "
-                "custom_generate away."
+                "out custom_generate."
             )
     return None if _is_inherited(model, PREPARE) and _is_inherited(model, UPDATE) else Feeding(model, arguments)
 
@@ -95,13 +95,13 @@ class Feeding:
             own = call(method)
         except Exception as error:
             raise ZerodraftError(
-                f"{_name(method)} fails where drafts are verified ({error!r}); leave custom_generate away."
+                f"{_name(method)} fails where drafts are verified ({error!r}); leave out custom_generate."
             ) from error
         changed = sorted(key for key in {*own, *usual} - {*SETTLED} if not _is_same(own.get(key), usual.get(key)))
         if changed:
             raise ZerodraftError(
                 f"{_name(method)} changes what a decoding step is fed ({', '.join(changed)}), and drafts are verified "
-                "without that; leave custom_generate away. (Of PEFT's adapters, those with virtual tokens do so; LoRA "
+                "without that; leave out custom_generate. (Of PEFT's adapters, those with virtual tokens do so; LoRA "
                 "does not.)"
             )
         return usual

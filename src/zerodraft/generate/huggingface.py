@@ -2,7 +2,7 @@
 
 `generate` prepares everything as for plain decoding (lengths, logits processors, stopping criteria, padding) and calls
 us for the loop. The result is that of plain decoding: the same tokens for greedy decoding, the same distribution for
-sampling. What cannot be had is one clear error. The model is not changed.
+sampling. What is not supported is one clear error. The model is not changed.
 """
 
 from collections import deque
@@ -387,7 +387,7 @@ def check_options(model: Any, config: GenerationConfig, assistant: Any) -> None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ZerodraftError(
             f"generate was asked for {mode.value.replace('_', ' ')}; DiffuSpec does greedy decoding and sampling: set "
-            "num_beams=1 and leave the options of other ways away."
+            "num_beams=1 and leave out the options of other modes."
         )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise ZerodraftError(
@@ -437,7 +437,7 @@ def check_prompts(
         )
     usual = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
     if positions is not None and not bool(((positions == usual) | ~mask).all()):
-        raise ZerodraftError("position_ids other than the places in the text cannot be used; leave them away.")
+        raise ZerodraftError("position_ids other than the places in the text cannot be used; leave them out.")
     return context
 
 
@@ -447,6 +447,4 @@ def check_inputs(inputs: dict[str, Any], *, own_target: bool) -> None:
         if value is None:
             del inputs[name]
         elif isinstance(value, Tensor) or own_target:
-            raise ZerodraftError(
-                f"generate was given {name}, which speculative decoding cannot pass on; leave it away."
-            )
+            raise ZerodraftError(f"generate was given {name}, which speculative decoding cannot pass on; leave it out.")

@@ -92,7 +92,7 @@ def resolve(
         sources: Where a short name that is not in the cache may come from, in order of preference.
 
     Raises:
-        ZerodraftError: Nothing of that name, or it cannot be had from here (offline).
+        ZerodraftError: Nothing of that name, or it cannot be fetched (offline).
     """
     text = os.fspath(name)
     if not text:
@@ -177,7 +177,7 @@ def _fetch(name: str, sources: Sequence[Source], staging: Path) -> dict[str, Any
             logger.warning("the weights of %s come under the %s", name, model.terms)
             found["terms"] = model.terms
         return {"name": name, **found}
-    raise ZerodraftError(f"{name} cannot be had from here: {'; '.join(reasons)}.")
+    raise ZerodraftError(f"{name} cannot be fetched: {'; '.join(reasons)}.")
 
 
 def _from_hub(hub_id: str, staging: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class PackedBlocks(Dataset):
     Args:
         tokens: the documents, one after another.
         length: tokens in a block.
-        limit: at most so many blocks, taken evenly from all of them; 0 for all.
+        limit: at most this many blocks, evenly spaced; 0: all.
         tokens_per_byte: tokens of the whole text over its UTF-8 bytes, to turn a loss per token into bits per byte.
         learned: which tokens the loss is on; None for all. Blocks without one are left out.
     """

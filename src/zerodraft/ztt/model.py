@@ -197,7 +197,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             labels: Targets, shifted here; -100 is ignored.
             use_cache: Fill a cache (default: `config.use_cache`, and not in training).
             logits_to_keep: Last positions, or indices, whose logits are wanted; 0 for all.
-            cycles: Run only so many cycles, for every token.
+            cycles: Run only this many cycles, for every token.
             cycle_weights: One weight per cycle; the loss is the weighted mean over the readouts after each cycle (each
                 through the tail), the logits are those of the last.
             exit_depth: Cycles of each token (from 1); every layer is run and the result selected. Differentiable.

@@ -47,7 +47,7 @@ class BlockLossRecipe:
     anchors: int = 32
     """Blocks per sequence and step."""
     copied: int = 0
-    """Learn from no place where so many tokens have stood together before, since decoding copies there; 0: from all."""
+    """Skip places where this many tokens have occurred together before, since decoding copies there; 0: skip none."""
 
     def __post_init__(self) -> None:
         check_least("loss", self, anchors=1, copied=0)
