@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import fmean
 
 import evidence_domain
+import evidence_exits
 import evidence_mechanism
 from evidence_domain import Domains
+from evidence_exits import ExitTable, draw_exits
 from evidence_figures import draw_curves, draw_losses
 from evidence_mechanism import Mechanisms, draw_masses
 from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
@@ -67,7 +69,7 @@ CLAIMS = (
     Claim(text="pretrained models gain by fine-tuning as Zero Token Transformers"),
 )
 
-LOOKS = evidence_mechanism.result_file("*"), evidence_domain.result_file("*")
+LOOKS = tuple(kind.result_file("*") for kind in (evidence_mechanism, evidence_domain, evidence_exits))
 """Files beside the tables with what was found in the models of their runs."""
 
 NOT_MEASURED = "Not measured yet.\n"
@@ -86,6 +88,8 @@ def write_report(folder: Path, page: Path) -> None:
     looks = read_looks(folder)
     for found in looks.mechanisms:
         draw_masses(found, page.parent / evidence_mechanism.figure(found.table))
+    for found in looks.exits:
+        draw_exits(found, page)
     write_whole(page, markdown(tables, looks))
 
 
@@ -95,6 +99,7 @@ class Looks:
 
     mechanisms: Sequence[Mechanisms] = ()
     domains: Sequence[Domains] = ()
+    exits: Sequence[ExitTable] = ()
 
 
 def read_looks(folder: Path) -> Looks:
@@ -103,10 +108,11 @@ def read_looks(folder: Path) -> Looks:
     Raises:
         ZerodraftError: one is damaged.
     """
-    mechanisms, domains = (sorted(folder.glob(pattern)) for pattern in LOOKS)
+    mechanisms, domains, exits = (sorted(folder.glob(pattern)) for pattern in LOOKS)
     return Looks(
         mechanisms=[evidence_mechanism.read_mechanisms(path) for path in mechanisms],
         domains=[evidence_domain.read_domains(path) for path in domains],
+        exits=[evidence_exits.read_exits(path) for path in exits],
     )
 
 
@@ -139,6 +145,7 @@ def markdown(tables: Mapping[str, Table], looks: Looks) -> str:
     for head, sections in (
         (evidence_mechanism.HEAD, [evidence_mechanism.section(found) for found in looks.mechanisms]),
         (evidence_domain.HEAD, [evidence_domain.section(found) for found in looks.domains]),
+        (evidence_exits.HEAD, [evidence_exits.section(found) for found in looks.exits]),
     ):
         parts += [head, *(chain.from_iterable(sections) if sections else [NOT_MEASURED])]
     return "\n".join(parts)

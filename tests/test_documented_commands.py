@@ -21,7 +21,7 @@ FOREIGN = {
     "README.md": {"--torch-backend"},  # uv's
     "docs/cli.md": {"--a", "--training.step"},  # a typing mistake and what it is answered
     "docs/drafters.md": {"--speculative-algorithm", "--speculative-config", "--speculative-draft-model-path"},
-    "docs/training.md": {"--minutes", "--results", "--runs", "--text"},  # of benchmarks/
+    "docs/training.md": {"--minutes", "--results", "--runs", "--seeds", "--text"},  # of benchmarks/
     "src/zerodraft/bench/measure.py": {"--porcelain", "--untracked-files"},
     "src/zerodraft/bench/report.py": {"--accent", "--ink", "--line", "--soft"},  # a style sheet's
     "src/zerodraft/cli/command.py": {"--field.key", "--key"},

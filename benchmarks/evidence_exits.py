@@ -1,0 +1,175 @@
+"""What `exit_rules.py` found: loss over FLOPs of every rule against the line through the best fixed depths."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from evidence_plan import Run
+from evidence_text import grid
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import read_json
+from zerodraft.training.strict import from_mapping
+from zerodraft.ztt.compare import Interval
+from zerodraft.ztt.plot import plot_trade_off
+from zerodraft.ztt.tradeoff import Point
+
+BENCHMARK = "exit-rules"
+
+MOST_OF_ONE_DEPTH = 0.95
+"""Share of the tokens; beyond it a rule is hardly more than a fixed depth, and lies on the line for that."""
+
+HEAD = f"""## Exit rules
+
+Loss over counted FLOPs of every rule against the line through the best fixed depths: its lower convex hull, which two
+depths mixed at random reach without any rule, and no further than to the lowest of them. A fixed depth costs what a
+model with so many cycles costs, without the keys and values that exits leave behind. Thresholds are placed on every
+other block of the validation text, and the one is chosen that lies lowest against the line there, of those that leave
+at most {MOST_OF_ONE_DEPTH:.0%} of the tokens at one depth. What is shown was measured on the blocks between, with the
+exits really applied. Intervals are a bootstrap over blocks.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """A rule at one threshold."""
+
+    level: float
+    """Share of all scores that would stop a token."""
+    point: Point
+    """On the blocks between."""
+    above: Interval
+    """Its loss over that of the line at the same FLOPs, there."""
+    above_before: float
+    """The same on the blocks that thresholds are placed on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exits:
+    """All rules on one model."""
+
+    arm: str
+    rate: str
+    seed: int
+    fixed: tuple[Point, ...]
+    """The same depth for all tokens, 1 to all cycles."""
+    rules: dict[str, tuple[Measured, ...]]
+
+    @property
+    def run(self) -> Run:
+        """Which run it was."""
+        return Run(self.arm, self.rate, self.seed)
+
+    def chosen(self, rule: str) -> Measured:
+        """Of the thresholds that tell tokens apart, the one that lay lowest against the line where they were placed."""
+        telling = [measured for measured in self.rules[rule] if max(measured.point.depths) <= MOST_OF_ONE_DEPTH]
+        return min(telling or self.rules[rule], key=lambda measured: measured.above_before)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExitTable:
+    """What was found in the runs of a table."""
+
+    benchmark: str = BENCHMARK
+    table: str
+    results: tuple[Exits, ...]
+    provenance: dict[str, Any]
+
+
+def result_file(table: str) -> str:
+    """The name of the file with a table's results."""
+    return f"{BENCHMARK}-{table}.json"
+
+
+def read_exits(path: Path) -> ExitTable:
+    """The results in a file.
+
+    Raises:
+        ZerodraftError: it is damaged, or something else.
+    """
+    found = read_json(path, "result")
+    if found.get("benchmark") != BENCHMARK:
+        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/exit_rules.py'.")
+    return from_mapping(ExitTable, found)
+
+
+def best_line(fixed: Sequence[Point]) -> list[Point]:
+    """The corners of the lower convex hull of loss over FLOPs, from the cheapest depth to that of the lowest loss."""
+    line: list[Point] = []
+    for point in sorted(fixed, key=lambda point: point.flops):
+        while len(line) > 1 and _is_above(line[-1], line[-2], point):
+            line.pop()
+        line.append(point)
+    lowest = min(range(len(line)), key=lambda at: line[at].loss)
+    return line[: lowest + 1]
+
+
+def _is_above(point: Point, left: Point, right: Point) -> bool:
+    share = (point.flops - left.flops) / (right.flops - left.flops)
+    return point.loss >= (1 - share) * left.loss + share * right.loss
+
+
+def on_line(line: Sequence[Point], flops: float) -> tuple[Point, Point, float]:
+    """The corners on both sides of a cost, and the share of the second; beyond an end it is the end itself."""
+    if flops <= line[0].flops:
+        return line[0], line[0], 0.0
+    for left, right in pairwise(line):
+        if flops < right.flops:
+            return left, right, (flops - left.flops) / (right.flops - left.flops)
+    return line[-1], line[-1], 0.0
+
+
+def section(found: ExitTable) -> Iterator[str]:
+    """Everything about the runs of one table."""
+    yield f"### Rules on {found.table}\n"
+    yield f"From `{found.provenance.get('command', '-')}`.\n"
+    rows = [row for exits in found.results for row in (fixed_row(exits), *rule_rows(exits))]
+    yield grid(["run", "rule", "cycles a token", "FLOPs", "loss", "loss over the line", "of the loss", "verdict"], rows)
+    for exits in found.results:
+        yield f"![Loss over FLOPs of {exits.run}]({figure(found.table, exits)})\n"
+
+
+def fixed_row(exits: Exits) -> list[str]:
+    """The fixed depths of a model, in the words of the table."""
+    losses = ", ".join(f"{point.loss:.4f}" for point in exits.fixed)
+    costs = ", ".join(f"{point.flops:.0%}" for point in exits.fixed)
+    return [f"`{exits.run}`", "the same for all", f"1 to {len(exits.fixed)}", costs, losses, "-", "-", "-"]
+
+
+def rule_rows(exits: Exits) -> Iterator[list[str]]:
+    """Each rule at its chosen threshold."""
+    for rule in exits.rules:
+        chosen = exits.chosen(rule)
+        point, above = chosen.point, chosen.above
+        yield [
+            f"`{exits.run}`",
+            rule,
+            f"{point.mean_cycles:.2f}",
+            f"{point.flops:.1%}",
+            f"{point.loss:.4f}",
+            str(above),
+            f"{above.mean / (point.loss - above.mean):+.2%}",
+            f"**{verdict(above)}**",
+        ]
+
+
+def verdict(above: Interval) -> str:
+    """What the interval says of the claim that a rule is better than fixed depths at the same FLOPs."""
+    if above.low is None or above.high is None or above.low <= 0 <= above.high:
+        return "undecided"
+    return "pays" if above.high < 0 else "does not pay"
+
+
+def draw_exits(found: ExitTable, page: Path) -> None:
+    """The trade-off of each run, beside the page."""
+    for exits in found.results:
+        curves = {rule: [measured.point for measured in points] for rule, points in exits.rules.items()}
+        path = page.parent / figure(found.table, exits)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_trade_off(path, curves, fixed=exits.fixed, title=str(exits.run))
+
+
+def figure(table: str, exits: Exits) -> str:
+    """Where the figure of a run lies, seen from the page."""
+    return f"figures/evidence-{BENCHMARK}-{table}-{exits.arm}-{exits.rate}-{exits.seed}.png"
