@@ -17,7 +17,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,14 +26,12 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.masked_formats import load_masked
 from zerodraft.drafters.masked_model import MaskedModel
+from zerodraft.drafters.tapped import FIRST_SLOTS, grown
 from zerodraft.drafters.vocabulary import check_vocabulary_size
 from zerodraft.fast.packed import PackedLinear
 
 USUAL_LENGTH = 30
 """Positions drafted at most, where the model was not trained for a number: the published k_max."""
-
-FIRST_POSITIONS = 256
-"""Cache positions at first; doubled when they are full."""
 
 
 class MaskedDrafter:
@@ -211,11 +208,8 @@ class _Row:
 
     def _room(self, positions: int) -> list[Tensor]:
         if self._cache is None:
-            self._cache = self._model.new_cache(max(FIRST_POSITIONS, positions))
-        have = self._cache[0].shape[2]
-        if positions > have:
-            more = max(positions, 2 * have) - have
-            self._cache = [F.pad(cache, (0, 0, 0, more)) for cache in self._cache]
+            self._cache = self._model.new_cache(FIRST_SLOTS)
+        self._cache = [grown(cache, positions) for cache in self._cache]
         return self._cache
 
 
