@@ -17,7 +17,11 @@ import jaxtyping
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("zerodraft", CHECKER)
 
-from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402  # only now, so that the hook sees them
+# only now, so that the hook sees them
+from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402
+from zerodraft.drafters.block_model import BlockDrafterConfig  # noqa: E402
+from zerodraft.drafters.dflash_model import DFlashConfig  # noqa: E402
+from zerodraft.drafters.masked_model import MaskedConfig  # noqa: E402
 
 
 # A configuration takes keys that its signature does not name (transformers keeps them for the family), an output can
@@ -28,5 +32,5 @@ def checked(function: Any) -> bool:
     return "jaxtyp" in function.__code__.co_filename or (inside is not None and checked(inside))
 
 
-for unchecked in (ZttConfig, ZttCausalLMOutput):
+for unchecked in (ZttConfig, BlockDrafterConfig, DFlashConfig, MaskedConfig, ZttCausalLMOutput):
     unchecked.__init__ = inspect.unwrap(unchecked.__init__, stop=lambda f: not checked(f))

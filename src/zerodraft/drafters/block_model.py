@@ -48,28 +48,21 @@ class BlockDrafterConfig(PreTrainedConfig):
 
     model_type = "zerodraft_block_drafter"
 
-    def __init__(
-        self,
-        target_config: PreTrainedConfig | dict[str, Any] | None = None,
-        layers: Sequence[int] = (),
-        block_size: int = 8,
-        draft_vocab_size: int = 0,
-        coupling: int = 0,
-        qk_norm: bool = False,
-        attention_bias: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(target_config, PreTrainedConfig):
-            target_config = target_config.to_dict()
+    target_config: Any = None
+    layers: Sequence[int] = ()
+    block_size: int = 8
+    draft_vocab_size: int = 0
+    coupling: int = 0
+    qk_norm: bool = False
+    attention_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = self.target_config
+        fields = given.to_dict() if isinstance(given, PreTrainedConfig) else given or {}
         # where the target lay on the machine that trained the drafter is nobody's business
-        self.target_config = {k: v for k, v in (target_config or {}).items() if k != "_name_or_path"}
-        self.layers = list(layers)
-        self.block_size = block_size
-        self.draft_vocab_size = draft_vocab_size
-        self.coupling = coupling
-        self.qk_norm = qk_norm
-        self.attention_bias = attention_bias
-        super().__init__(**kwargs)
+        self.target_config = {name: value for name, value in fields.items() if name != "_name_or_path"}
+        self.layers = list(self.layers)
+        super().__post_init__(**kwargs)
 
     def target(self) -> Any:
         """The target's config as transformers' own class."""

@@ -12,6 +12,7 @@ hidden size.
 """
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class DFlashConfig(PreTrainedConfig):
         attention_bias: biases of the four projections of attention.
         rope_parameters: as transformers has them.
         max_position_embeddings: longest text that the rotary positions are made for.
-        layer_types: `full_attention` or `sliding_attention` for each layer; all full if None.
+        layer_types: `full_attention` or `sliding_attention` for each layer; all full if there are none.
         sliding_window: positions that a sliding layer looks back, itself included if it is causal.
         causal_sliding: sliding layers see nothing behind them (z-lab's checkpoints) or as far as before them
             (transformers').
@@ -67,55 +68,34 @@ class DFlashConfig(PreTrainedConfig):
 
     model_type = "zerodraft_dflash"
 
-    def __init__(
-        self,
-        hidden_size: int = 512,
-        intermediate_size: int = 1536,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 8,
-        num_key_value_heads: int = 8,
-        head_dim: int = 64,
-        rms_norm_eps: float = 1e-6,
-        hidden_act: str = "silu",
-        attention_bias: bool = False,
-        rope_parameters: dict[str, Any] | None = None,
-        max_position_embeddings: int = 32768,
-        layer_types: Sequence[str] | None = None,
-        sliding_window: int | None = None,
-        causal_sliding: bool = True,
-        block_size: int = 8,
-        mask_token_id: int = 0,
-        target_layer_ids: Sequence[int] = (),
-        num_target_layers: int = 0,
-        vocab_size: int = 0,
-        embedding_scale: float | None = None,
-        output_multiplier: float = 1.0,
-        final_logit_softcapping: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.rms_norm_eps = rms_norm_eps
-        self.hidden_act = hidden_act
-        self.attention_bias = attention_bias
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        self.max_position_embeddings = max_position_embeddings
-        self.layer_types = list(layer_types or [FULL] * num_hidden_layers)
-        self.sliding_window = sliding_window
-        self.causal_sliding = causal_sliding
-        self.block_size = block_size
-        self.mask_token_id = mask_token_id
-        self.target_layer_ids = list(target_layer_ids)
-        self.num_target_layers = num_target_layers
-        self.vocab_size = vocab_size
-        self.embedding_scale = embedding_scale
-        self.output_multiplier = output_multiplier
-        self.final_logit_softcapping = final_logit_softcapping
-        super().__init__(**kwargs)
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    max_position_embeddings: int = 32768
+    layer_types: Sequence[str] = ()
+    sliding_window: int | None = None
+    causal_sliding: bool = True
+    block_size: int = 8
+    mask_token_id: int = 0
+    target_layer_ids: Sequence[int] = ()
+    num_target_layers: int = 0
+    vocab_size: int = 0
+    embedding_scale: float | None = None
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.layer_types = list(self.layer_types or [FULL] * self.num_hidden_layers)
+        self.target_layer_ids = list(self.target_layer_ids)
+        super().__post_init__(**kwargs)
 
     @property
     def layers(self) -> list[int]:
@@ -353,7 +333,7 @@ def dflash_from_target(
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             rms_norm_eps=config.rms_norm_eps,
             hidden_act=config.hidden_act,
-            rope_parameters=dict(config.rope_parameters) if getattr(config, "rope_parameters", None) else None,
+            rope_parameters=dict(getattr(config, "rope_parameters", None) or {}),
             max_position_embeddings=config.max_position_embeddings,
             block_size=block_size,
             mask_token_id=mask_token_id,

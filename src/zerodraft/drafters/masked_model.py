@@ -13,6 +13,7 @@ head size, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -44,47 +45,30 @@ class MaskedConfig(PreTrainedConfig):
 
     model_type = "zerodraft_masked_lm"
 
-    def __init__(
-        self,
-        vocab_size: int = 32000,
-        hidden_size: int = 2048,
-        intermediate_size: int = 5632,
-        num_hidden_layers: int = 22,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        hidden_act: str = "silu",
-        rms_norm_eps: float = 1e-6,
-        rope_parameters: dict[str, Any] | None = None,
-        max_position_embeddings: int = 2048,
-        attention_bias: bool = False,
-        qk_norm: bool = False,
-        tie_word_embeddings: bool = False,
-        mask_token_id: int = 0,
-        shifted: bool = True,
-        block_size: int = 0,
-        causal_prefix: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.hidden_act = hidden_act
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
-        self.max_position_embeddings = max_position_embeddings
-        self.attention_bias = attention_bias
-        self.qk_norm = qk_norm
-        self.mask_token_id = mask_token_id
-        self.shifted = shifted
-        self.block_size = block_size
-        self.causal_prefix = causal_prefix
-        self.tie_word_embeddings = tie_word_embeddings
-        super().__init__(**kwargs)
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
+    max_position_embeddings: int = 2048
+    attention_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    mask_token_id: int = 0
+    shifted: bool = True
+    block_size: int = 0
+    causal_prefix: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
 
 
 class MaskedModel(DrafterModel):
