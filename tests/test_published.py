@@ -24,7 +24,8 @@ def test_the_run_in_the_readme_is_that_of_the_results() -> None:
     assert all(answer["equal"] for answer in answers)
     lines = [
         f"{shortened(answer['prompt']):<27}{answer['tokens_per_second']:>6.1f} tokens/s, "
-        f"plainly {answer['plain_tokens_per_second']:.1f}: {answer['speedup']:.2f}x, {answer['mat']:.2f} tokens a pass"
+        f"transformers {answer['plain_tokens_per_second']:.1f}: {answer['speedup']:.2f}x, "
+        f"{answer['mat']:.2f} tokens a pass"
         for answer in answers
     ]
     lines += [f"ztt-tiny: {run['model']['parameters']:,} parameters, {cycles} cycles"]

@@ -1,4 +1,4 @@
-"""The reference of the documentation holds every public name, and everything that the pages import."""
+"""The reference of the documentation holds every public name, everything that the pages import, and the two ideas."""
 
 import re
 from pathlib import Path
@@ -28,3 +28,8 @@ def test_so_is_what_pages_import() -> None:
     assert len(imported) > 15
     missing = {name for name in imported if name not in REFERENCE and name.rpartition(".")[0] not in REFERENCE}
     assert not missing
+
+
+def test_so_are_the_two_ideas() -> None:
+    page = (ROOT / "docs" / "reference" / "ideas.md").read_text(encoding="utf-8")
+    assert re.findall(r'^--8<-- "(.+)"$', page, re.MULTILINE) == ["decoding/idea.py", "ztt/idea.py"]
