@@ -24,8 +24,9 @@ from zerodraft.bench.measure import provenance, write_result
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.strict import to_mapping
 from zerodraft.ztt.compare import Interval, interval
+from zerodraft.ztt.exits import SCORED
 from zerodraft.ztt.flops import count_flops
-from zerodraft.ztt.tradeoff import LEVELS, SIGNS, Point, Ruler, at_level, scored_rule
+from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, at_level, scored_rule
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +62,7 @@ def measure_rules(
     before, between = Ruler(model, ids[::2]), Ruler(model, ids[1::2])
     line_before, fixed = best_line(fixed_depths(before)), tuple(fixed_depths(between))
     line, rules = best_line(fixed), {}
-    for name in SIGNS:
+    for name in SCORED:
         if name == "zero-mass" and model.zero_tokens is None:
             continue
         scores, points = before.scores(scored_rule(name)), []
