@@ -81,7 +81,7 @@ def test_a_type_that_was_asked_for_stays(stored: Path) -> None:
 def test_what_does_not_fit_into_memory_stays(
     stored: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loading, "_memory", lambda: 1000)
+    monkeypatch.setattr(loading, "memory_bytes", lambda: 1000)
     assert str(load_target(str(stored))[0].dtype) == f"torch.{stored.name}"
     assert "--dtype float32 is exact" in caplog.text
 

@@ -25,7 +25,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "best_first": {"search": SearchConfig(expand="best_first", budget=9), "length": FixedLength(4)},
     "adaptive": {"length": AdaptiveLength(k_min=1, k_max=6)},
     "costs": {"length": CostAwareLength(k_max=6)},
-    "fallback": {"length": AdaptiveLength(k_min=1, k_max=6), "fallback": Fallback()},
+    # with so much to lose that the clock decides nothing
+    "fallback": {"length": AdaptiveLength(k_min=1, k_max=6), "fallback": Fallback(allowance=1000.0)},
 }
 
 
