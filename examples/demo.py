@@ -136,7 +136,8 @@ def run(
     import torch
     from transformers.utils import logging
 
-    from zerodraft.cli.loading import load_tokenizer, load_ztt
+    from zerodraft.cli.loading import load_ztt
+    from zerodraft.models.tokenizers import load_tokenizer
 
     logging.disable_progress_bar()
     model, folder = load_ztt(str(path))

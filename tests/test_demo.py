@@ -118,7 +118,8 @@ def test_a_target_that_cannot_be_had_is_one_sentence_and_the_rest_goes_on(
 
 
 def test_on_a_terminal_depths_are_colours(model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from zerodraft.cli.loading import load_tokenizer, load_ztt
+    from zerodraft.cli.loading import load_ztt
+    from zerodraft.models.tokenizers import load_tokenizer
 
     model, path = load_ztt(str(model_dir))
     console = Console(file=sys.stdout, force_terminal=True, color_system="truecolor", width=200)

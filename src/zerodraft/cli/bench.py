@@ -350,11 +350,11 @@ class Bench(Command):
         from transformers import AutoModel, AutoModelForCausalLM
 
         from zerodraft.bench.methods import Equipment
-        from zerodraft.cli.loading import load_tokenizer
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.drafters import find_drafter
         from zerodraft.models.loading import load_pretrained
         from zerodraft.models.resolve import resolve
+        from zerodraft.models.tokenizers import load_tokenizer
 
         def load(kind: Any, name: str) -> Any:
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None

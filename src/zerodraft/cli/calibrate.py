@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.loading import check_tokens, load_tokenizer, load_ztt
+from zerodraft.cli.loading import check_tokens, load_ztt
 from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
+from zerodraft.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,6 +13,7 @@ from zerodraft.cli.loading import Dtype
 from zerodraft.cli.reading import Messages
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import whole_characters
+from zerodraft.models.tokenizers import encode_messages
 
 COMMAND = re.compile(r"/[A-Za-z]+")
 """What looks like one; `/etc/hosts` and a sentence that begins with a slash are messages."""
@@ -61,7 +62,6 @@ class Chat(Command):
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.decoder import decoder
         from zerodraft.generate.drafters import find_drafter
-        from zerodraft.models.tokenizers import encode_messages
 
         model, tokenizer = load_target(self.target, self.dtype)
         drafter, name = find_drafter(
@@ -95,8 +95,6 @@ class Chat(Command):
     def _answer(
         self, console: Console, model: Any, tokenizer: Any, decode: Any, messages: list[dict[str, str]], turn: int
     ) -> Result:
-        from zerodraft.models.tokenizers import encode_messages
-
         sampling = replace(self.sampling, seed=self.sampling.seed + turn)
         inputs = encode_messages(tokenizer, messages)
         streamer = live_streamer(console, tokenizer)

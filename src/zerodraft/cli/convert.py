@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Literal
 from rich.console import Console
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.loading import load_tokenizer, load_ztt
+from zerodraft.cli.loading import load_ztt
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import check_free, new_directory
+from zerodraft.models.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

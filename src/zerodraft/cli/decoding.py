@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Result, each
-from zerodraft.cli.loading import Dtype, check_tokens, load_model, load_tokenizer
+from zerodraft.cli.loading import Dtype, check_tokens, load_model
 from zerodraft.cli.trace import TraceStreamer, trace_legend
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.drafters.distill import SMALLEST_TEMPERATURE
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
 
 def check_drafter(name: str, steps: int) -> None:
     """Raises for a name that cannot be one, and for denoising steps that are none."""
-    if steps < 1:
-        raise ZerodraftError(f"--drafter-steps is {steps}; it must be at least 1")
     from zerodraft.generate.names import check_name
 
+    if steps < 1:
+        raise ZerodraftError(f"--drafter-steps is {steps}; it must be at least 1")
     check_name(name)
 
 
@@ -224,12 +225,12 @@ def decode_and_report(
 ) -> Result:
     """Decodes with drafts by the drafter called `name`, shows the text (as it comes, or traced) and what came of the
     drafts; decodes plainly too if wanted, and compares."""
+    from zerodraft.generate.decoder import own_plain
+
     own = None
     if plainly_too:
         # the first call sets things up that later ones use again, on both sides
         short = replace(sampling, max_new_tokens=min(4, sampling.max_new_tokens))
-        from zerodraft.generate.decoder import own_plain
-
         own = own_plain(decode)
         speculate(model, decode, inputs, short, None, tokenizer)
         write(model, inputs, short, tokenizer)

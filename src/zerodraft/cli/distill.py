@@ -52,9 +52,10 @@ class Distill(Command):
         """Loads the target, writes and reports."""
         from transformers import AutoModelForCausalLM
 
-        from zerodraft.cli.loading import load_model, load_tokenizer
+        from zerodraft.cli.loading import load_model
         from zerodraft.common.provenance import provenance
         from zerodraft.models.resolve import resolve
+        from zerodraft.models.tokenizers import load_tokenizer
         from zerodraft.training.drafters.writer import HfWriter
 
         path, prompts = resolve(self.target), self._read()

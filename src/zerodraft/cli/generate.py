@@ -13,9 +13,10 @@ from zerodraft.cli.command import Command, Result, metavar, positional, settings
 from zerodraft.cli.decoding import Sampling, check_drafter, check_prompt, decode_and_report, load_target
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
-from zerodraft.cli.loading import Dtype, load_tokenizer, load_ztt
+from zerodraft.cli.loading import Dtype, load_ztt
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import model_type, read_text, user_path, whole_characters
+from zerodraft.models.tokenizers import encode, load_tokenizer
 
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
 OF_EXITS = ("exit_rule", "show_depth")
@@ -99,7 +100,6 @@ class Generate(Command):
         from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.decoder import decoder
         from zerodraft.generate.drafters import find_drafter
-        from zerodraft.models.tokenizers import encode
 
         if self.ngram:
             # a wrong file is told before anything is loaded
@@ -119,7 +119,6 @@ class Generate(Command):
         """With a Zero Token Transformer: speed and depth."""
         import torch
 
-        from zerodraft.models.tokenizers import encode
         from zerodraft.ztt.streamer import DepthStreamer
 
         model, path = load_ztt(self.model)

@@ -124,13 +124,6 @@ def ready(model: Any, dtype: Dtype = "auto") -> Any:
     return model.to(device).eval()
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer beside a model."""
-    from zerodraft.models import tokenizers
-
-    return tokenizers.load_tokenizer(path)
-
-
 def check_tokens(largest: int, model: Any, what: str) -> None:
     """Raises for a token beyond a model's embedding. Some tokenizers have a few tokens more than their model has rows,
     so only a text that holds one of these cannot be read."""

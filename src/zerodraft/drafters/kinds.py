@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,13 @@ class Denoising:
 
 
 class DrafterKind(Protocol):
-    """What a directory holds, and how it comes to draft for a target."""
+    """What a directory holds, and how it comes to draft for a target.
+
+    Attributes:
+        denoises: Whether its drafts follow a `Denoising`.
+    """
+
+    denoises: ClassVar[bool]
 
     def recognises(self, path: Path) -> bool:
         """Whether the directory is of this kind."""
@@ -55,6 +61,8 @@ class DrafterKind(Protocol):
 class Masked:
     """Masked diffusion language models (Dream, LLaDA, ours): over the target's tokens if they have the same ones, else
     through the text."""
+
+    denoises: ClassVar[bool] = True
 
     def recognises(self, path: Path) -> bool:
         return is_masked(model_type(path))
@@ -81,6 +89,8 @@ class Masked:
 class Block:
     """Our block-diffusion drafters."""
 
+    denoises: ClassVar[bool] = False
+
     def recognises(self, path: Path) -> bool:
         return model_type(path) == BlockDrafterConfig.model_type
 
@@ -91,6 +101,8 @@ class Block:
 class DFlash:
     """DFlash drafters, published or our own."""
 
+    denoises: ClassVar[bool] = False
+
     def recognises(self, path: Path) -> bool:
         return is_dflash(path)
 
@@ -100,6 +112,8 @@ class DFlash:
 
 class Autoregressive:
     """Any causal language model of transformers; through the text where its tokens are others than the target's."""
+
+    denoises: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
         return True
@@ -125,7 +139,7 @@ def load_kind(path: Path, target: Any, target_name: str, denoising: Denoising) -
         ZerodraftError: as `DrafterKind.load`, and for a way of denoising where nothing is denoised.
     """
     kind = next(kind for kind in KINDS if kind.recognises(path))
-    if not isinstance(kind, Masked):
+    if not kind.denoises:
         check_nothing_denoised(denoising, path.name)
     return kind.load(path, target, target_name, denoising)
 

@@ -1,6 +1,6 @@
 """`decoder(model)`: the fastest exact decoder there is for a model, with everything chosen."""
 
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 from zerodraft.decoding.lengths import CostAwareTree, FixedLength
@@ -52,7 +52,7 @@ def decoder(
     vocabulary = model.config.get_text_config().vocab_size
     return DiffuSpec(
         drafter,
-        proxy=NgramProxy(fspath(ngram), vocab_size=vocabulary) if ngram else None,
+        proxy=NgramProxy(ngram, vocab_size=vocabulary) if ngram else None,
         length=CostAwareTree(k=k, explore=48),
         search=SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24)),
         trace=trace,

@@ -31,11 +31,13 @@ from zerodraft.decoding.stats import DecodeStats, Step
 from zerodraft.decoding.stopping import Stopping
 from zerodraft.decoding.text import Text
 from zerodraft.decoding.verify import Dice, Randomness
+from zerodraft.fast import best
 from zerodraft.fast.cache import check_readable
 from zerodraft.fast.target import HfTarget
 from zerodraft.generate.door import PREFIX, RestoringSignature
 from zerodraft.generate.feeding import feeding
 from zerodraft.models.caches import CACHE, for_return, the_one
+from zerodraft.ztt.interface import current
 
 MakeTarget = Callable[[Any], Target | None]
 Result = Tensor | GenerateDecoderOnlyOutput
@@ -275,7 +277,7 @@ class DiffuSpec:
         return GenerateDecoderOnlyOutput(
             sequences=sequences,  # pyright: ignore[reportArgumentType]  # a LongTensor is a Tensor of int64
             scores=choice.kept(choice.scores, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
-            logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]  # and here
+            logits=choice.kept(choice.logits, new),  # pyright: ignore[reportArgumentType]  # FloatTensor likewise
             **for_return(past),
         )
 
@@ -293,17 +295,11 @@ class DiffuSpec:
             return None
         if callable(self.make_target):
             return self.make_target(model)
-        # not at the top: `targets` builds on `decoding`, which works without it
-        from zerodraft.fast.best import best_target
-
-        return None if inputs else best_target(model)
+        return None if inputs else best.best_target(model)
 
 
 def _exits_early() -> bool:
     """Whether a Zero Token Transformer decodes with an exit rule: what it keeps depends on the rule."""
-    # not at the top: `ztt` stands beside `decoding`, which works without it
-    from zerodraft.ztt.interface import current
-
     return current.generation is not None
 
 

@@ -33,8 +33,11 @@ def shipped_drafter(target: str) -> Path | None:
 
 def _is_called(short: str, name: str) -> bool:
     """Whether a name is this short name, its hub id, or the directory that it resolves to."""
-    if name in ("", short, SHORT_NAMES[short].hub_id):
-        return bool(name)
+    if name in (short, SHORT_NAMES[short].hub_id):
+        return True
+    if not name:
+        # a model that was never loaded from anywhere
+        return False
     try:
         directory = default_cache_dir() / short
     except ZerodraftError:  # then nothing has been resolved to it
