@@ -6,8 +6,14 @@ from importlib import import_module
 
 import pytest
 
-import zerodraft  # noqa: F401  # which makes the old names known
-from zerodraft.common.moved import MOVED
+from zerodraft.common.moved import MOVED, TARGETS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _package() -> None:
+    sys.modules.pop(TARGETS, None)
+    with pytest.warns(DeprecationWarning, match="zerodraft.targets is no more"):
+        import_module(TARGETS)
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -36,6 +42,7 @@ assert kernels.__module__ == "zerodraft.fast.compiled"
 """
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "<string>:2: DeprecationWarning: zerodraft.targets is no more" in done.stderr
     assert "<string>:3: DeprecationWarning: zerodraft.targets.compiled is now zerodraft.fast.compiled" in done.stderr
 
 

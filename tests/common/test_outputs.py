@@ -15,7 +15,15 @@ from safetensors.torch import save_file
 from zerodraft.cli.main import main
 from zerodraft.common.errors import ZerodraftError, writing
 from zerodraft.common.lock import locked
-from zerodraft.common.outputs import check_free, filled_once, new_directory, new_file, write_json, write_whole
+from zerodraft.common.outputs import (
+    check_free,
+    filled_once,
+    new_directory,
+    new_file,
+    remove_partials,
+    write_json,
+    write_whole,
+)
 
 WRITER = """
 import sys, time
@@ -35,6 +43,15 @@ def test_it_is_there_whole(tmp_path: Path) -> None:
             assert not (tmp_path / name / "file").exists()
         assert [path.name for path in (tmp_path / name).iterdir()] == ["file"]
         assert [path.name for path in (tmp_path / name).parent.glob(".*")] == []
+
+
+def test_what_was_left_half_written_goes_but_not_what_is_being_written(tmp_path: Path) -> None:
+    (tmp_path / ".log.json.77.partial").write_text("{")
+    with new_directory(tmp_path / "model") as folder:
+        (folder / "file").write_text("x")
+        remove_partials(tmp_path)
+    assert (tmp_path / "model" / "file").read_text() == "x"
+    assert not (tmp_path / ".log.json.77.partial").exists()
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

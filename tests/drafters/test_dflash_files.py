@@ -56,6 +56,16 @@ def test_every_layout_loads_as_what_it_was(tmp_path: Path, layout) -> None:
     assert DFlashDrafter.from_pretrained(run, target).taps == tuple(drafter.config.layers)
 
 
+def test_a_rotary_scaling_that_is_unknown_is_told_with_its_file(tmp_path: Path) -> None:
+    export_dflash(make()[1], tmp_path / "out", "z-lab")
+    config = tmp_path / "out" / "config.json"
+    fields = json.loads(config.read_text())
+    del fields["rope_parameters"]
+    config.write_text(json.dumps(fields | {"rope_scaling": {"rope_type": "nonsense"}}))
+    with pytest.raises(ZerodraftError, match=rf"config\.json in '{tmp_path / 'out'}' is not .*'nonsense' is unknown"):
+        load_dflash(tmp_path / "out")
+
+
 def test_a_published_config_is_read(tmp_path: Path) -> None:
     """The fields of a z-lab checkpoint as it is on the hub, older names of the rotary base included, in two files."""
     target, drafter = make()

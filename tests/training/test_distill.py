@@ -203,6 +203,14 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_half_written(tmp_path: Path)
     assert [name for name in os.listdir(out) if name not in ("manifest.json", ".lock")] == []
 
 
+def test_an_error_of_whoever_watches_is_no_full_disk(tmp_path: Path) -> None:
+    def closed(done: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run(tmp_path / "out", on_batch=closed)
+
+
 def test_a_directory_keeps_to_one_way_of_making_them(tmp_path: Path) -> None:
     run(tmp_path / "out")
     with pytest.raises(ZerodraftError, match="made with other top_k, seed"):

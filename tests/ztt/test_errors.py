@@ -36,6 +36,7 @@ def model() -> ZttForCausalLM:
         ),
         ({"cycle_scales": True, "schedule": "layer"}, 'cycle_scales needs schedule="block"'),
         ({"input_injection_start": "x"}, "input_injection_start='x' must be a finite number"),
+        ({"input_injection_start": True}, "input_injection_start=True must be a finite number"),
         ({"input_injection_start": float("nan")}, "input_injection_start=nan must be a finite number"),
     ],
 )

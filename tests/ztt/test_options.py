@@ -142,6 +142,9 @@ def test_injection_and_scales_start_where_the_configuration_says() -> None:
     assert model.cycle_scales.weight.tolist() == [1.0, 1.0, 1.0]
     quiet = ZttConfig(base_config=base_config("llama"), cycles=3, input_injection_start=0.25, **SCALARS)
     assert ZttForCausalLM(quiet).input_injection.weight.tolist() == [0.25, 0.25]
+    # a whole number, as YAML has it
+    closed = ZttConfig(base_config=base_config("llama"), cycles=3, input_injection_start=0, **SCALARS)
+    assert ZttForCausalLM(closed).input_injection.weight.tolist() == [0.0, 0.0]
     once = ZttForCausalLM(ZttConfig(base_config=base_config("llama"), cycles=1, **SCALARS))
     assert once.input_injection is once.cycle_scales is None
 

@@ -180,7 +180,7 @@ def _left(tasks: Sequence[Task], kept: RowFile) -> tuple[list[Row], list[Task]]:
 
 def together(tasks: Sequence[Task]) -> dict[str, Any]:
     """The inputs of several prompts as one batch."""
-    return left_padded([task.inputs["input_ids"][0] for task in tasks]) if len(tasks) > 1 else dict(tasks[0].inputs)
+    return left_padded([task.inputs["input_ids"][0] for task in tasks])
 
 
 def _row(task: Task, measured: dict[str, Any]) -> Row:

@@ -28,7 +28,6 @@ class RowFile:
             return
         settings = json.loads(json.dumps(settings))
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"settings": settings}) + "\n")
             return
         lines = _whole_lines(path)

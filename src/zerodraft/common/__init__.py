@@ -1,1 +1,1 @@
-"""What every part uses: errors, reading and writing files, locks."""
+"""What every part uses: errors, files and outputs, locks, provenance, the machine, pieces of text, old names."""

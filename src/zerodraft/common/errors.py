@@ -10,7 +10,7 @@ class ZerodraftError(ValueError):
 
 
 @contextmanager
-def reading(what: str, outcome: str = "could not be loaded") -> Iterator[None]:
+def reading(what: str, outcome: str = "could not be loaded", *, ours: bool = False) -> Iterator[None]:
     """Around another library's reading of a user's file: whatever it raises becomes one sentence.
 
     Libraries raise all kinds over a damaged file (`TypeError`, `IndexError`, `ZeroDivisionError`, a panic of Rust code,
@@ -19,10 +19,15 @@ def reading(what: str, outcome: str = "could not be loaded") -> Iterator[None]:
     Args:
         what: The subject of the sentence, such as "The tokenizer in 'x'".
         outcome: Its verb.
+        ours: Put both before sentences of ours too, from code of ours that reads the file and does not know its name.
     """
     try:
         yield
-    except (ZerodraftError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except ZerodraftError as error:
+        if not ours:
+            raise
+        raise ZerodraftError(f"{what} {outcome}: {error}") from error.__cause__
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise ZerodraftError(f"{what} {outcome}: {why(error)}.") from error

@@ -1,4 +1,5 @@
-"""Modules under the names that they had up to version 0.1: importing one warns and gives the module of today."""
+"""Modules that have moved, under the names that they had up to version 0.1: importing one warns and gives the module of
+today. `zerodraft.targets`, which is no more, is made anew with what it exported."""
 
 import sys
 import warnings
@@ -53,7 +54,9 @@ class Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if name == TARGETS:
-            # a package of which nothing is left but what it exported
+            warnings.warn(
+                f"{name} is no more: zerodraft.models and zerodraft.fast have its parts", DeprecationWarning, 2
+            )
             module.resolve = import_module("zerodraft.models.resolve").resolve  # pyright: ignore[reportAttributeAccessIssue]  # new here
             return
         warnings.warn(f"{name} is now {MOVED[name]}", DeprecationWarning, stacklevel=2)

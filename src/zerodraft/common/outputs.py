@@ -37,9 +37,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Removes what killed processes left half-written; for who holds the folder."""
+    """Removes the files that killed processes left half-written; for who holds the folder. A directory of that name may
+    be one that `new_directory` is filling beside them."""
     for leftover in folder.glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+        if not leftover.is_dir():
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, indent: int = 2, sort_keys: bool = False) -> None:
@@ -92,7 +94,8 @@ def new_directory(output: str | PathLike[str]) -> Iterator[Path]:
 
 
 def filled_once(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, filled by `fill` if it is not there; of several processes at once the first one's stays."""
+    """The folder, filled by `fill` if it is not there; of several processes at once the first one's stays, and nobody
+    waits. One that is killed leaves a hidden folder behind, which no other takes for its own."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

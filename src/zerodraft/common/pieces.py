@@ -22,6 +22,7 @@ class TextPieces:
         self._tokenizer = tokenizer
         # one token of context stays, since some tokenizers write a token differently at the start of a text
         self._before: list[int] = []
+        self._known = 0
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
@@ -31,6 +32,7 @@ class TextPieces:
         if text.endswith(REPLACEMENT):
             return ""
         self._before, self._waiting = self._waiting[-1:], []
+        self._known = len(self._tokenizer.decode(self._before, skip_special_tokens=True))
         return text
 
     def peek(self, tokens: Sequence[int]) -> str:
@@ -42,5 +44,4 @@ class TextPieces:
         return self._text(self._waiting) if self._waiting else ""
 
     def _text(self, tokens: Sequence[int]) -> str:
-        known = self._tokenizer.decode(self._before, skip_special_tokens=True)
-        return self._tokenizer.decode([*self._before, *tokens], skip_special_tokens=True)[len(known) :]
+        return self._tokenizer.decode([*self._before, *tokens], skip_special_tokens=True)[self._known :]

@@ -30,7 +30,7 @@ from zerodraft.common.errors import ZerodraftError, reading
 from zerodraft.common.files import read_json
 from zerodraft.common.outputs import new_directory
 from zerodraft.drafters.dflash_model import FULL, SLIDING, DFlashConfig, DFlashModel, default_taps
-from zerodraft.drafters.rotary import rope_parameters
+from zerodraft.drafters.rotary import rope_parameters, rotary_of
 from zerodraft.models.loading import check_depth, check_finite, read_config, read_tensors
 from zerodraft.models.resolve import resolve
 
@@ -85,12 +85,14 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
             f"'{folder}' holds no DFlash drafter: its config.json names neither the architecture {ZLAB} nor "
             f"{TRANSFORMERS} nor the model type {DFlashConfig.model_type}."
         )
-    with reading(f"The config.json in '{folder}'", "is not that of a DFlash drafter that can be loaded"):
+    subject, outcome = f"The config.json in '{folder}'", "is not that of a DFlash drafter that can be loaded"
+    with reading(subject, outcome, ours=True):
         config = DFlashConfig.from_dict(fields) if layout == "ours" else config_of(fields, layout)
-        check_depth(config, folder)
-        with torch.device("meta"):
-            # of sizes that the weights do not have nothing is allocated
-            expected = {name: tuple(value.shape) for name, value in DFlashModel(config).state_dict().items()}
+    check_depth(config, folder)
+    with reading(subject, outcome), torch.device("meta"):
+        # of sizes that the weights do not have nothing is allocated
+        model = DFlashModel(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tensors = {FROM_TRANSFORMERS.get(name, name): value.float() for name, value in tensors.items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
@@ -100,8 +102,9 @@ def load_dflash(path: str | PathLike[str]) -> DFlashModel:
             f"{expected.get(name, 'none')}: its weights do not fit its config.json, or are of a later kind."
         )
     check_finite(tensors.items(), str(folder))
-    model = DFlashModel(config)
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)
+    # what is not stored was on the meta device too
+    model.rotary, model.mask_embedding = rotary_of(config), torch.zeros(config.hidden_size)
     return model.eval()
 
 

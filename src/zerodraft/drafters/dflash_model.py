@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import (
@@ -32,6 +31,7 @@ from zerodraft.drafters.block_model import (
     last_layers,
     training_mask,
 )
+from zerodraft.drafters.rotary import DEFAULT, rotary_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -92,7 +92,7 @@ class DFlashConfig(PreTrainedConfig):
     final_logit_softcapping: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.rope_parameters = self.rope_parameters or dict(DEFAULT)
         self.layer_types = list(self.layer_types or [FULL] * self.num_hidden_layers)
         self.target_layer_ids = list(self.target_layer_ids)
         super().__post_init__(**kwargs)
@@ -160,7 +160,7 @@ class DFlashModel(DrafterModel):
         self.norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
         self.hidden_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]  # it reads these fields alone
+        self.rotary = rotary_of(config)
         self.register_buffer("mask_embedding", torch.zeros(size), persistent=False)
         self.post_init()
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError, reading
-from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel, rotary_of
-from zerodraft.drafters.rotary import rope_parameters
+from zerodraft.drafters.masked_model import MaskedConfig, MaskedModel
+from zerodraft.drafters.rotary import rope_parameters, rotary_of
 from zerodraft.models.loading import check_depth, check_finite, load_pretrained, read_config, read_tensors
 from zerodraft.models.resolve import resolve
 
@@ -148,15 +148,11 @@ def load_masked(path: str | PathLike[str], dtype: torch.dtype | None = None) -> 
             f"DiffuCoder ('Dream'), LLaDA ('llada') and our own ('{MaskedConfig.model_type}')."
         )
     form = FORMATS[kind.lower()]
-    what = f"is not of the '{kind}' kind that is known"
-    with reading(f"'{folder / 'config.json'}'", what):
-        try:
-            config = form.config(fields)
-        except ZerodraftError as error:
-            raise ZerodraftError(f"'{folder / 'config.json'}' {what}: {error}") from None
-        check_depth(config, folder)
-        with torch.device("meta"):
-            model = MaskedModel(config)
+    with reading(f"'{folder / 'config.json'}'", f"is not of the '{kind}' kind that is known", ours=True):
+        config = form.config(fields)
+    check_depth(config, folder)
+    with reading(f"'{folder / 'config.json'}'", "describes no model that can be built"), torch.device("meta"):
+        model = MaskedModel(config)
     if not 0 <= config.mask_token_id < config.vocab_size:
         raise ZerodraftError(
             f"'{folder / 'config.json'}' says mask_token_id={config.mask_token_id}, but the embedding has "

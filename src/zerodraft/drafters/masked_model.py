@@ -1,9 +1,10 @@
 """The network of masked diffusion language models: a decoder of the Llama kind whose attention is not causal.
 
 Dream (arXiv 2508.15487) and DiffuCoder are Qwen2 weights run that way, LLaDA (arXiv 2502.09992) is Llama under other
-names (`masked_formats` reads their files), and a target's own layers become one by training (`training.masked`). A
-text whose unknown positions hold the mask token goes through in one pass, and the states say what may stand there. In
-models made from causal ones the logits are shifted: the state at position i - 1 predicts the token at i.
+names (`masked_formats` reads their files), and a target's own layers become one by training
+(`training.drafters.masked`). A text whose unknown positions hold the mask token goes through in one pass, and the
+states say what may stand there. In models made from causal ones the logits are shifted: the state at position i - 1
+predicts the token at i.
 
 Ours: with `causal_prefix` the known tokens see only what stands before them, while the masks see everything. Nothing
 is then lost by caching the known tokens' keys and values, and one pass can train many blocks of masks.
@@ -21,10 +22,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import BlockLayer, DrafterModel, KeysValues
+from zerodraft.drafters.rotary import DEFAULT, rotary_of
 from zerodraft.drafters.taking import Take, layers_to_take
 
 ADAPTABLE = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,7 +66,7 @@ class MaskedConfig(PreTrainedConfig):
     causal_prefix: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.rope_parameters = self.rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.rope_parameters = self.rope_parameters or dict(DEFAULT)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -138,11 +139,6 @@ def kept(cache: Float[Tensor, "2 nk C D"] | None, start: int, own: KeysValues) -
     end = start + own[0].shape[2]
     cache[0, :, start:end], cache[1, :, start:end] = own[0][0], own[1][0]
     return cache[:1, :, :end], cache[1:, :, :end]
-
-
-def rotary_of(config: Any) -> LlamaRotaryEmbedding:
-    """Rotary positions, with whatever scaling the config asks for."""
-    return LlamaRotaryEmbedding(config)
 
 
 def masked_from_target(

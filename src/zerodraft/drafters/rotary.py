@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from zerodraft.common.errors import ZerodraftError
 
@@ -25,6 +26,15 @@ _FIELDS = (
     "num_attention_heads",
     "head_dim",
 )
+
+
+DEFAULT = {"rope_type": "default", "rope_theta": 10_000.0}
+"""Where a configuration of ours says nothing."""
+
+
+def rotary_of(config: Any) -> LlamaRotaryEmbedding:
+    """Rotary positions, with whatever scaling the config asks for."""
+    return LlamaRotaryEmbedding(config)
 
 
 def rope_parameters(fields: Mapping[str, Any], theta: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ sees whom, and the column at which the text ends. Drafts are padded to powers of
 writes nothing but the columns behind the text, so that running it once more (to warm up, say) does no harm.
 
 transformers' own `StaticCache` cannot be used for this: its layers move their end with every pass, and its sliding
-windows forget what a rejected draft has to bring back. Here every layer holds the whole text, as in `decoding.cache`.
+windows forget what a rejected draft has to bring back. Here every layer holds the whole text, as in `fast.cache`.
 
 Legend: T tokens of a pass, padded; S columns of the buffers.
 """

@@ -1,1 +1,1 @@
-"""Getting a model: names and wheels, the cache directory, foreign formats, loading, what transformers calls caches."""
+"""Getting a model: names and wheels, the cache directory, foreign formats, loading, tokenizers, padding, caches."""

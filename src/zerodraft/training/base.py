@@ -85,7 +85,8 @@ class RecipeTrainer(Trainer):
         return learning_rate_scale(self.recipe, step, self._passed)
 
     def progress(self) -> float:
-        """Share of the training that has passed: of the steps or of the time limit, whichever is further."""
+        """Share of the training that has passed: of the steps or of the time limit, whichever is further. The limit is
+        that of a process: a resumed run has all of it again, so its share may be smaller than before."""
         return max(self.state.global_step / self.recipe.steps, self._passed)
 
     def step_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -167,9 +168,10 @@ class RecipeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"checkpoint-{self.state.global_step}"
-            write_sums(folder / PARTIAL / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(folder / PARTIAL / name, folder / name)
+            with writing(f"The checkpoint in '{folder}'"):
+                write_sums(folder / PARTIAL / name)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                os.replace(folder / PARTIAL / name, folder / name)
             shutil.rmtree(folder / PARTIAL, ignore_errors=True)
             rotate_checkpoints(str(folder), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()

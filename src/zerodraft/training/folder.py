@@ -50,7 +50,7 @@ def claimed(name: str, recipe: Any, resume: bool) -> Iterator[str | None]:
     holds it for all.
 
     Raises:
-        ZerodraftError: another process trains there, or `check_folder` refuses.
+        ZerodraftError: another process trains there, `check_folder` refuses, or the checkpoint is damaged.
     """
     folder = Path(name)
     if not name.strip() or folder.resolve() == Path(folder.resolve().anchor):
@@ -60,7 +60,10 @@ def claimed(name: str, recipe: Any, resume: bool) -> Iterator[str | None]:
         yield check_folder(folder, recipe, resume, begun)
         return
     with locked(folder, f"Another process is training in '{folder}': wait for its end, or choose another output."):
-        yield check_folder(folder, recipe, resume, begun)
+        checkpoint = check_folder(folder, recipe, resume, begun)
+        if checkpoint:
+            check_sums(Path(checkpoint))
+        yield checkpoint
 
 
 def check_folder(folder: Path, recipe: Any, resume: bool, begun: bool) -> str | None:
@@ -88,7 +91,6 @@ def check_folder(folder: Path, recipe: Any, resume: bool, begun: bool) -> str | 
     changed = [key for key in changed if key not in {*PLACES, *(f"training.{name}" for name in MAY_CHANGE)}]
     if changed:
         raise ZerodraftError(f"'{folder}' holds a run with another {', '.join(changed)}: a resumed run must keep it")
-    check_sums(Path(checkpoint))
     return checkpoint
 
 
@@ -97,6 +99,7 @@ def write_sums(checkpoint: Path) -> None:
     in one of them would show steps later, or never."""
     files = [path for path in checkpoint.rglob("*") if not path.is_dir()]
     sums = {path.relative_to(checkpoint).as_posix(): sha256_of(path) for path in files}
+    # as it is: the checkpoint gets its name as a whole
     (checkpoint / SUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
@@ -104,7 +107,9 @@ def check_sums(checkpoint: Path) -> None:
     """Raises `ZerodraftError` unless a checkpoint's files are those that were written."""
     advice = "remove the folder, and the run goes on from an earlier one or from its beginning"
     if not (checkpoint / SUMS).exists():
-        raise ZerodraftError(f"The checkpoint '{checkpoint}' is not whole, it has no {SUMS}: {advice}.")
+        raise ZerodraftError(
+            f"The checkpoint '{checkpoint}' is not whole, or of an older version, for it has no {SUMS}: {advice}."
+        )
     sums = read_json(checkpoint / SUMS, "list of checksums")
     for name, noted in sums.items():
         path = checkpoint / name

@@ -1,4 +1,4 @@
-"""The model that a training run leaves."""
+"""What a training run leaves: the model, and its results with what is needed to repeat it."""
 
 import os
 import shutil
@@ -6,7 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from zerodraft.common.errors import writing
+from zerodraft.common.outputs import write_json
+from zerodraft.common.provenance import provenance
 from zerodraft.training.base import RecipeTrainer
+from zerodraft.training.folder import RESULTS
+from zerodraft.training.strict import to_mapping
+
+
+def leave(
+    trainer: RecipeTrainer,
+    folder: Path,
+    recipe: Any,
+    results: dict[str, Any],
+    tokenizer: Any = None,
+    *,
+    adapters: bool = False,
+) -> dict[str, Any]:
+    """Writes the model, then the results, by which a run counts as finished; returns these and their origin."""
+    results = {**results, **provenance(), "seed": recipe.seed, "recipe": to_mapping(recipe)}
+    save_model(trainer, folder, tokenizer, adapters=adapters)
+    if trainer.is_world_process_zero():
+        write_json(folder / RESULTS, results)
+    return results
 
 
 def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, adapters: bool = False) -> None:

@@ -19,8 +19,10 @@ from torch import nn
 from zerodraft.training.muon import Muon
 from zerodraft.training.recipe import TrainingRecipe
 from zerodraft.ztt.model import ZttForCausalLM
+from zerodraft.ztt.pretrained import OWN_PARTS
 
-OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales")
+UNDECAYED = tuple(part for part in OWN_PARTS if part != "cycle_lora")
+"""Own parts of a Zero Token Transformer that are no matrices."""
 
 
 def learning_rate_scale(recipe: TrainingRecipe, step: int, elapsed: float = 0.0) -> float:
@@ -55,7 +57,7 @@ def is_decayed(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool
 
 
 def _is_own(name: str) -> bool:
-    return any(part in name.split(".") for part in OWN_PARTS)
+    return any(part in name.split(".") for part in UNDECAYED)
 
 
 def cycled(model: nn.Module) -> set[int]:

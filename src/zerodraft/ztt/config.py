@@ -269,7 +269,7 @@ def check_cycling(config: ZttConfig) -> None:
         if getattr(config, name) and config.schedule != "block":
             raise ZerodraftError(f'{name} needs schedule="block": with "layer" the cycles have no start and no end.')
     start = config.input_injection_start
-    if not isinstance(start, (int, float)) or not abs(start) < math.inf:
+    if isinstance(start, bool) or not isinstance(start, (int, float)) or not abs(start) < math.inf:
         raise ZerodraftError(f"input_injection_start={start!r} must be a finite number.")
     if not isinstance(config.exit_rule, (dict, type(None))):
         raise ZerodraftError(f"exit_rule={config.exit_rule!r} is no rule; expected what 'zerodraft calibrate' writes.")

@@ -62,6 +62,7 @@ class ScoredRule(ABC):
     Attributes:
         threshold: Where it stops a token, in the unit of the rule.
         sign: Turns a threshold into a score: -1 where a low value stops a token.
+        reads_zero_mass: Whether `score` looks at the zero-token mass, which is None otherwise.
     """
 
     threshold: float

@@ -38,7 +38,7 @@ class InputInjection(CycleScalars):
     """How much of the head's output is added at the start of each cycle; the first has it as its input anyway."""
 
     def __init__(self, config: ZttConfig) -> None:
-        super().__init__(config.cycles - 1, config.input_injection_start)
+        super().__init__(config.cycles - 1, float(config.input_injection_start))
 
 
 class CycleScales(CycleScalars):

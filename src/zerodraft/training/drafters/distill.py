@@ -195,7 +195,8 @@ def distill(
         started, tokens = time.perf_counter(), 0
         for count, batch in enumerate(missing, len(batches) - len(missing) + 1):
             rows = _complete(writer, encoder, encoded, turn, batch, settings, room)
-            write_shard(folder, batch.name, rows, writer.vocab_size)
+            with _kept(folder):
+                write_shard(folder, batch.name, rows, writer.vocab_size)
             tokens += sum(len(row.tokens) - row.prompt_length for row in rows)
             on_batch(Done(count, len(batches), tokens, time.perf_counter() - started))
         manifest |= {"finished": True, **_totals(folder, batches)}
@@ -241,13 +242,19 @@ def _claimed(folder: Path) -> Iterator[None]:
         raise ZerodraftError(f"'{folder}' holds other files: name a new directory for the completions.")
     with locked(folder, f"Another process is writing completions into '{folder}'."):
         remove_partials(folder)
-        try:
-            yield
-        except OSError as error:
-            raise ZerodraftError(
-                f"'{folder}' could not be written ({error.strerror or error}): make room and run the same command "
-                "again; what was finished before is kept."
-            ) from error
+        yield
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Around what is written into the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ZerodraftError(
+            f"'{folder}' could not be written ({error.strerror or error}): make room and run the same command again; "
+            "what was finished before is kept."
+        ) from error
 
 
 def _holds_anything(folder: Path) -> bool:
@@ -282,4 +289,5 @@ def _totals(folder: Path, batches: Sequence[Batch]) -> dict[str, int]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    write_json(folder / MANIFEST, manifest, indent=1)
+    with _kept(folder):
+        write_json(folder / MANIFEST, manifest, indent=1)

@@ -20,16 +20,13 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.outputs import write_json
-from zerodraft.common.provenance import provenance
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
 from zerodraft.training.base import RecipeTrainer, training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.drafters.completions import Completions, check_vocabulary, read_completions
-from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder
-from zerodraft.training.kept import save_model
-from zerodraft.training.strict import to_mapping
+from zerodraft.training.folder import checkpoint_step, claimed, start_folder
+from zerodraft.training.kept import leave
 
 SHORTEST = 12
 """Completions of fewer tokens are left out."""
@@ -184,14 +181,8 @@ class DrafterRun:
                 "sequences": len(self.held_back),
                 **{name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in acceptance.items()},
             },
-            **provenance(),
-            "seed": recipe.seed,
-            "recipe": to_mapping(recipe),
         }
-        save_model(trainer, folder, self.tokenizer)
-        if trainer.is_world_process_zero():
-            write_json(folder / RESULTS, results)
-        return results
+        return leave(trainer, folder, recipe, results, self.tokenizer)
 
 
 @contextmanager

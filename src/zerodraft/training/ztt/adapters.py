@@ -58,7 +58,7 @@ def trained_parts(model: nn.Module) -> dict[str, int]:
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> Any:
-    """The model with the adapters, zero tokens and gates that a fine-tuning run wrote to `model/adapter`.
+    """The model with the adapters and own parts (`OWN_PARTS`) that a fine-tuning run wrote to `model/adapter`.
 
     Args:
         model: the model that the run started from (converted in the same way).

@@ -8,8 +8,9 @@ it will at inference.
 Cycles may be opened one after the other (`cycles_from`): the early steps are cheaper. Exits may be trained late
 (`exits_from`), as their losses from the first step on cost quality at full depth.
 
-Draws are a pure function of (seed, step, micro-step), so a resumed run repeats them, and all processes run the same
-cycles.
+Draws are a pure function of (seed, step, micro-step) and the share of the training that has passed, so all processes
+run the same cycles. A resumed run repeats them, unless the share is that of a time limit (`max_minutes`), which begins
+anew.
 """
 
 from __future__ import annotations

@@ -14,18 +14,16 @@ from transformers import TrainerCallback, default_data_collator, set_seed
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
-from zerodraft.common.outputs import filled_once, write_json
-from zerodraft.common.provenance import provenance
+from zerodraft.common.outputs import filled_once
 from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.base import training_arguments
 from zerodraft.training.callbacks import ProgressBar
 from zerodraft.training.data import TextData, build_data, read_documents, split_documents
-from zerodraft.training.folder import RESULTS, checkpoint_step, claimed, start_folder
-from zerodraft.training.kept import save_model
+from zerodraft.training.folder import checkpoint_step, claimed, start_folder
+from zerodraft.training.kept import leave
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.rows import Document, plain_text
-from zerodraft.training.strict import to_mapping
 from zerodraft.training.tokenizer import train_tokenizer
 from zerodraft.training.ztt.adapters import add_adapters, trained_parts
 from zerodraft.training.ztt.losses import CycleLoss
@@ -128,14 +126,8 @@ def _train(
         "tokens_per_second": new * tokens / seconds,
         "resumed_from": checkpoint and Path(checkpoint).name,
         "evaluation": trainer.evaluate(),
-        **provenance(),
-        "seed": recipe.seed,
-        "recipe": to_mapping(recipe),
     }
-    save_model(trainer, folder, tokenizer, adapters=bool(recipe.peft.rank))
-    if trainer.is_world_process_zero():
-        write_json(folder / RESULTS, results)
-    return results
+    return leave(trainer, folder, recipe, results, tokenizer, adapters=bool(recipe.peft.rank))
 
 
 def _tokenizer(recipe: Recipe, documents: Sequence[Document]) -> Any:
