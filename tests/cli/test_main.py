@@ -142,6 +142,13 @@ def test_help_all_explains_every_key_of_a_recipe(name: str, capsys: pytest.Captu
         assert flag.positional or flag.name in text or flag.both in text
 
 
+def test_the_model_may_be_called_model_or_target() -> None:
+    flags = [flag for name in set(COMMANDS) - {"generate", "echo"} for flag in flags_of(program._load(name))]
+    targets = [flag for flag in flags if flag.key == "target"]
+    assert len(targets) >= 6
+    assert all("model" in flag.also for flag in targets)
+
+
 def test_no_words_means_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out

@@ -34,7 +34,7 @@ class Bench(Command):
     """What to do."""
     files: tuple[str, ...] = positional("RESULTS.json...", default=())
     """For 'report': what the others wrote to --output."""
-    target: str = metavar("DIR|NAME", default="smollm2")
+    target: str = metavar("DIR|NAME", also=("model",), default="smollm2")
     """The model that decodes."""
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: as the weights are stored."""

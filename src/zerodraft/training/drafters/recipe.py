@@ -96,7 +96,7 @@ class AdaptingRecipe(BlockTrainingRecipe):
 class CompletionsRecipe:
     """What every training run on a target's completions has."""
 
-    target: str
+    target: str = field(metadata={"also": ("model",)})
     """The model to draft for: a folder, a hub id or a short name such as smollm2."""
     data: tuple[str, ...]
     """Folders or files of completions, as `zerodraft distill` writes them; $VARIABLES are expanded."""
