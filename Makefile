@@ -7,8 +7,8 @@ RUN := .venv/$(BIN)/python
 # What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
 CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
 	tests/fast/test_caches.py tests/generate/test_huggingface_door.py tests/drafters/test_block.py \
-	tests/fast/test_best.py tests/fast/test_lean.py tests/fast/test_lean_ztt.py tests/training/test_run.py tests/training/test_adapters.py \
-	tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py
+	tests/fast/test_best.py tests/fast/test_lean.py tests/fast/test_lean_ztt.py tests/training/ztt/test_run.py \
+	tests/training/ztt/test_adapters.py tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py
 
 .PHONY: demo test test-newest quality docs format env env-newest clean
 

@@ -12,16 +12,17 @@ import inspect
 from typing import Any
 
 import jaxtyping
+import pytest
 
 # the hook takes an expression; with the tower an int is a float, as PEP 484 has it
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook("zerodraft", CHECKER)
 
-# only now, so that the hook sees them
-from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402
-from zerodraft.drafters.block_model import BlockDrafterConfig  # noqa: E402
-from zerodraft.drafters.dflash_model import DFlashConfig  # noqa: E402
-from zerodraft.drafters.masked_model import MaskedConfig  # noqa: E402
+from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402  # after the hook
+from zerodraft.drafters.block_model import BlockDrafterConfig  # noqa: E402  # after the hook
+from zerodraft.drafters.dflash_model import DFlashConfig  # noqa: E402  # after the hook
+from zerodraft.drafters.masked_model import MaskedConfig  # noqa: E402  # after the hook
+from zerodraft.fast import best  # noqa: E402  # after the hook
 
 
 # A configuration takes keys that its signature does not name (transformers keeps them for the family), an output can
@@ -34,3 +35,17 @@ def checked(function: Any) -> bool:
 
 for unchecked in (ZttConfig, BlockDrafterConfig, DFlashConfig, MaskedConfig, ZttCausalLMOutput):
     unchecked.__init__ = inspect.unwrap(unchecked.__init__, stop=lambda f: not checked(f))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The targets that the automatic choice came to, call by call; None where it found none."""
+    found: list[Any] = []
+    best_target = best.best_target
+
+    def noted(model: Any) -> Any:
+        found.append(best_target(model))
+        return found[-1]
+
+    monkeypatch.setattr(best, "best_target", noted)
+    return found

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from zerodraft import ZttConfig, ZttForCausalLM
+from zerodraft.drafters.block_model import drafter_from_target
+from zerodraft.drafters.dflash_files import export_dflash
+from zerodraft.drafters.dflash_model import dflash_from_target
 from zerodraft.training.drafters.completions import Completion, write_shard
 from zerodraft.training.tokenizer import train_tokenizer
 
@@ -37,6 +40,25 @@ def save_ztt(path: Path, tokenizer: Any, **options: Any) -> Path:
     """Save a random Zero Token Transformer of three cycles with its tokenizer; `options` are those of `ZttConfig`."""
     torch.manual_seed(0)
     return save(ZttForCausalLM(ZttConfig(base_config=tiny_llama(tokenizer), cycles=3, **options)), tokenizer, path)
+
+
+def save_target(path: Path) -> Path:
+    """Save a random Llama that says more than one token, with its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = tiny_llama(tokenizer)
+    config.initializer_range = 0.2  # else it would say one token for ever
+    return save(LlamaForCausalLM(config), tokenizer, path)
+
+
+def save_block(target: Any, path: Path, layers: int = 1) -> None:
+    """Save a random block drafter for a target."""
+    drafter_from_target(target, num_layers=layers, block_size=4).save_pretrained(path)
+
+
+def save_dflash(target: Any, path: Path) -> None:
+    """Save a random drafter that transformers' DFlash runtime can use."""
+    export_dflash(dflash_from_target(target, num_layers=1, block_size=4, taps=2, mask_token_id=3), path)
 
 
 def save(model: Any, tokenizer: Any, path: Path) -> Path:

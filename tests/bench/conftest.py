@@ -7,40 +7,29 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.saved import save, tiny_llama, tiny_tokenizer
-from zerodraft.drafters.block_model import drafter_from_target
-from zerodraft.drafters.dflash_files import export_dflash
-from zerodraft.drafters.dflash_model import dflash_from_target
+from tests.saved import save_block, save_dflash, save_target
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "once", "upon", "a", "time", "there", "was", "a", "little", "fox"]
 
 
 @pytest.fixture(scope="session")
 def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    config = tiny_llama(tokenizer)
-    config.initializer_range = 0.2  # else it would say one token for ever
-    return save(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("target"))
+    return save_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="session")
 def drafter_dir(target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("drafter")
-    drafter_from_target(LlamaForCausalLM.from_pretrained(target_dir), num_layers=2, block_size=4).save_pretrained(
-        folder
-    )
+    save_block(LlamaForCausalLM.from_pretrained(target_dir), folder, layers=2)
     return folder
 
 
 @pytest.fixture(scope="session")
 def dflash_dir(target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A drafter that transformers' DFlash runtime can use."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dflash") / "model"
-    target = LlamaForCausalLM.from_pretrained(target_dir)
-    export_dflash(dflash_from_target(target, num_layers=1, block_size=4, taps=2, mask_token_id=3), folder)
+    save_dflash(LlamaForCausalLM.from_pretrained(target_dir), folder)
     return folder
 
 

@@ -15,8 +15,6 @@ from zerodraft.cli.decoding import load_target
 from zerodraft.cli.loading import ready
 from zerodraft.cli.main import main
 from zerodraft.decoding.protocols import Target
-from zerodraft.fast import best
-from zerodraft.fast.best import best_target
 from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import LeanTarget
 from zerodraft.fast.packed import HalvesLinear
@@ -30,19 +28,6 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_llama(tokenizer)).to(getattr(torch, request.param))
     return save(model, tokenizer, tmp_path_factory.mktemp("halves") / request.param)
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Target | None]:
-    """What decoding was run by, call by call."""
-    found: list[Target | None] = []
-
-    def noted(model: Any) -> Target | None:
-        found.append(best_target(model))
-        return found[-1]
-
-    monkeypatch.setattr(best, "best_target", noted)
-    return found
 
 
 def test_generate_computes_in_float32_on_the_fast_path(

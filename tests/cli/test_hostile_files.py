@@ -1,4 +1,3 @@
-# ruff: noqa: E501  # lists of odd values read better in long lines
 """Files with anything in them, through whole commands: what is read is used, or refused with one sentence and code 2.
 
 Every field of every file that a command reads is replaced by odd values, and files are cut, emptied and garbled. A
@@ -15,7 +14,17 @@ from typing import Any
 
 import pytest
 
-from tests.cli.hostile import MINUTES, ODD, Kind, odd_header, odd_json, places, replaced, run_cases, run_long
+from tests.cli.hostile import (
+    ODD,
+    SHORT_AND_LONG,
+    THEIR_WARNINGS,
+    Kind,
+    damage_and_run,
+    odd_header,
+    odd_json,
+    places,
+    replaced,
+)
 from tests.saved import TEXT, save_ztt
 from zerodraft.cli.main import main
 from zerodraft.decoding.ngram import PREAMBLE
@@ -23,10 +32,11 @@ from zerodraft.decoding.ngram import PREAMBLE
 CASES = 120
 
 TEMPLATES = (
-    "{{ 1/0 }}", "{{ raise_exception('no') }}", "{% for", "{{ messages[9].x.y }}", "{{ messages | tojson | length + 'a' }}",
-    "{{ [] | first }}", "{{ range(10**12) | list }}", "{{ 'x' * 10**5 }}", "", "{{ messages[0]['content'] * -1 }}",
-    "{{ ''.__class__.__mro__ }}", "\ud83d", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ undefined() }}", "\x1b[2J",
-    "{{ namespace(x=1).y.z }}", "{{ messages[0].role.format(*[1]) }}", "{% include 'x' %}", "{{ strftime_now(5) }}",
+    "{{ 1/0 }}", "{{ raise_exception('no') }}", "{% for", "{{ messages[9].x.y }}",
+    "{{ messages | tojson | length + 'a' }}", "{{ [] | first }}", "{{ range(10**12) | list }}", "{{ 'x' * 10**5 }}", "",
+    "{{ messages[0]['content'] * -1 }}", "{{ ''.__class__.__mro__ }}", "\ud83d",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ undefined() }}", "\x1b[2J", "{{ namespace(x=1).y.z }}",
+    "{{ messages[0].role.format(*[1]) }}", "{% include 'x' %}", "{{ strftime_now(5) }}",
 )  # fmt: skip
 
 
@@ -44,8 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, plain_dir: Path, tokenizer:
     recipe = {
         "output": "run", "seed": 1,
         "model": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-                  "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "base": {"rms_norm_eps": 0.001},
-                  "ztt": {"zero_rope": "none"}, "cycles": 2, "head_layers": 1, "tail_layers": 1, "family": "llama"},
+                  "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+                  "base": {"rms_norm_eps": 0.001}, "ztt": {"zero_rope": "none"}, "cycles": 2,
+                  "head_layers": 1, "tail_layers": 1, "family": "llama"},
         "tokenizer": {"vocab_size": 300, "path": None},
         "data": {"train": [str(folder / "text.txt")], "context_length": 8, "cache": str(folder / "cache"),
                  "document_chars": 100, "validation_fraction": 0.2, "validation_blocks": 2, "separator": "\n\n",
@@ -142,18 +153,9 @@ KINDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
+@SHORT_AND_LONG
+@THEIR_WARNINGS
 def test_nothing_in_a_file_is_a_traceback(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    long: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_cases(folder, tmp_path / "copy", capsys, monkeypatch, KINDS, seed=0, cases=CASES)
-
-
-@pytest.mark.fuzz
-@pytest.mark.timeout(0)
-@pytest.mark.skipif(MINUTES is None, reason="as long as ZERODRAFT_FUZZ_MINUTES says")
-@pytest.mark.filterwarnings("ignore")
-def test_nothing_in_many_files_is_a_traceback(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_long(folder, tmp_path / "copy", capsys, monkeypatch, KINDS)
+    damage_and_run(folder, tmp_path / "copy", capsys, monkeypatch, KINDS, CASES, long)

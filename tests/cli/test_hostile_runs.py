@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.hostile import MINUTES, ODD, Kind, garbled, odd_header, odd_json, run_cases, run_long
+from tests.cli.hostile import (
+    HARM,
+    ODD,
+    SHORT_AND_LONG,
+    THEIR_WARNINGS,
+    Kind,
+    damage_and_run,
+    garbled,
+    odd_header,
+    odd_json,
+)
 from tests.drafters.masked_hub import DREAM, LLADA, dream_tensors, llada_tensors, write
 from tests.saved import TEXT
 from zerodraft.cli.main import main
@@ -104,7 +114,7 @@ class Harmful:
     """A pickle that would run a program where it is read by a reader that runs things."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (__import__("pathlib").Path.touch, (Path("harm"),))
+        return (__import__("pathlib").Path.touch, (Path(HARM),))
 
 
 def odd_pickle(rng: random.Random, file: Path) -> str:
@@ -168,18 +178,18 @@ KINDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_the_harmful_pickle_does_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is read by a reader that runs things, so that the cases below can fail."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(Harmful(), "file")
+    assert not Path(HARM).exists()
+    torch.load("file", weights_only=False)
+    assert Path(HARM).exists()
+
+
+@SHORT_AND_LONG
+@THEIR_WARNINGS
 def test_nothing_in_a_run_is_a_traceback(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    long: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_cases(folder, tmp_path / "copy", capsys, monkeypatch, KINDS, seed=0, cases=CASES)
-
-
-@pytest.mark.fuzz
-@pytest.mark.timeout(0)
-@pytest.mark.skipif(MINUTES is None, reason="as long as ZERODRAFT_FUZZ_MINUTES says")
-@pytest.mark.filterwarnings("ignore")
-def test_nothing_in_many_runs_is_a_traceback(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_long(folder, tmp_path / "copy", capsys, monkeypatch, KINDS)
+    damage_and_run(folder, tmp_path / "copy", capsys, monkeypatch, KINDS, CASES, long)

@@ -16,6 +16,7 @@ from tests.decoding.fuzzing import draw, run
 
 logger = logging.getLogger(__name__)
 MINUTES = os.environ.get("ZERODRAFT_FUZZ_MINUTES")
+ODD_OPTIONS = pytest.mark.filterwarnings("ignore::UserWarning")  # transformers warns of some that are drawn
 
 
 def spend(seconds: float, start: int) -> Counter[str]:
@@ -35,8 +36,7 @@ def spend(seconds: float, start: int) -> Counter[str]:
     return ends
 
 
-# options that transformers itself finds odd
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@ODD_OPTIONS
 def test_random_cases_for_less_than_a_minute() -> None:
     ends = spend(50, 0)
     assert ends["same"] + ends["tied"] > 3 * ends["refused"]
@@ -45,7 +45,7 @@ def test_random_cases_for_less_than_a_minute() -> None:
 @pytest.mark.fuzz
 @pytest.mark.timeout(0)
 @pytest.mark.skipif(MINUTES is None, reason="as long as ZERODRAFT_FUZZ_MINUTES says")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@ODD_OPTIONS
 def test_random_cases_for_long() -> None:
     ends = spend(60 * float(MINUTES or 0), int(os.environ.get("ZERODRAFT_FUZZ_START", "1000000")))
     logger.info("%s", dict(ends))

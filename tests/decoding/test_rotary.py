@@ -20,7 +20,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("make_target", ["auto", None])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,26 +13,11 @@ from tests.decoding.generating import MODELS, NEW, both, model_of, prompts_of
 from tests.ztt.tiny import tiny_plain, tokens
 from zerodraft import DiffuSpec, PromptLookupDrafter
 from zerodraft.decoding.protocols import Target
-from zerodraft.fast import best
-from zerodraft.fast.best import best_target
 from zerodraft.fast.lean import LeanTarget, lean_target
 from zerodraft.generate.decoder import decoder
 from zerodraft.models.caches import CACHE
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Target | None]:
-    """What the automatic choice came to, call by call."""
-    found: list[Target | None] = []
-
-    def noted(model: Any) -> Target | None:
-        found.append(best_target(model))
-        return found[-1]
-
-    monkeypatch.setattr(best, "best_target", noted)
-    return found
 
 
 @pytest.mark.parametrize("rows", [1, 3])

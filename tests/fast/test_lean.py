@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from tests.fast.altered import with_adapter, with_hook, with_other_forward
 from tests.fast.cycled import CYCLED, LLAMA3, YARN
-from tests.fast.test_target import EMPTY, PATH, TREE, check, plain, score
+from tests.fast.test_target import EMPTY, PATH, TREE, check, check_rows, plain, score
 from tests.ztt.tiny import gap, left_padded, tiny_plain, tokens
 from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import LeanTarget, lean_target
@@ -102,30 +102,7 @@ def test_every_node_has_the_logits_of_its_own_text(model: Any) -> None:
 
 
 def test_rows_of_a_padded_batch_keep_different_numbers(model: Any) -> None:
-    rows = [tokens(1, n, seed=n)[0] for n in (9, 4, 6)]
-    batch = left_padded(rows)
-    target = lean(model)
-    first = target.prefill(batch["input_ids"], batch["attention_mask"].bool(), ())
-    texts = [row.tolist() for row in rows]
-    for row, text in enumerate(texts):
-        assert gap(first.logits[row, 0], plain(model, text).logits[0, -1]) < 2e-5
-    steps = [
-        ([TREE, PATH, EMPTY], [[0, 1, 2, 3], [], []]),
-        ([PATH, TREE, TREE], [[], [0, 4, 5], [6]]),
-        ([EMPTY, TREE, PATH], [[], [0, 4], [0, 1, 2]]),
-        ([TREE, PATH, TREE], [[6, 7], None, []]),
-        ([PATH, PATH, PATH], [[], [], []]),
-    ]
-    for number, (trees, kept) in enumerate(steps):
-        last = [20 + number + row for row in range(3)]
-        out = score(target, last, trees, (1,))
-        for row, text in enumerate(texts):
-            check(model, out, row, [*text, last[row]], trees[row], (1,))
-        # None: a row that keeps nothing at all, not even the last known token
-        target.keep([[] if nodes is None else [0, *(node + 1 for node in nodes)] for nodes in kept])
-        for row, nodes in enumerate(kept):
-            if nodes is not None:
-                texts[row] += [last[row], *(int(trees[row].tokens[node]) for node in nodes)]
+    check_rows(model, lean(model), (1,))
 
 
 @pytest.mark.parametrize("lengths", [(11,), (11, 3)])

@@ -54,6 +54,37 @@ def check(model: Any, out: Any, row: int, text: list[int], tree: DraftTree, taps
             assert gap(out.taps[row, node + 1, at], whole.hidden_states[tap][0, -1]) < 2e-5
 
 
+STEPS: list[tuple[list[DraftTree], list[list[int] | None]]] = [
+    ([TREE, PATH, EMPTY], [[0, 1, 2, 3], [], []]),
+    ([PATH, TREE, TREE], [[], [0, 4, 5], [6]]),
+    ([EMPTY, TREE, PATH], [[], [0, 4], [0, 1, 2]]),
+    ([TREE, PATH, TREE], [[6, 7], [0], []]),
+    ([TREE, PATH, TREE], [[6, 7], None, []]),
+    ([PATH, PATH, PATH], [[], [], []]),
+]
+"""What each of three rows drafts, and the nodes that it keeps; None: nothing at all, not even the last known token."""
+
+
+def check_rows(model: Any, target: HfTarget, taps: tuple[int, ...] = ()) -> None:
+    """Rows of a padded batch that keep different numbers of nodes."""
+    rows = [tokens(1, n, seed=n)[0] for n in (9, 4, 6)]
+    batch = left_padded(rows)
+    with torch.no_grad():
+        first = target.prefill(batch["input_ids"], batch["attention_mask"].bool(), ())
+    texts = [row.tolist() for row in rows]
+    for row, text in enumerate(texts):
+        assert gap(first.logits[row, 0], plain(model, text).logits[0, -1]) < 2e-5
+    for number, (trees, kept) in enumerate(STEPS):
+        last = [20 + number + row for row in range(3)]
+        out = score(target, last, trees, taps)
+        for row, text in enumerate(texts):
+            check(model, out, row, [*text, last[row]], trees[row], taps)
+        target.keep([[] if nodes is None else [0, *(node + 1 for node in nodes)] for nodes in kept])
+        for row, nodes in enumerate(kept):
+            if nodes is not None:
+                texts[row] += [last[row], *(int(trees[row].tokens[node]) for node in nodes)]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", MODELS)
 def test_every_node_has_the_logits_of_its_own_text(family: str, attention: str) -> None:
@@ -81,30 +112,7 @@ def test_every_node_has_the_logits_of_its_own_text(family: str, attention: str) 
 @pytest.mark.parametrize("family", MODELS)
 def test_rows_of_a_padded_batch_keep_different_numbers(family: str) -> None:
     model = model_of(family)
-    rows = [tokens(1, n, seed=n)[0] for n in (9, 4, 6)]
-    batch = left_padded(rows)
-    target = HfTarget(model)
-    with torch.no_grad():
-        first = target.prefill(batch["input_ids"], batch["attention_mask"].bool(), ())
-    texts = [row.tolist() for row in rows]
-    for row, text in enumerate(texts):
-        assert gap(first.logits[row, 0], plain(model, text).logits[0, -1]) < 2e-5
-    steps = [
-        ([TREE, PATH, EMPTY], [[0, 1, 2, 3], [], []]),
-        ([PATH, TREE, TREE], [[], [0, 4, 5], [6]]),
-        ([EMPTY, TREE, PATH], [[], [0, 4], [0, 1, 2]]),
-        ([TREE, PATH, TREE], [[6, 7], [0], []]),
-        ([PATH, PATH, PATH], [[], [], []]),
-    ]
-    for number, (trees, kept) in enumerate(steps):
-        for row, text in enumerate(texts):
-            text.append(20 + number + row)
-        out = score(target, [text[-1] for text in texts], trees)
-        for row, text in enumerate(texts):
-            check(model, out, row, text, trees[row])
-        target.keep([[0, *(node + 1 for node in nodes)] for nodes in kept])
-        for text, tree, nodes in zip(texts, trees, kept, strict=True):
-            text += [int(tree.tokens[node]) for node in nodes]
+    check_rows(model, HfTarget(model))
 
 
 def test_a_row_that_keeps_nothing_stays_as_it_is() -> None:

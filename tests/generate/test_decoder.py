@@ -11,11 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import zerodraft
 from tests.decoding.generating import letters, model_of, prompts_of
 from tests.generate.test_huggingface_door import Collector
-from tests.saved import save, tiny_llama, tiny_tokenizer
+from tests.saved import save, save_block, save_dflash, save_target, tiny_tokenizer
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.drafters.block_model import drafter_from_target
-from zerodraft.drafters.dflash_files import export_dflash
-from zerodraft.drafters.dflash_model import dflash_from_target
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.kinds import KINDS
 from zerodraft.drafters.lookup import PromptLookupDrafter
@@ -25,25 +22,8 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_
 
 
 @pytest.fixture(scope="module")
-def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    config = tiny_llama(tokenizer)
-    config.initializer_range = 0.2  # else it would say one token for ever
-    return save(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def target(target_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(target_dir)
-
-
-def save_block(target: Any, folder: Path) -> None:
-    drafter_from_target(target, num_layers=1, block_size=4).save_pretrained(folder)
-
-
-def save_dflash(target: Any, folder: Path) -> None:
-    export_dflash(dflash_from_target(target, num_layers=1, block_size=4, taps=2, mask_token_id=3), folder)
+def target(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoModelForCausalLM.from_pretrained(save_target(tmp_path_factory.mktemp("target")))
 
 
 def save_masked(target: Any, folder: Path) -> None:

@@ -170,7 +170,7 @@ def test_phi3_is_drafted_and_its_second_reading_of_a_text_is_told() -> None:
             assert torch.equal(plain, model.generate(**batch, **options, custom_generate=spec_for(plain)))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_virtual_tokens_are_refused_and_lora_is_not() -> None:
     peft = pytest.importorskip("peft")
     batch = prompts_of(1)

@@ -17,7 +17,7 @@ from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
 
 # of PEFT, over names that newer transformers calls otherwise
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 IDS = torch.tensor([[5, 6, 7, 5, 6]])
 

@@ -162,7 +162,6 @@ def test_arguments_of_the_loss(arguments: dict[str, Any]) -> None:
     assert gap(expected, plain(ids, labels=ids).loss) > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @torch.no_grad()
 def test_the_trainer_smooths_labels_of_the_next_token(tmp_path: Path) -> None:
     plain, ids = tiny_plain(), tokens()

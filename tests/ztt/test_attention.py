@@ -247,7 +247,10 @@ def test_gradcheck(form: str) -> None:
     """Finite differences in float64, through the output and through the mass alike."""
     for mask in ("causal", "blocked"):
         x = case(b=1, kv=1, groups=2, t=3, past=1 if mask == "blocked" else 0, d=3, mask=mask, dtype=torch.float64)
-        run = lambda *inputs, x=x: FORMS[form](Case(*inputs, x.mask, x.is_causal))  # noqa: E731
+
+        def run(*inputs: Tensor, x: Case = x) -> tuple[Tensor, Tensor]:
+            return FORMS[form](Case(*inputs, x.mask, x.is_causal))
+
         assert torch.autograd.gradcheck(run, x.inputs)
 
 

@@ -15,9 +15,9 @@ Instance = pytest.importorskip("lm_eval.api.instance").Instance
 
 import torch  # noqa: E402  # after the skip
 
-from tests.saved import save_ztt, tiny_tokenizer  # noqa: E402
-from tests.ztt.tiny import randomise  # noqa: E402
-from zerodraft import ZttForCausalLM  # noqa: E402
+from tests.saved import save_ztt, tiny_tokenizer  # noqa: E402  # after the skip
+from tests.ztt.tiny import randomise  # noqa: E402  # after the skip
+from zerodraft import ZttForCausalLM  # noqa: E402  # after the skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
 

@@ -13,13 +13,13 @@ trl = pytest.importorskip("trl", reason="needs TRL")
 peft = pytest.importorskip("peft", reason="needs PEFT")
 
 import torch  # noqa: E402  # after the skip
-from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from datasets import Dataset  # noqa: E402  # after the skip
+from transformers import AutoModelForCausalLM  # noqa: E402  # after the skip
 
-from tests.saved import TEXT, tiny_llama, tiny_tokenizer  # noqa: E402
-from tests.ztt.tiny import open_gates, randomise  # noqa: E402
-from zerodraft import ZttForCausalLM  # noqa: E402
-from zerodraft.ztt.convert import from_base  # noqa: E402
+from tests.saved import TEXT, tiny_llama, tiny_tokenizer  # noqa: E402  # after the skip
+from tests.ztt.tiny import open_gates, randomise  # noqa: E402  # after the skip
+from zerodraft import ZttForCausalLM  # noqa: E402  # after the skip
+from zerodraft.ztt.convert import from_base  # noqa: E402  # after the skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and PEFT's own, of releases that come after ours
 

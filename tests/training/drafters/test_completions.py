@@ -96,7 +96,7 @@ def test_nothing_there(tmp_path: Path, folder: Path) -> None:
 
 
 def test_the_shared_completions_of_smollm2() -> None:
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = Path(__file__).resolve().parents[3]
     folder = Path(os.environ.get("ZERODRAFT_DATA", checkout.parent / "shared" / "data")) / "smollm2_distill"
     if not folder.is_dir():
         pytest.skip(f"no completions of SmolLM2 in '{folder.parent}': set ZERODRAFT_DATA")

@@ -143,11 +143,11 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path) -> None:
     assert writer.calls == 0
 
 
-CHILD = "import sys; from pathlib import Path; from tests.training.test_distill import Parrot, run; "
+CHILD = "import sys; from pathlib import Path; from tests.training.drafters.test_distill import Parrot, run; "
 
 
 def child(code: str, **options: Any) -> "subprocess.Popen[str]":
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD + code],
         cwd=root,
@@ -184,7 +184,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_half_written(tmp_path: Path)
     # the kernel refuses to let any file grow beyond this, as a full disk would
     code = (
         "import resource, dataclasses\n"
-        "from tests.training.test_distill import SETTINGS\n"
+        "from tests.training.drafters.test_distill import SETTINGS\n"
         "chosen = dataclasses.replace(SETTINGS, max_new_tokens=3000)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         f"run(Path({str(out)!r}), chosen=chosen)"
