@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-
 from evidence_plan import read_plan
 from evidence_report import write_report
 from evidence_runs import make_runs, progress
+from harness import quiet_transformers
+from zerodraft.cli.main import log_to_stderr
 from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).parent.parent
@@ -42,10 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
     for command in (run, report):
         command.add_argument("--results", type=Path, default=ROOT / "results" / "evidence", help="folder of the tables")
     options = parser.parse_args(words)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("zerodraft").setLevel(logging.INFO)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    log_to_stderr(logging.INFO)
+    quiet_transformers()
     try:
         if options.command == "report":
             write_report(options.results, options.page)

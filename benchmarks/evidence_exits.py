@@ -165,9 +165,7 @@ def draw_exits(found: ExitTable, page: Path) -> None:
     """The trade-off of each run, beside the page."""
     for exits in found.results:
         curves = {rule: [measured.point for measured in points] for rule, points in exits.rules.items()}
-        path = page.parent / figure(found.table, exits)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plot_trade_off(path, curves, fixed=exits.fixed, title=str(exits.run))
+        plot_trade_off(page.parent / figure(found.table, exits), curves, fixed=exits.fixed, title=str(exits.run))
 
 
 def figure(table: str, exits: Exits) -> str:

@@ -10,9 +10,9 @@ from zerodraft.ztt.plot import check_matplotlib, save_figure
 
 def draw_losses(table: Table, path: Path) -> None:
     """The validation loss of every run at its arm's best rate, with means and intervals."""
+    check_matplotlib()
     from matplotlib.figure import Figure
 
-    check_matplotlib()
     drawn = Figure(figsize=(6.4, 0.5 * len(table.arms()) + 1.4), dpi=140, layout="constrained")
     axes = drawn.add_subplot()
     for place, arm in enumerate(table.arms()):
@@ -27,15 +27,14 @@ def draw_losses(table: Table, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="validation loss (nats per token): every seed, mean, 95% interval")
     axes.grid(alpha=0.25)
-    prepare(path)
     save_figure(path, drawn)
 
 
 def draw_curves(table: Table, path: Path) -> None:
     """The training loss of every arm at its best rate, mean over seeds, over training FLOPs and over tokens."""
+    check_matplotlib()
     from matplotlib.figure import Figure
 
-    check_matplotlib()
     drawn = Figure(figsize=(8.4, 3.6), dpi=140, layout="constrained")
     for axes, what in zip(drawn.subplots(1, 2, sharey=True), ("tokens", "flops"), strict=True):
         for arm in table.arms():
@@ -49,10 +48,4 @@ def draw_curves(table: Table, path: Path) -> None:
         axes.set(xlabel={"tokens": "tokens", "flops": "training FLOPs"}[what], ylabel="training loss")
         axes.grid(alpha=0.25)
     drawn.axes[0].legend(fontsize=8, frameon=False)
-    prepare(path)
     save_figure(path, drawn)
-
-
-def prepare(path: Path) -> None:
-    """Makes the folder of a figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)

@@ -145,9 +145,9 @@ def mass_rows(arm: str, seeds: Sequence[Mechanism]) -> Iterator[list[str]]:
 
 def draw_masses(found: Mechanisms, path: Path) -> None:
     """The masses on the zero token and on the first token by execution: mean over heads and seeds, and each head."""
+    check_matplotlib()
     from matplotlib.figure import Figure
 
-    check_matplotlib()
     drawn = Figure(figsize=(8.4, 3.6), dpi=140, layout="constrained")
     arms = found.by_arm(found.texts()[0])
     for axes, token in zip(drawn.subplots(1, 2), ("zero", "first"), strict=True):
@@ -162,7 +162,6 @@ def draw_masses(found: Mechanisms, path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
     drawn.axes[1].legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, drawn)
 
 

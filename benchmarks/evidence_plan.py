@@ -6,12 +6,12 @@ by seed. All runs of the first seed come first: a table that is not finished is 
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean
-from zerodraft.training.folder import differences
+from zerodraft.training.folder import WITHOUT_EFFECT, differences
 from zerodraft.training.recipe import Recipe, merge, read_recipe
 from zerodraft.training.strict import check_least, from_mapping, to_mapping
 
@@ -124,19 +124,5 @@ def chosen(runs: Sequence[Run], only: str | None) -> list[Run]:
 
 def other_keys(old: Recipe, new: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ so that their results may differ too."""
-    return differences(to_mapping(_comparable(old)), to_mapping(_comparable(new)))
-
-
-def _comparable(recipe: Recipe) -> Recipe:
-    plain = Recipe(output="")
-    training = {name: getattr(plain.training, name) for name in WITHOUT_EFFECT}
-    return replace(
-        recipe,
-        output=plain.output,
-        data=replace(recipe.data, cache=plain.data.cache),
-        training=replace(recipe.training, **training),
-    )
-
-
-WITHOUT_EFFECT = ("log_every", "eval_every", "save_every", "keep_checkpoints", "use_cpu", "tensorboard", "report_to")
-"""Fields of `training` that a run may have other values of and still be the same run."""
+    same = {"output", "data.cache", *(f"training.{name}" for name in (*WITHOUT_EFFECT, "use_cpu"))}
+    return [key for key in differences(to_mapping(old), to_mapping(new)) if key not in same]

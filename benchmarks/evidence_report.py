@@ -256,12 +256,13 @@ def means(table: Table) -> tuple[list[str], list[list[str]]]:
         runs = list(table.best_rows(arm).values())
         if not runs:
             continue
-        first, minutes = runs[0], [row.seconds / 60 for row in runs if row.seconds is not None]
+        first, model = runs[0], runs[0].model
+        minutes = [row.seconds / 60 for row in runs if row.seconds is not None]
         rows.append(
             [
                 arm,
-                layers(first.model),
-                "yes" if first.model.zero_tokens and first.model.kind == "ztt" else "no",
+                layers(model),
+                "yes" if model.zero_tokens and model.kind == "ztt" else "no",
                 f"{first.parameters:,}{over(first.parameters, base and base.parameters)}",
                 f"{first.tokens:,}",
                 f"{first.flops:.3g}{over(first.flops, base and base.flops)}",
@@ -299,13 +300,12 @@ def phi_of(table: Table, arm: str) -> Estimate | None:
     values = []
     for seed in looped.keys() & vanilla.keys() & unshared.keys():
         model = looped[seed].model
-        shared = model.num_hidden_layers - model.head_layers - model.tail_layers
-        if model.cycles < 2 or depth(model) != depth(unshared[seed].model):
+        if model.cycles < 2 or model.depth != unshared[seed].model.depth:
             return None
         layer = looped[seed].layer_parameters // model.num_hidden_layers
         value = phi(
             loss=looped[seed].loss, vanilla=vanilla[seed].loss, unshared=unshared[seed].loss, copies=model.cycles,
-            once=layer * (model.num_hidden_layers - shared), shared=layer * shared,
+            once=layer * (model.head_layers + model.tail_layers), shared=layer * model.shared_layers,
         )  # fmt: skip
         if value is None:
             return None
@@ -345,18 +345,11 @@ def texts_of(table: Table) -> list[str]:
     return list(dict.fromkeys(["validation", *(text for row in table.rows for text in row.losses)]))
 
 
-def depth(model: ModelRecipe) -> int:
-    """Layers of the unrolled model."""
-    edge = model.head_layers + model.tail_layers
-    return edge + model.cycles * (model.num_hidden_layers - edge) if model.kind == "ztt" else model.num_hidden_layers
-
-
 def layers(model: ModelRecipe) -> str:
     """Layers in the order in which they run."""
     if model.kind != "ztt" or model.cycles == 1:
         return str(model.num_hidden_layers)
-    shared = model.num_hidden_layers - model.head_layers - model.tail_layers
-    parts = [model.head_layers, f"{model.cycles} x {shared}", model.tail_layers]
+    parts = [model.head_layers, f"{model.cycles} x {model.shared_layers}", model.tail_layers]
     return " + ".join(str(part) for part in parts if part)
 
 

@@ -86,12 +86,13 @@ def make_runs(
     """
     deadline = time.monotonic() + 60 * minutes
     # of the code that is loaded now, whatever is checked out hours later
-    source = {key: provenance(seed=0, words=[])[key] for key in ("commit", "uncommitted_changes")}
+    loaded = provenance(seed=0, words=[])
+    source = {key: loaded[key] for key in ("commit", "uncommitted_changes")}
     place = folder / plan.table
     with locked(place, f"Another process makes the runs in '{place}': wait for its end, or choose another folder."):
         table = open_table(file, plan)
-        chosen(list(plan.runs()), only)
-        while left := [run for run in table.wanted() if run not in table.done() and (not only or run.is_below(only))]:
+        asked = {*chosen(list(plan.runs()), only)}
+        while left := [run for run in table.wanted() if run in asked - table.done()]:
             run = left[0]
             if time.monotonic() >= deadline:
                 tell(f"The time is over; {len(left)} runs are left.")
@@ -191,11 +192,11 @@ def curve(log: Sequence[dict[str, Any]], points: int = POINTS) -> tuple[tuple[fl
 def progress(plan: Plan, file: Path, folder: Path, only: str | None = None) -> list[str]:
     """A line for each run: done, diverged, begun, or left."""
     table = open_table(file, plan)
-    chosen(list(plan.runs()), only)
+    asked = {*chosen(list(plan.runs()), only)}
     done = {row.run: f"validation loss {row.loss:.4f}" for row in table.rows} | {d.run: d.why for d in table.diverged}
     lines = []
     for run in table.wanted():
-        if not only or run.is_below(only):
+        if run in asked:
             output = Path(plan.recipe_of(run, folder / plan.table).output)
             step = checkpoint_step(last_checkpoint(output))
             lines.append(f"{run!s:32s} {done.get(run) or (f'at step {step}' if step else 'left')}")

@@ -1,6 +1,7 @@
 """The results of a table of evidence: one JSON file, written whole after every run."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,8 @@ def read_table(path: Path) -> Table:
         raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/evidence.py run'.")
     try:
         table = from_mapping(Table, found)
-        for run in (found.run for found in (*table.rows, *table.diverged)):
-            if [*(row.run for row in table.rows), *(row.run for row in table.diverged)].count(run) > 1:
+        for run, times in Counter(found.run for found in (*table.rows, *table.diverged)).items():
+            if times > 1:
                 raise ZerodraftError(f"{run} is in it twice")
         for row in table.rows:
             row.whole_recipe()

@@ -12,7 +12,7 @@ import transformers
 
 from zerodraft.bench.measure import Case, interleave, provenance, ratio, spread, write_result
 
-__all__ = ["Case", "arguments", "emit", "interleave", "ratio", "spread"]
+__all__ = ["Case", "arguments", "emit", "interleave", "quiet_transformers", "ratio", "spread"]
 
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
@@ -24,8 +24,14 @@ def arguments(description: str, **defaults: int) -> argparse.Namespace:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    transformers.utils.logging.set_verbosity_error()
+    quiet_transformers()
     return options
+
+
+def quiet_transformers() -> None:
+    """No warnings of transformers, and no bars while it loads."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def emit(result: dict[str, Any], options: argparse.Namespace) -> None:

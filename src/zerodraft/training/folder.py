@@ -27,17 +27,10 @@ RECIPE, RESULTS = "recipe.json", "results.json"
 SUMS = "sums.json"
 """Beside the files of a checkpoint: the sha256 of each."""
 
-MAY_CHANGE = (
-    "steps",
-    "max_minutes",
-    "decay_fraction",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "tensorboard",
-    "report_to",
-)
+WITHOUT_EFFECT = ("log_every", "eval_every", "save_every", "keep_checkpoints", "tensorboard", "report_to")
+"""Fields of `training` that change no result of a run."""
+
+MAY_CHANGE = ("steps", "max_minutes", "decay_fraction", *WITHOUT_EFFECT)
 """Fields of `training` that a resumed run may have other values of."""
 
 PLACES = ("output", "out", "cache")

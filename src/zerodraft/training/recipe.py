@@ -76,6 +76,17 @@ class ModelRecipe:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         check_least("model", self, **dict.fromkeys((*sizes, "head_dim", "max_position_embeddings"), 1))
 
+    @property
+    def shared_layers(self) -> int:
+        """Stored layers between head and tail."""
+        return self.num_hidden_layers - self.head_layers - self.tail_layers
+
+    @property
+    def depth(self) -> int:
+        """Layers of the unrolled model."""
+        repeated = self.cycles - 1 if self.kind == "ztt" else 0
+        return self.num_hidden_layers + repeated * self.shared_layers
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerRecipe:
