@@ -1,19 +1,14 @@
 """What `out_of_domain.py` found, and the section of the page that is written from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from evidence_plan import Run
+from evidence_plan import OfRun
 from evidence_statistics import Estimate, estimate, paired
+from evidence_table import Look, best_rate
 from evidence_text import grid, interval
-from finished_runs import best_rate
-from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import read_json
-from zerodraft.training.strict import from_mapping
 
-BENCHMARK = "out-of-domain"
 BASELINE = "vanilla"
 LEAST_SHARE = 0.01
 """Of a part that the page shows."""
@@ -43,12 +38,9 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Domain:
+class Domain(OfRun):
     """One model on one text."""
 
-    arm: str
-    rate: str
-    seed: int
     text: str
     tokens: int
     whole: Part
@@ -61,20 +53,15 @@ class Domain:
     loss_beside_it: float
     """On the same blocks at temperature 1."""
 
-    @property
-    def run(self) -> Run:
-        """Which run it was."""
-        return Run(self.arm, self.rate, self.seed)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Domains:
+class Domains(Look):
     """What was found in the runs of a table."""
 
-    benchmark: str = BENCHMARK
-    table: str
+    benchmark: ClassVar[str] = "out-of-domain"
+    script: ClassVar[str] = "out_of_domain.py"
+
     results: tuple[Domain, ...]
-    provenance: dict[str, Any]
 
     def texts(self) -> list[str]:
         """The texts, in the order in which they were measured."""
@@ -87,25 +74,8 @@ class Domains:
     def by_seed(self, arm: str, text: str) -> dict[int, Domain]:
         """An arm's results on a text at its best rate on the first text."""
         losses = [(found.run, found.whole.loss) for found in self.results if found.text == self.texts()[0]]
-        rows = [found for found in self.results if (found.arm, found.text) == (arm, text)]
-        return {found.seed: found for found in rows if found.rate == best_rate(losses, arm)}
-
-
-def result_file(table: str) -> str:
-    """The name of the file with a table's results."""
-    return f"{BENCHMARK}-{table}.json"
-
-
-def read_domains(path: Path) -> Domains:
-    """The results in a file.
-
-    Raises:
-        ZerodraftError: it is damaged, or something else.
-    """
-    found = read_json(path, "result")
-    if found.get("benchmark") != BENCHMARK:
-        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/out_of_domain.py'.")
-    return from_mapping(Domains, found)
+        best = (arm, best_rate(losses, arm), text)
+        return {found.seed: found for found in self.results if (found.arm, found.rate, found.text) == best}
 
 
 def section(found: Domains) -> Iterator[str]:
@@ -154,14 +124,15 @@ def part_rows(found: Domains, text: str, others: list[str]) -> Iterator[list[str
     base = found.by_seed(BASELINE, text)
     if not base:
         return
+    arms = {arm: found.by_seed(arm, text) for arm in others}
     first = next(iter(base.values()))
     for split, parts in first.parts.items():
         for name, part in parts.items():
             if not LEAST_SHARE <= part.share <= 1 - LEAST_SHARE:
                 continue
             cells = []
-            for arm in others:
-                value = difference(found, arm, text, split, name)
+            for runs in arms.values():
+                value = difference(runs, base, split, name)
                 cells.append("-" if value is None else f"{interval(value)} ({value.mean * part.share:+.4f})")
             losses = estimate([run.parts[split][name].loss for run in base.values()])
             entropies = estimate([run.parts[split][name].entropy for run in base.values()])
@@ -177,10 +148,7 @@ def part_rows(found: Domains, text: str, others: list[str]) -> Iterator[list[str
             ]
 
 
-def difference(found: Domains, arm: str, text: str, split: str, name: str) -> Estimate | None:
-    """The loss of an arm on a part minus that of vanilla, over the seeds that both have."""
-    of, over = (
-        {seed: run.parts[split][name].loss for seed, run in found.by_seed(which, text).items()}
-        for which in (arm, BASELINE)
-    )
-    return paired(of, over)
+def difference(of: Mapping[int, Domain], over: Mapping[int, Domain], split: str, name: str) -> Estimate | None:
+    """The loss of some runs on a part minus that of others, over the seeds that both have."""
+    losses = [{seed: run.parts[split][name].loss for seed, run in runs.items()} for runs in (of, over)]
+    return paired(*losses)

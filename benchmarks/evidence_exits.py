@@ -1,21 +1,16 @@
-"""What `exit_rules.py` found: loss over FLOPs of every rule against the line through the best fixed depths."""
+"""What `exits.py` found: loss over FLOPs of every rule against the line through the best fixed depths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from evidence_plan import Run
+from evidence_plan import OfRun
+from evidence_table import Look
 from evidence_text import grid
-from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import read_json
-from zerodraft.training.strict import from_mapping
 from zerodraft.ztt.compare import Interval
 from zerodraft.ztt.plot import plot_trade_off
 from zerodraft.ztt.tradeoff import Point
-
-BENCHMARK = "exit-rules"
 
 MOST_OF_ONE_DEPTH = 0.95
 """Share of the tokens; beyond it a rule is hardly more than a fixed depth, and lies on the line for that."""
@@ -46,20 +41,12 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exits:
+class Exits(OfRun):
     """All rules on one model."""
 
-    arm: str
-    rate: str
-    seed: int
     fixed: tuple[Point, ...]
     """The same depth for all tokens, 1 to all cycles."""
     rules: dict[str, tuple[Measured, ...]]
-
-    @property
-    def run(self) -> Run:
-        """Which run it was."""
-        return Run(self.arm, self.rate, self.seed)
 
     def chosen(self, rule: str) -> Measured:
         """Of the thresholds that tell tokens apart, the one that lay lowest against the line where they were placed."""
@@ -68,56 +55,13 @@ class Exits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExitTable:
+class ExitTable(Look):
     """What was found in the runs of a table."""
 
-    benchmark: str = BENCHMARK
-    table: str
+    benchmark: ClassVar[str] = "exit-rules"
+    script: ClassVar[str] = "exits.py"
+
     results: tuple[Exits, ...]
-    provenance: dict[str, Any]
-
-
-def result_file(table: str) -> str:
-    """The name of the file with a table's results."""
-    return f"{BENCHMARK}-{table}.json"
-
-
-def read_exits(path: Path) -> ExitTable:
-    """The results in a file.
-
-    Raises:
-        ZerodraftError: it is damaged, or something else.
-    """
-    found = read_json(path, "result")
-    if found.get("benchmark") != BENCHMARK:
-        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/exit_rules.py'.")
-    return from_mapping(ExitTable, found)
-
-
-def best_line(fixed: Sequence[Point]) -> list[Point]:
-    """The corners of the lower convex hull of loss over FLOPs, from the cheapest depth to that of the lowest loss."""
-    line: list[Point] = []
-    for point in sorted(fixed, key=lambda point: point.flops):
-        while len(line) > 1 and _is_above(line[-1], line[-2], point):
-            line.pop()
-        line.append(point)
-    lowest = min(range(len(line)), key=lambda at: line[at].loss)
-    return line[: lowest + 1]
-
-
-def _is_above(point: Point, left: Point, right: Point) -> bool:
-    share = (point.flops - left.flops) / (right.flops - left.flops)
-    return point.loss >= (1 - share) * left.loss + share * right.loss
-
-
-def on_line(line: Sequence[Point], flops: float) -> tuple[Point, Point, float]:
-    """The corners on both sides of a cost, and the share of the second; beyond an end it is the end itself."""
-    if flops <= line[0].flops:
-        return line[0], line[0], 0.0
-    for left, right in pairwise(line):
-        if flops < right.flops:
-            return left, right, (flops - left.flops) / (right.flops - left.flops)
-    return line[-1], line[-1], 0.0
 
 
 def section(found: ExitTable) -> Iterator[str]:
@@ -170,4 +114,4 @@ def draw_exits(found: ExitTable, page: Path) -> None:
 
 def figure(table: str, exits: Exits) -> str:
     """Where the figure of a run lies, seen from the page."""
-    return f"figures/evidence-{BENCHMARK}-{table}-{exits.arm}-{exits.rate}-{exits.seed}.png"
+    return f"figures/evidence-{ExitTable.benchmark}-{table}-{exits.arm}-{exits.rate}-{exits.seed}.png"

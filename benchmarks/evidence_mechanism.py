@@ -4,17 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import ClassVar
 
-from evidence_plan import Run
+from evidence_plan import OfRun
+from evidence_table import Look, best_rate
 from evidence_text import grid
-from finished_runs import best_rate
-from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import read_json
-from zerodraft.training.strict import from_mapping
 from zerodraft.ztt.plot import check_matplotlib, save_figure
-
-BENCHMARK = "mechanism"
 
 FIRST_QUERY = 16
 """Masses are means over the positions from here on: earlier ones have few tokens to attend to."""
@@ -29,12 +24,9 @@ came to need, not how well a model can learn without.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mechanism:
+class Mechanism(OfRun):
     """What was found in one model on one text."""
 
-    arm: str
-    rate: str
-    seed: int
     text: str
     tokens: int
     executions: tuple[str, ...]
@@ -54,20 +46,15 @@ class Mechanism:
     without: dict[str, float]
     """The loss of the same weights when something is taken from them."""
 
-    @property
-    def run(self) -> Run:
-        """Which run it was."""
-        return Run(self.arm, self.rate, self.seed)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mechanisms:
+class Mechanisms(Look):
     """What was found in the runs of a table."""
 
-    benchmark: str = BENCHMARK
-    table: str
+    benchmark: ClassVar[str] = "mechanism"
+    script: ClassVar[str] = "mechanism.py"
+
     results: tuple[Mechanism, ...]
-    provenance: dict[str, Any]
 
     def texts(self) -> list[str]:
         """The texts, in the order in which they were measured."""
@@ -76,28 +63,12 @@ class Mechanisms:
     def by_arm(self, text: str) -> dict[str, list[Mechanism]]:
         """The results on a text by arm, each at its best rate on the first text."""
         losses = [(found.run, found.losses[-1]) for found in self.results if found.text == self.texts()[0]]
+        best = {arm: best_rate(losses, arm) for arm in {found.arm for found in self.results}}
         chosen: dict[str, list[Mechanism]] = {}
         for found in self.results:
-            if found.text == text and found.rate == best_rate(losses, found.arm):
+            if found.text == text and found.rate == best[found.arm]:
                 chosen.setdefault(found.arm, []).append(found)
         return chosen
-
-
-def result_file(table: str) -> str:
-    """The name of the file with a table's results."""
-    return f"{BENCHMARK}-{table}.json"
-
-
-def read_mechanisms(path: Path) -> Mechanisms:
-    """The results in a file.
-
-    Raises:
-        ZerodraftError: it is damaged, or something else.
-    """
-    found = read_json(path, "result")
-    if found.get("benchmark") != BENCHMARK:
-        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/mechanism.py'.")
-    return from_mapping(Mechanisms, found)
 
 
 def section(found: Mechanisms) -> Iterator[str]:
@@ -167,7 +138,7 @@ def draw_masses(found: Mechanisms, path: Path) -> None:
 
 def figure(table: str) -> str:
     """Where the figure lies, seen from the page."""
-    return f"figures/evidence-{BENCHMARK}-{table}.png"
+    return f"figures/evidence-{Mechanisms.benchmark}-{table}.png"
 
 
 def means(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -37,6 +37,20 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OfRun:
+    """What is said of one run."""
+
+    arm: str
+    rate: str
+    seed: int
+
+    @property
+    def run(self) -> Run:
+        """Which run it was."""
+        return Run(self.arm, self.rate, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """A table of evidence."""
 

@@ -1,10 +1,11 @@
 """The page of evidence: every word and figure on it comes from the tables' files, verdicts included."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 import evidence_domain
 import evidence_exits
@@ -13,8 +14,9 @@ from evidence_domain import Domains
 from evidence_exits import ExitTable, draw_exits
 from evidence_figures import draw_curves, draw_losses
 from evidence_mechanism import Mechanisms, draw_masses
+from evidence_plan import OfRun
 from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
-from evidence_table import Row, Table, read_table
+from evidence_table import Look, Row, Table, read_result, read_table
 from evidence_text import grid, interval
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
@@ -69,10 +71,9 @@ CLAIMS = (
     Claim(text="pretrained models gain by fine-tuning as Zero Token Transformers"),
 )
 
-LOOKS = tuple(kind.result_file("*") for kind in (evidence_mechanism, evidence_domain, evidence_exits))
-"""Files beside the tables with what was found in the models of their runs."""
-
 NOT_MEASURED = "Not measured yet.\n"
+
+L = TypeVar("L", bound=Look)
 
 
 def write_report(folder: Path, page: Path) -> None:
@@ -85,7 +86,7 @@ def write_report(folder: Path, page: Path) -> None:
     for name, table in tables.items():
         for what, draw in (("losses", draw_losses), ("curves", draw_curves)):
             draw(table, page.parent / figure(name, what))
-    looks = read_looks(folder)
+    looks = read_looks(folder, tables)
     for found in looks.mechanisms:
         draw_masses(found, page.parent / evidence_mechanism.figure(found.table))
     for found in looks.exits:
@@ -102,18 +103,28 @@ class Looks:
     exits: Sequence[ExitTable] = ()
 
 
-def read_looks(folder: Path) -> Looks:
-    """All such results in a folder.
+def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
+    """All such results in a folder; where best rates are shown, without those that lost a run of the arm.
 
     Raises:
         ZerodraftError: one is damaged.
     """
-    mechanisms, domains, exits = (sorted(folder.glob(pattern)) for pattern in LOOKS)
-    return Looks(
-        mechanisms=[evidence_mechanism.read_mechanisms(path) for path in mechanisms],
-        domains=[evidence_domain.read_domains(path) for path in domains],
-        exits=[evidence_exits.read_exits(path) for path in exits],
-    )
+
+    def read(kind: type[L]) -> list[L]:
+        return [read_result(kind, path) for path in sorted(folder.glob(kind.file("*")))]
+
+    def counting(looks: list[L]) -> list[L]:
+        kept = [replace(look, results=tuple(counting_results(look, tables.get(look.table)))) for look in looks]
+        return [look for look in kept if look.results]
+
+    return Looks(mechanisms=counting(read(Mechanisms)), domains=counting(read(Domains)), exits=read(ExitTable))
+
+
+def counting_results(look: Look, table: Table | None) -> Iterator[OfRun]:
+    """What was found in runs at rates that an arm may be shown at."""
+    for found in look.results:
+        if table is None or found.rate not in table.rates_lost(found.arm):
+            yield found
 
 
 def read_tables(folder: Path) -> dict[str, Table]:
@@ -122,7 +133,7 @@ def read_tables(folder: Path) -> dict[str, Table]:
     Raises:
         ZerodraftError: one is damaged, or is not called what its file is called.
     """
-    looks = {path for pattern in LOOKS for path in folder.glob(pattern)}
+    looks = {path for kind in (Mechanisms, Domains, ExitTable) for path in folder.glob(kind.file("*"))}
     tables = {path.stem: read_table(path) for path in sorted({*folder.glob("*.json")} - looks)}
     for name, table in tables.items():
         if table.plan.table != name:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evidence_plan import Plan, Run, chosen, other_keys
-from evidence_table import Diverged, Row, Table, open_table, write_table
+from evidence_table import Diverged, Row, Table, open_table, save_result
 from zerodraft.bench.measure import provenance
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
@@ -110,7 +110,7 @@ def make_runs(
             else:
                 table = replace(table, diverged=(*table.diverged, found))
                 tell(f"{run}: {found.why}")
-            write_table(table, file)
+            save_result(table, file)
     return table
 
 

@@ -1,30 +1,86 @@
-"""The results of a table of evidence: one JSON file, written whole after every run."""
+"""The results of a table of evidence: one JSON file, written whole after every run; and what others beside it share."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from evidence_plan import Plan, Run, other_keys
+from evidence_plan import OfRun, Plan, Run, other_keys
 from zerodraft.bench.measure import write_result
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.training.recipe import ModelRecipe, Recipe
 from zerodraft.training.strict import from_mapping, to_mapping
 
-BENCHMARK = "evidence"
+R = TypeVar("R", bound="Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Result:
+    """What a script here writes into a file; another kind is a subclass with further fields."""
+
+    benchmark: ClassVar[str]
+    """What its files call it."""
+    script: ClassVar[str]
+    """The file and command that writes it."""
+
+
+def read_result(cls: type[R], path: Path) -> R:
+    """A result from its file.
+
+    Raises:
+        ZerodraftError: it is damaged, or something else.
+    """
+    return from_mapping(cls, _read(cls, path))
+
+
+def _read(cls: type[Result], path: Path) -> dict[str, Any]:
+    found = read_json(path, "result")
+    if found.pop("benchmark", None) != cls.benchmark:
+        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/{cls.script}'.")
+    return found
+
+
+def save_result(result: Result, path: Path) -> None:
+    """Writes a result, beside its place first."""
+    write_result(path, {"benchmark": result.benchmark, **to_mapping(result)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look(Result):
+    """What was found by looking into the models of a table's finished runs."""
+
+    table: str
+    results: tuple[OfRun, ...]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def file(cls, table: str) -> str:
+        """The name of the file with a table's results."""
+        return f"{cls.benchmark}-{table}.json"
+
+
+def best_rate(losses: Iterable[tuple[Run, float]], arm: str) -> str | None:
+    """The rate with the lowest mean loss, over the seeds that all the arm's rates were run with; None of no losses."""
+    tried: dict[str, dict[int, float]] = {}
+    for run, loss in losses:
+        if run.arm == arm:
+            tried.setdefault(run.rate, {})[run.seed] = loss
+    common = set.intersection(*map(set, tried.values())) if tried else set()
+    means = {
+        rate: fmean(loss for seed, loss in by_seed.items() if seed in (common or by_seed))
+        for rate, by_seed in tried.items()
+    }
+    return min(means, key=lambda rate: means[rate], default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row(OfRun):
     """What came out of one run."""
 
-    arm: str
-    rate: str
-    seed: int
     recipe: dict[str, Any]
     """As far as it is not the default."""
     parameters: int
@@ -49,11 +105,6 @@ class Row:
             raise ZerodraftError(f"the losses of {self.run} are not all there")
 
     @property
-    def run(self) -> Run:
-        """Which run it was."""
-        return Run(self.arm, self.rate, self.seed)
-
-    @property
     def loss(self) -> float:
         """On the validation text, after the last cycle."""
         return self.losses["validation"][-1]
@@ -69,26 +120,19 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Diverged:
+class Diverged(OfRun):
     """A run whose loss did not stay finite."""
 
-    arm: str
-    rate: str
-    seed: int
     recipe: dict[str, Any]
     why: str
 
-    @property
-    def run(self) -> Run:
-        """Which run it was."""
-        return Run(self.arm, self.rate, self.seed)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
+class Table(Result):
     """A plan and what came out of its runs so far."""
 
-    benchmark: str = BENCHMARK
+    benchmark: ClassVar[str] = "evidence"
+    script: ClassVar[str] = "evidence.py run"
     plan: Plan
     rows: tuple[Row, ...] = ()
     diverged: tuple[Diverged, ...] = ()
@@ -103,24 +147,14 @@ class Table:
         return [arm for arm in known if any(row.arm == arm for row in self.rows)]
 
     def best_rate(self, arm: str, beside: Sequence[str] = ()) -> str | None:
-        """The rate with the lowest mean validation loss, over the seeds that all the arm's rates were run with.
+        """The arm's `best_rate` by the validation loss, of those that lost no run.
 
         Args:
             arm: Which one.
             beside: Only rates count that these arms were tried with too.
         """
-        lost = {found.rate for found in self.diverged if found.arm == arm}
-        counting = {*self.rates_tried(arm)}.intersection(*map(self.rates_tried, beside)) - lost
-        tried: dict[str, dict[int, float]] = {}
-        for row in self.rows:
-            if row.arm == arm and row.rate in counting:
-                tried.setdefault(row.rate, {})[row.seed] = row.loss
-        common = set.intersection(*map(set, tried.values())) if tried else set()
-        means = {
-            rate: fmean(loss for seed, loss in losses.items() if seed in (common or losses))
-            for rate, losses in tried.items()
-        }
-        return min(means, key=lambda rate: means[rate], default=None)
+        counting = {*self.rates_tried(arm)}.intersection(*map(self.rates_tried, beside)) - self.rates_lost(arm)
+        return best_rate([(row.run, row.loss) for row in self.rows if row.rate in counting], arm)
 
     def best_rows(self, arm: str, beside: Sequence[str] = ()) -> dict[int, Row]:
         """An arm's results at its best rate, by seed; `beside` as in `best_rate`."""
@@ -132,6 +166,10 @@ class Table:
         """In the order of the plan."""
         tried = {found.rate for found in (*self.rows, *self.diverged) if found.arm == arm}
         return [rate for rate in dict.fromkeys([*self.plan.rates, *sorted(tried)]) if rate in tried]
+
+    def rates_lost(self, arm: str) -> set[str]:
+        """Those with which a run of the arm diverged."""
+        return {found.rate for found in self.diverged if found.arm == arm}
 
     def wanted(self) -> list[Run]:
         """The plan's runs in their order. Of a seed that is not swept an arm has its best rate alone, and none before
@@ -149,9 +187,7 @@ def read_table(path: Path) -> Table:
     Raises:
         ZerodraftError: it is damaged, or something else.
     """
-    found = read_json(path, "result")
-    if found.get("benchmark") != BENCHMARK:
-        raise ZerodraftError(f"The result '{path}' is none of 'python benchmarks/evidence.py run'.")
+    found = _read(Table, path)
     try:
         table = from_mapping(Table, found)
         for run, times in Counter(found.run for found in (*table.rows, *table.diverged)).items():
@@ -188,8 +224,3 @@ def check_same(found: Row | Diverged, plan: Plan, path: Path) -> None:
         raise ZerodraftError(
             f"'{path}' holds {found.run} with another {', '.join(changed)}: give the table, or the arm, another name"
         )
-
-
-def write_table(table: Table, path: Path) -> None:
-    """Writes the table, beside its place first."""
-    write_result(path, to_mapping(table))

@@ -1,24 +1,30 @@
-"""Finished runs of the evidence, for what looks into their models: where they lie, and the text they are held to."""
+"""Finished runs of the evidence, for what looks into their models: where they lie, the text they are held to, and the
+command line of such a look."""
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from evidence_plan import Run
+from evidence_plan import OfRun, Run, other_keys
+from evidence_table import Look, save_result
+from harness import quiet_transformers
 from zerodraft import ZttForCausalLM
+from zerodraft.bench.measure import provenance
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.tokenizers import load_tokenizer
-from zerodraft.training.data import PackedBlocks, TextData, build_data, read_documents
+from zerodraft.training.data import TextData, build_data, read_documents
 from zerodraft.training.folder import RESULTS
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.strict import from_mapping
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +51,10 @@ class FinishedRun:
         """That of the model."""
         return load_tokenizer(self.folder / "model")
 
-    def data(self) -> TextData:
-        """The text that it was trained on, and that it was not."""
+    def data(self, tokenizer: Any) -> TextData:
+        """The text that it was trained on, and that it was not, in tokens of its tokenizer."""
         data = self.recipe.data
-        return build_data(data, self.tokenizer(), read_documents(data.train, data))
+        return build_data(data, tokenizer, read_documents(data.train, data))
 
 
 def finished_runs(folder: Path) -> list[FinishedRun]:
@@ -71,17 +77,49 @@ def _finished_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder=folder, run=Run(arm, rate, recipe.seed), recipe=recipe)
 
 
-def rows_of(blocks: PackedBlocks, limit: int) -> Int[Tensor, "rows t"]:
-    """The tokens of at most `limit` blocks (0: of all), taken evenly from the whole text."""
-    step = max(1, len(blocks) // limit) if limit else 1
-    chosen = range(0, len(blocks), step)[: limit or None]
-    return torch.stack([blocks[index]["input_ids"] for index in chosen])
+def check_same_text(runs: Sequence[FinishedRun]) -> None:
+    """Raise `ZerodraftError` unless all runs read the same text with the same tokenizer."""
+    for run in runs:
+        changed = [key for key in other_keys(runs[0].recipe, run.recipe) if key.split(".")[0] in ("data", "tokenizer")]
+        if changed:
+            what = ", ".join(changed)
+            raise ZerodraftError(f"{run.run} has another {what} than {runs[0].run}: these are runs of two tables")
 
 
-def best_rate(losses: Sequence[tuple[Run, float]], arm: str) -> str:
-    """The rate that most seeds of an arm were run with, and of several such the one with the lowest mean loss."""
-    rates: dict[str, list[float]] = {}
-    for run, loss in losses:
-        if run.arm == arm:
-            rates.setdefault(run.rate, []).append(loss)
-    return min(rates, key=lambda rate: (-len(rates[rate]), sum(rates[rate]) / len(rates[rate])))
+def look_arguments(description: str | None, *, blocks: int) -> argparse.ArgumentParser:
+    """The flags of every script that looks into the models of finished runs; `blocks` is a default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, metavar="RUNS/TABLE", help="folder with the runs of a table")
+    parser.add_argument(
+        "--blocks", type=int, default=blocks, help=f"of each text, taken evenly; 0: all (default {blocks})"
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "evidence", help="folder for the result")
+    return parser
+
+
+def look(
+    kind: type[Look],
+    measure: Callable[[list[FinishedRun], argparse.Namespace], Iterable[OfRun]],
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+) -> int:
+    """Measures the finished runs that a command line names, and writes the result; returns the exit status.
+
+    Args:
+        kind: Of result.
+        measure: From the runs and the options to what was found.
+        parser: `look_arguments`, and what the script adds.
+        words: The command line without the script's name; `sys.argv` by default.
+    """
+    words = sys.argv[1:] if words is None else words
+    options = parser.parse_args(words)
+    quiet_transformers()
+    try:
+        found = tuple(measure(finished_runs(options.table), options))
+    except ZerodraftError as error:
+        print(error, file=sys.stderr)
+        return 2
+    made = provenance(seed=0, words=["python", f"benchmarks/{kind.script}", *words])
+    result = kind(table=options.table.name, results=found, provenance=made)
+    save_result(result, options.results / kind.file(result.table))
+    return 0

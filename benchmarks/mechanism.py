@@ -6,27 +6,22 @@ Looks into every finished run of a table and writes `results/evidence/mechanism-
 `python benchmarks/evidence.py report` makes a section of the page. The data of the runs must be there (ZERODRAFT_DATA).
 """
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evidence_mechanism import FIRST_QUERY, Mechanism, Mechanisms, result_file
-from finished_runs import FinishedRun, finished_runs, rows_of
+from evidence_mechanism import FIRST_QUERY, Mechanism, Mechanisms
+from finished_runs import FinishedRun, look, look_arguments
 from zerodraft import ZttForCausalLM
-from zerodraft.bench.measure import provenance, write_result
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.training.strict import to_mapping
 
-ROOT = Path(__file__).parent.parent
 SAME_KEY, NO_ZERO_TOKEN = "one zero key for all cycles", "no zero token"
 
 
@@ -55,17 +50,16 @@ def look_into(model: ZttForCausalLM, ids: Int[Tensor, "rows t"], batch_size: int
 
 def _figures(model: ZttForCausalLM, ids: Int[Tensor, "rows t"]) -> dict[str, Tensor]:
     """Means over one batch."""
-    cycles = model.config.cycles
     with states_by_cycle(model) as states:
         out = model(ids, use_cache=False, output_attentions=True)
-    losses = [mean_loss(model(ids, use_cache=False, cycles=cycle).logits, ids) for cycle in range(1, cycles)]
+    losses = model(ids, labels=ids, cycle_weights=(1,) * model.config.cycles).cycle_losses
     # (execution, b, h, t, s): what a row lacks to 1 lies on the zero token
     weights = torch.stack(out.attentions)[..., FIRST_QUERY:, :]
     after, before = torch.stack(states[1:]), torch.stack(states[:-1])
     return {
         "first_mass": weights[..., 0].mean((1, 3)),
         "zero_mass": (1 - weights.sum(-1)).clamp_min(0).mean((1, 3)),
-        "losses": torch.stack([*losses, mean_loss(out.logits, ids)]),
+        "losses": losses,
         "moved": ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean((1, 2)),
         "turned": F.cosine_similarity(after, before, dim=-1).mean((1, 2)),
     }
@@ -94,31 +88,25 @@ def states_by_cycle(model: ZttForCausalLM) -> Iterator[list[Float[Tensor, "b t d
             hook.remove()
 
 
-def mean_loss(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the next token."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
 @torch.no_grad()
 def whole_loss(model: ZttForCausalLM, ids: Int[Tensor, "rows t"], batch_size: int = 16) -> float:
     """The mean loss over all rows."""
-    parts = [len(x) / len(ids) * mean_loss(model(x, use_cache=False).logits, x) for x in ids.split(batch_size)]
+    parts = [len(x) / len(ids) * model(x, labels=x, use_cache=False).loss for x in ids.split(batch_size)]
     return float(torch.stack(parts).sum())
 
 
-def losses_without(finished: FinishedRun, ids: Int[Tensor, "rows t"]) -> dict[str, float]:
-    """The loss when every cycle has the zero key of the first, and when no attention has a zero token: what the weights
-    that were trained with them have come to need."""
+def models_without(finished: FinishedRun) -> dict[str, ZttForCausalLM]:
+    """The model in which no attention has a zero token, and the one in which every cycle has the zero key of the first:
+    their losses say what the weights that were trained with them have come to need."""
     model = finished.model()
     if model.zero_tokens is None:
         return {}
-    losses = {NO_ZERO_TOKEN: whole_loss(finished.model(zero_tokens=False), ids)}
-    keys = model.zero_tokens.keys
+    models, keys = {NO_ZERO_TOKEN: finished.model(zero_tokens=False)}, model.zero_tokens.keys
     if len(keys) > 1:
         with torch.no_grad():
             keys.copy_(keys[:1].expand_as(keys))
-        losses[SAME_KEY] = whole_loss(model, ids)
-    return losses
+        models[SAME_KEY] = model
+    return models
 
 
 def _tuples(value: Tensor) -> Any:
@@ -126,38 +114,23 @@ def _tuples(value: Tensor) -> Any:
     return tuple(tuple(row) for row in rows) if value.ndim > 1 else tuple(row[0] for row in rows)
 
 
-def measure(finished: FinishedRun, blocks: int) -> Iterator[Mechanism]:
-    """One run on all texts that it was held to."""
-    data = finished.data()
-    texts = {"validation": data.validation, **data.evaluation}
-    for name, text in texts.items():
-        if text is None:
-            continue
-        model, ids = finished.model(attn_implementation="eager"), rows_of(text, blocks)
-        found = look_into(model, ids)
-        without = losses_without(finished, ids)
-        yield Mechanism(**finished.run._asdict(), text=name, tokens=ids.numel(), without=without, **found)
+def measure(runs: list[FinishedRun], options: Namespace) -> Iterator[Mechanism]:
+    """All runs on all texts that they were held to."""
+    for finished in runs:
+        data, models = finished.data(finished.tokenizer()), models_without(finished)
+        model = finished.model(attn_implementation="eager")
+        for name, text in {"validation": data.validation, **data.evaluation}.items():
+            if text is None:
+                continue
+            ids = text.rows(options.blocks)
+            without = {what: whole_loss(lacking, ids) for what, lacking in models.items()}
+            found = look_into(model, ids)
+            yield Mechanism(**finished.run._asdict(), text=name, tokens=ids.numel(), without=without, **found)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measures; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, metavar="RUNS/TABLE", help="folder with the runs of a table")
-    parser.add_argument("--blocks", type=int, default=200, help="of each text, taken evenly; 0: all (default 200)")
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "evidence", help="folder for the result")
-    options = parser.parse_args(words)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        found = [one for finished in finished_runs(options.table) for one in measure(finished, options.blocks)]
-    except ZerodraftError as error:
-        print(error, file=sys.stderr)
-        return 2
-    command = ["python", "benchmarks/mechanism.py", f"runs/evidence/{options.table.name}", "--blocks", options.blocks]
-    made = provenance(seed=0, words=[str(word) for word in command])
-    result = Mechanisms(table=options.table.name, results=tuple(found), provenance=made)
-    write_result(options.results / result_file(result.table), to_mapping(result))
-    return 0
+    return look(Mechanisms, measure, look_arguments(__doc__, blocks=200), words)
 
 
 if __name__ == "__main__":

@@ -8,29 +8,27 @@ to each model, and measures the same on WikiText without its markup. Writes
 page. The data of the runs must be there (ZERODRAFT_DATA).
 """
 
-import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from evidence_domain import Domain, Domains, Part, result_file
-from finished_runs import FinishedRun, finished_runs, rows_of
+from evidence_domain import Domain, Domains, Part
+from evidence_plan import Run
+from finished_runs import FinishedRun, check_same_text, look, look_arguments
 from zerodraft import ZttForCausalLM
-from zerodraft.bench.measure import provenance, write_result
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.training.data import PackedBlocks, encode, read_documents
-from zerodraft.training.rows import content
-from zerodraft.training.strict import to_mapping
+from zerodraft.training.data import PackedBlocks, pack_texts, read_documents
+from zerodraft.training.recipe import DataRecipe
+from zerodraft.training.rows import Document, content
 
-ROOT = Path(__file__).parent.parent
 TEMPERATURES = tuple(round(0.7 + 0.05 * step, 2) for step in range(27))
 
 MARKUP = re.compile(
@@ -161,30 +159,58 @@ def calibrated(heated: Float[Tensor, "rows temperatures"]) -> tuple[float, float
     return TEMPERATURES[best], float(heated[1::2, best].mean())
 
 
-def measure(finished: FinishedRun, further: Mapping[str, str], blocks: int) -> Iterator[Domain]:
-    """One run on all texts."""
-    model, tokenizer, data = finished.model(), finished.tokenizer(), finished.data()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A text that all runs of a table are held to."""
+
+    ids: Int[Tensor, "rows t"]
+    splits: dict[str, tuple[Sequence[str], Int[Tensor, "rows t-1"]]]
+
+
+def read_texts(finished: FinishedRun, further: Mapping[str, str], blocks: int) -> dict[str, Text]:
+    """What a run and all others of its table are held to, by name: they read the same text with the same tokenizer."""
+    tokenizer = finished.tokenizer()
+    data = finished.data(tokenizer)
     tokens, counts = characters(tokenizer), pair_counts(data.train, len(tokenizer))
-    texts = {"validation": data.validation, **data.evaluation, **more_texts(finished, further)}
-    for name, text in texts.items():
-        if text is None:
-            continue
-        ids = rows_of(text, blocks)
-        losses, entropies, heated = token_losses(model, ids)
-        temperature, at_temperature = calibrated(heated)
-        yield Domain(
-            **finished.run._asdict(), text=name, tokens=ids.numel(), temperature=temperature,
-            loss_at_temperature=at_temperature, loss_beside_it=float(heated[1::2, TEMPERATURES.index(1.0)].mean()),
-            whole=part_of(losses, entropies, torch.ones_like(losses, dtype=torch.bool)),
-            parts={
-                split: {
-                    label: part_of(losses, entropies, part == index)
-                    for index, label in enumerate(labels)
-                    if (part == index).any()
-                }
-                for split, (labels, part) in splits(ids, tokens, counts).items()
-            },
-        )  # fmt: skip
+    more = more_texts(finished.recipe.data, tokenizer, data.evaluation, further)
+    rows = {name: text.rows(blocks) for name, text in {**data.evaluation, **more}.items()}
+    if data.validation is not None:
+        rows = {"validation": data.validation.rows(blocks), **rows}
+    return {name: Text(ids=ids, splits=splits(ids, tokens, counts)) for name, ids in rows.items()}
+
+
+def measure(runs: list[FinishedRun], options: Namespace) -> Iterator[Domain]:
+    """All runs on all texts.
+
+    Raises:
+        ZerodraftError: a further text is not named as NAME=FILE, or the runs did not read the same text.
+    """
+    further = dict(name_and_file(text) for text in options.text)
+    check_same_text(runs)
+    texts = read_texts(runs[0], further, options.blocks)
+    for finished in runs:
+        model = finished.model()
+        for name, text in texts.items():
+            yield measure_text(finished.run, model, name, text)
+
+
+def measure_text(run: Run, model: ZttForCausalLM, name: str, text: Text) -> Domain:
+    """One model on one text."""
+    losses, entropies, heated = token_losses(model, text.ids)
+    temperature, at_temperature = calibrated(heated)
+    return Domain(
+        **run._asdict(), text=name, tokens=text.ids.numel(), temperature=temperature,
+        loss_at_temperature=at_temperature, loss_beside_it=float(heated[1::2, TEMPERATURES.index(1.0)].mean()),
+        whole=part_of(losses, entropies, torch.ones_like(losses, dtype=torch.bool)),
+        parts={
+            split: {
+                label: part_of(losses, entropies, part == index)
+                for index, label in enumerate(labels)
+                if (part == index).any()
+            }
+            for split, (labels, part) in text.splits.items()
+        },
+    )  # fmt: skip
 
 
 def part_of(losses: Tensor, entropies: Tensor, within: Bool[Tensor, "rows t-1"]) -> Part:
@@ -196,45 +222,33 @@ def part_of(losses: Tensor, entropies: Tensor, within: Bool[Tensor, "rows t-1"])
     )
 
 
-def more_texts(finished: FinishedRun, further: Mapping[str, str]) -> dict[str, PackedBlocks]:
-    """Evaluation texts with WikiText's markup once more without it, and further texts by name and file."""
-    recipe = finished.recipe.data
-    texts = {name: read_documents((source,), recipe) for name, source in recipe.evaluation.items()}
-    documents = {
+def more_texts(
+    recipe: DataRecipe, tokenizer: Any, evaluation: Collection[str], further: Mapping[str, str]
+) -> dict[str, PackedBlocks]:
+    """Evaluation texts with WikiText's markup once more without it, and further texts by name and file.
+
+    Args:
+        recipe: Of the run.
+        tokenizer: Its own.
+        evaluation: Names of the recipe's evaluation texts that are there.
+        further: Files by name.
+    """
+    texts = {name: read_documents((recipe.evaluation[name],), recipe) for name in evaluation}
+    documents: dict[str, Sequence[Document]] = {
         f"{name} without markup": [plain_text(content(document)) for document in text]
         for name, text in texts.items()
         if any("<unk>" in content(document) for document in text)
     }
     documents |= {name: read_documents((source,), recipe) for name, source in further.items()}
-    tokenizer, blocks = finished.tokenizer(), {}
-    for name, text in documents.items():
-        ids = np.array([token for tokens, _ in encode(text, tokenizer) for token in tokens])
-        blocks[name] = PackedBlocks(ids, recipe.context_length, recipe.validation_blocks)
-    return blocks
+    length, limit = recipe.context_length, recipe.validation_blocks
+    return {name: pack_texts(text, tokenizer, length, limit) for name, text in documents.items()}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measures; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, metavar="RUNS/TABLE", help="folder with the runs of a table")
+    parser = look_arguments(__doc__, blocks=400)
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="a further text")
-    parser.add_argument("--blocks", type=int, default=400, help="of each text, taken evenly; 0: all (default 400)")
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "evidence", help="folder for the result")
-    options = parser.parse_args(words)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        further = dict(name_and_file(text) for text in options.text)
-        runs = finished_runs(options.table)
-        found = [one for finished in runs for one in measure(finished, further, options.blocks)]
-    except ZerodraftError as error:
-        print(error, file=sys.stderr)
-        return 2
-    command = ["python", "benchmarks/out_of_domain.py", f"runs/evidence/{options.table.name}"]
-    command += ["--blocks", str(options.blocks), *(word for text in options.text for word in ("--text", text))]
-    result = Domains(table=options.table.name, results=tuple(found), provenance=provenance(seed=0, words=command))
-    write_result(options.results / result_file(result.table), to_mapping(result))
-    return 0
+    return look(Domains, measure, parser, words)
 
 
 def name_and_file(text: str) -> tuple[str, str]:

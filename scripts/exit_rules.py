@@ -11,13 +11,13 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from zerodraft import ZttForCausalLM, exit_rule_from_dict
 from zerodraft.common.outputs import write_json, write_whole
 from zerodraft.ztt.calibrate import LossBound, write_exit_rule
+from zerodraft.ztt.compare import on_line
 from zerodraft.ztt.plot import plot_trade_off
 from zerodraft.ztt.tradeoff import Point
 
@@ -118,7 +118,7 @@ def tables(measured: Mapping[str, Any], name: str) -> str:
             continue
         point = points([found["chosen"]])[0]
         assert point.rule is not None
-        lines.append(row(f"`{rule}:{point.rule['threshold']:.4g}`", point, on_line(fixed, point.flops)))
+        lines.append(row(f"`{rule}:{point.rule['threshold']:.4g}`", point, loss_on_line(fixed, point.flops)))
     lines += [
         "",
         f"Each rule is shown at its best measured threshold for the target {target(measured)}. *Against fixed "
@@ -147,14 +147,13 @@ def row(label: str, point: Point, line: float | None) -> str:
     return f"| {label} | {point.mean_cycles:.2f} | {point.flops:.1%} | {point.loss:.4f} | {increase} | {gap} |"
 
 
-def on_line(fixed: Sequence[Point], flops: float) -> float | None:
+def loss_on_line(fixed: Sequence[Point], flops: float) -> float | None:
     """Loss of the polyline through the fixed depths; None beyond its ends."""
-    ordered = sorted(fixed, key=lambda point: point.flops)
-    for a, b in pairwise(ordered):
-        if a.flops <= flops <= b.flops:
-            share = (flops - a.flops) / (b.flops - a.flops)
-            return a.loss + share * (b.loss - a.loss)
-    return None
+    line = sorted(fixed, key=lambda point: point.flops)
+    if not line[0].flops <= flops <= line[-1].flops:
+        return None
+    left, right, share = on_line(line, flops)
+    return left.loss + share * (right.loss - left.loss)
 
 
 def target(measured: Mapping[str, Any]) -> str:

@@ -67,5 +67,5 @@ def test_the_line_of_fixed_depths() -> None:
         for c, f, loss in ((1.0, 0.5, 4.0), (2.0, 1.0, 3.0))
     ]
     fixed = exit_rules.points(rows)
-    assert exit_rules.on_line(fixed, 0.75) == pytest.approx(3.5)
-    assert exit_rules.on_line(fixed, 0.4) is None
+    assert exit_rules.loss_on_line(fixed, 0.75) == pytest.approx(3.5)
+    assert exit_rules.loss_on_line(fixed, 0.4) is None

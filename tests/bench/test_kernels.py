@@ -107,8 +107,9 @@ def test_provenance_names_no_directories(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("ZERODRAFT_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     words = ["zerodraft", "bench", f"{tmp_path}/data/a.jsonl", f"--drafter={tmp_path}/d", "/elsewhere/x", "--n", "3"]
+    words += ["--text", f"b={tmp_path}/data/b", "--plain"]
     found = provenance(seed=3, words=words)
-    assert found["command"] == "zerodraft bench data/a.jsonl --drafter=d x --n 3"
+    assert found["command"] == "zerodraft bench data/a.jsonl --drafter=d x --n 3 --text b=data/b --plain"
     monkeypatch.chdir("/")
     assert str(tmp_path) not in provenance(seed=3, words=words)["command"]
     assert (found["seed"], found["threads"]) == (3, torch.get_num_threads())

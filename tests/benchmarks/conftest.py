@@ -1,4 +1,4 @@
-"""A plan of two arms that trains in a second, and results that look like those of a real one."""
+"""A plan of two arms that trains in a second."""
 
 import random
 from collections.abc import Callable
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evidence_plan import Plan, Run, read_plan
-from evidence_table import Row
+from evidence_plan import Plan, read_plan
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "small", "models", "learn")
 
@@ -53,14 +52,3 @@ def plan_file(tmp_path: Path) -> Callable[..., Path]:
 def make_plan(plan_file: Callable[..., Path]) -> Callable[..., Plan]:
     """The plan of `plan_file`."""
     return lambda **values: read_plan(plan_file(**values))
-
-
-def made_row(plan: Plan, arm: str, seed: int, loss: float, rate: str = "1e-2", **values: Any) -> Row:
-    """A result as a run would have it."""
-    row: dict[str, Any] = {
-        "parameters": 1000, "layer_parameters": 300, "steps": 4, "tokens": 80_000, "flops": 10**9, "seconds": 60.0,
-        "losses": {"validation": (loss + 0.1, loss), "other": (loss + 1.0,)}, "curve": ((2, 5.0), (4, 4.0)),
-        "provenance": {"command": f"python benchmarks/evidence.py run x --only {arm}/{rate}/{seed}"},
-    }  # fmt: skip
-    run = Run(arm, rate, seed)
-    return Row(**run._asdict(), recipe=plan.changes_of(run), **{**row, **values})

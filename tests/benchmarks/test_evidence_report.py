@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from evidence_domain import Domain, Domains, Part
 from evidence_plan import Plan
 from evidence_report import HEAD, Looks, difference, phi_of, read_looks, read_tables, write_report
 from evidence_report import markdown as whole_page
-from evidence_table import Diverged, Table, write_table
-from tests.benchmarks.conftest import made_row
+from evidence_table import Diverged, Table, save_result
+from tests.benchmarks.made import made_row
 from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +149,22 @@ def test_runs_that_diverged_are_told(table: Table) -> None:
     assert "| `ztt/1e-2/9` | the loss became nan at step 3 |" in page
 
 
+def test_a_rate_that_lost_a_run_is_no_arms_best_in_any_section(table: Table, tmp_path: Path) -> None:
+    results = tuple(
+        Domain(
+            arm=arm, rate=rate, seed=0, text="other", tokens=9, whole=Part(share=1, loss=loss, entropy=1), parts={},
+            temperature=1, loss_at_temperature=loss, loss_beside_it=loss,
+        )
+        for arm, rate, loss in (("ztt", "1e-2", 3.0), ("ztt", "1e-3", 2.0), ("vanilla", "1e-3", 2.5))
+    )  # fmt: skip
+    found = Domains(table="tiny", results=results, provenance={})
+    save_result(found, tmp_path / Domains.file("tiny"))
+    assert read_looks(tmp_path, {"tiny": table}).domains == [found]
+    lost = replace(table, diverged=(Diverged(arm="ztt", rate="1e-3", seed=1, recipe={}, why="nan"),))
+    (kept,) = read_looks(tmp_path, {"tiny": lost}).domains
+    assert [str(one.run) for one in kept.results] == ["ztt/1e-2/0", "vanilla/1e-3/0"]
+
+
 def test_without_results_all_claims_wait(tmp_path: Path) -> None:
     write_report(tmp_path / "none", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
@@ -156,7 +174,7 @@ def test_without_results_all_claims_wait(tmp_path: Path) -> None:
 
 
 def test_a_file_with_another_tables_results_is_refused(table: Table, tmp_path: Path) -> None:
-    write_table(table, tmp_path / "other.json")
+    save_result(table, tmp_path / "other.json")
     with pytest.raises(ZerodraftError, match=r"other\.json' is that of the table 'tiny': rename it"):
         read_tables(tmp_path)
 
@@ -164,5 +182,5 @@ def test_a_file_with_another_tables_results_is_refused(table: Table, tmp_path: P
 def test_the_page_in_docs_is_that_of_the_committed_results() -> None:
     tables = read_tables(ROOT / "results" / "evidence")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert page == whole_page(tables, read_looks(ROOT / "results" / "evidence"))
+    assert page == whole_page(tables, read_looks(ROOT / "results" / "evidence", tables))
     assert all((ROOT / "docs" / "figures" / f"evidence-{name}-losses.png").is_file() for name in tables)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from evidence_plan import Plan, Run, chosen, read_plan
-from evidence_table import Diverged, Table, open_table, read_table, write_table
-from tests.benchmarks.conftest import made_row
+from evidence_table import Diverged, Table, open_table, read_table, save_result
+from tests.benchmarks.made import made_row
 from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def test_a_table_comes_back_as_it_was_written(make_plan: Callable[..., Plan], tm
     plan = make_plan()
     lost = Diverged(arm="ztt", rate="1e-2", seed=0, recipe=plan.changes_of(Run("ztt", "1e-2", 0)), why="nan")
     table = Table(plan=plan, rows=(made_row(plan, "vanilla", 0, 3.0, seconds=None),), diverged=(lost,))
-    write_table(table, tmp_path / "results" / "tiny.json")
+    save_result(table, tmp_path / "results" / "tiny.json")
     assert read_table(tmp_path / "results" / "tiny.json") == table
     assert open_table(tmp_path / "none.json", plan) == Table(plan=plan)
 
@@ -126,7 +126,7 @@ def test_damaged_files_are_told_in_a_sentence(
     make_plan: Callable[..., Plan], tmp_path: Path, how: str, message: str
 ) -> None:
     plan, file = make_plan(), tmp_path / "tiny.json"
-    write_table(Table(plan=plan, rows=(made_row(plan, "vanilla", 0, 3.0),)), file)
+    save_result(Table(plan=plan, rows=(made_row(plan, "vanilla", 0, 3.0),)), file)
     file.write_text(damage(file.read_text(encoding="utf-8"), how), encoding="utf-8")
     with pytest.raises(ZerodraftError, match=message) as caught:
         open_table(file, plan)
@@ -135,7 +135,7 @@ def test_damaged_files_are_told_in_a_sentence(
 
 def test_results_of_another_recipe_are_not_taken_for_this_plans(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
     plan, file = make_plan(), tmp_path / "tiny.json"
-    write_table(Table(plan=plan, rows=(made_row(plan, "ztt", 0, 3.0),)), file)
+    save_result(Table(plan=plan, rows=(made_row(plan, "ztt", 0, 3.0),)), file)
     with pytest.raises(ZerodraftError, match=r"holds ztt/1e-2/0 with another model\.cycles, training\.steps: give"):
         open_table(file, make_plan(arms={"ztt": {"model": {"cycles": 3}, "training": {"steps": 7}}}))
     # what changes no result may be another, arms may come along, and a value may be named that is the default

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from evidence_domain import Domain, Domains, Part, read_domains, section
+from evidence_domain import Domain, Domains, Part, section
 from evidence_plan import Plan
 from evidence_runs import make_runs
+from evidence_table import read_result
 from out_of_domain import (
     KINDS,
     TEMPERATURES,
@@ -24,10 +25,13 @@ from out_of_domain import (
     splits,
     token_losses,
 )
-from tests.benchmarks.test_mechanism import IDS, made
+from tests.ztt.tiny import VOCABULARY, tiny
+from tests.ztt.tiny import tokens as drawn
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.data import PackedBlocks
 from zerodraft.training.tokenizer import train_tokenizer
+
+IDS = drawn(3, 24)
 
 WIKITEXT = """
  = Lobster =
@@ -76,8 +80,9 @@ def test_pairs_are_counted_in_the_training_text() -> None:
 
 
 def test_every_token_is_in_one_part_of_each_split() -> None:
-    tokens, counts = [f" {chr(97 + index % 26)}" for index in range(40)], torch.zeros(1600, dtype=torch.long)
-    counts[IDS[0, 0] * 40 + IDS[0, 1]] = 100
+    tokens = [f" {chr(97 + index % 26)}" for index in range(VOCABULARY)]
+    counts = torch.zeros(VOCABULARY**2, dtype=torch.long)
+    counts[IDS[0, 0] * VOCABULARY + IDS[0, 1]] = 100
     found = splits(IDS, tokens, counts)
     for names, part in found.values():
         assert part.shape == IDS[:, 1:].shape
@@ -87,7 +92,7 @@ def test_every_token_is_in_one_part_of_each_split() -> None:
 
 
 def test_losses_entropies_and_temperatures_by_hand() -> None:
-    model = made()
+    model = tiny()
     losses, entropies, heated = token_losses(model, IDS, batch_size=2)
     with torch.no_grad():
         logits = model(IDS).logits[:, :-1]
@@ -125,14 +130,20 @@ def test_differences_are_paired_by_seed() -> None:
     assert "| other | markup: markup | 0.250 | 8.5000 | 3.0000 | 1.0000 (+0.2500) |" in page
 
 
-def test_from_runs_to_the_page(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
-    plan = make_plan(seeds=[0])
+def test_from_runs_to_the_page(
+    make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path))
+    evaluation = {"other": f"{tmp_path}/other.txt", "unset": "$ELSEWHERE/other.txt"}
+    plan = make_plan(seeds=[0], recipe={"data": {"evaluation": evaluation}})
     (tmp_path / "other.txt").write_text((" The lazy dog , a <unk> , is quick @-@ brown . A fox jumps . \n") * 20)
     (tmp_path / "third.txt").write_text("small models learn " * 20)
     make_runs(plan, tmp_path / "tiny.json", tmp_path / "runs", words=["again"], tell=lambda text: None)
-    words = [str(tmp_path / "runs" / "tiny"), "--results", str(tmp_path), "--text"]
+    monkeypatch.delenv("ELSEWHERE")
+    monkeypatch.setenv("ZERODRAFT_DATA", str(tmp_path))
+    words = [str(tmp_path / "runs" / "tiny"), "--results", str(tmp_path / "results"), "--text"]
     assert main([*words, f"third={tmp_path / 'third.txt'}"]) == 0
-    found = read_domains(tmp_path / "out-of-domain-tiny.json")
+    found = read_result(Domains, tmp_path / "results" / "out-of-domain-tiny.json")
     assert found.texts() == ["validation", "other", "other without markup", "third"]
     for one in found.results:
         for parts in one.parts.values():
@@ -142,10 +153,19 @@ def test_from_runs_to_the_page(make_plan: Callable[..., Plan], tmp_path: Path) -
     page = "\n".join(section(found))
     assert "| other | markup: after markup |" in page
     assert "| third | ztt | 1 |" in page
+    assert found.provenance["command"] == (
+        "python benchmarks/out_of_domain.py '$ZERODRAFT_DATA/runs/tiny' --results '$ZERODRAFT_DATA/results' "
+        "--text 'third=$ZERODRAFT_DATA/third.txt'"
+    )
     assert main([*words, "third"]) == 2
+
+    longer = make_plan(seeds=[1], recipe={"data": {"evaluation": evaluation, "context_length": 24}})
+    make_runs(longer, tmp_path / "longer.json", tmp_path / "runs", words=["again"], tell=lambda text: None)
+    assert main(words[:-1]) == 2
+    assert "vanilla/1e-2/1 has another data.context_length than vanilla/1e-2/0" in capsys.readouterr().err
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out-of-domain-x.json").write_text('{"benchmark": "evidence"}', encoding="utf-8")
     with pytest.raises(ZerodraftError, match=r"none of 'python benchmarks/out_of_domain\.py'"):
-        read_domains(tmp_path / "out-of-domain-x.json")
+        read_result(Domains, tmp_path / "out-of-domain-x.json")

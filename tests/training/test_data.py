@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.models.tokenizers import load_tokenizer
-from zerodraft.training.data import PackedBlocks, build_data, cut_document, read_documents, split_documents
+from zerodraft.training.data import PackedBlocks, build_data, cut_document, pack_texts, read_documents, split_documents
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.tokenizer import train_tokenizer
 
@@ -140,6 +140,16 @@ def test_packing_and_cache(tokenizer, recipe, tmp_path):
 def test_limited_evaluation_spans_the_text():
     blocks = PackedBlocks(np.arange(1000, dtype=np.uint16), 10, limit=5)
     assert [int(blocks[i]["input_ids"][0]) for i in range(len(blocks))] == [0, 200, 400, 600, 800]
+    assert blocks.rows().shape == (5, 10)
+    assert blocks.rows(2)[:, 0].tolist() == [0, 400]
+
+
+def test_texts_that_are_read_once_become_the_blocks_of_a_run(tokenizer, recipe):
+    documents = [make_text(seed) for seed in range(3)]
+    train = build_data(replace(recipe, validation_fraction=0.0), tokenizer, documents).train
+    packed = pack_texts(documents[::-1], tokenizer, 16, limit=4)
+    assert sorted(packed.tokens) == sorted(train.tokens)
+    assert (len(packed), packed.rows().shape) == (4, (4, 16))
 
 
 def test_too_little_text(tokenizer, recipe):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.ztt.tiny import tiny, tokens
 from zerodraft import FixedExit, LatentExit, ZerodraftError, ZttForCausalLM
-from zerodraft.ztt.compare import Comparison, Interval, compare, increase, interval, verdict
+from zerodraft.ztt.compare import Comparison, Interval, best_line, compare, increase, interval, on_line, verdict
 from zerodraft.ztt.tradeoff import Point, Ruler
 
 
@@ -103,3 +103,26 @@ def test_cycles_that_are_fed_or_scaled_do_something_behind_closed_gates() -> Non
             Ruler(model, tokens(2, 8))
         getattr(model, part).weight[-1] = 0.5
         assert Ruler(model, tokens(2, 8)).full.loss > 0
+
+
+def on_plane(flops: float, loss: float) -> Point:
+    return Point(rule=None, mean_cycles=1, depths=(1,), flops_per_token=1, flops=flops, loss=loss, loss_increase=0)
+
+
+DEPTHS = [on_plane(0.25, 4.0), on_plane(0.5, 3.5), on_plane(0.75, 2.0), on_plane(1.0, 2.1)]
+
+
+def test_the_line_leaves_out_depths_above_it_and_beyond_the_lowest() -> None:
+    assert best_line(DEPTHS) == [DEPTHS[0], DEPTHS[2]]
+    assert best_line([on_plane(0.25, 4.0), on_plane(0.5, 3.0), on_plane(1.0, 2.9)]) == [
+        on_plane(0.25, 4.0), on_plane(0.5, 3.0), on_plane(1.0, 2.9),
+    ]  # fmt: skip
+    assert best_line([on_plane(0.5, 3.0), on_plane(1.0, 3.5)]) == [on_plane(0.5, 3.0)]
+
+
+def test_places_on_the_line() -> None:
+    line = best_line(DEPTHS)
+    assert on_line(line, 0.5) == (DEPTHS[0], DEPTHS[2], 0.5)
+    assert on_line(line, 0.1) == (DEPTHS[0], DEPTHS[0], 0.0)
+    assert on_line(line, 0.75) == (DEPTHS[2], DEPTHS[2], 0.0)
+    assert on_line(line, 1.0) == (DEPTHS[2], DEPTHS[2], 0.0)

@@ -142,7 +142,7 @@ def _git(*words: str) -> str | None:
 
 def _portable(word: str) -> str:
     """A word of the command line without this machine's directories."""
-    name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    name, equals, value = ("", "", word) if Path(word).is_absolute() else word.partition("=")
     path = Path(value)
     if not path.is_absolute():
         return word

@@ -89,8 +89,7 @@ class Calibrate(Command):
         """Measures, reports and writes."""
         from zerodraft.ztt.calibrate import HALVINGS, choose, search, write_exit_rule
         from zerodraft.ztt.compare import compare, increase, verdict
-        from zerodraft.ztt.exits import FixedExit
-        from zerodraft.ztt.tradeoff import LEVELS, Ruler
+        from zerodraft.ztt.tradeoff import LEVELS, Ruler, fixed_depths
 
         target = self._target()
         model, path = load_ztt(self.model)
@@ -113,7 +112,7 @@ class Calibrate(Command):
                 except ZerodraftError as error:
                     curves[measured], refused[measured] = (), str(error)
             measured = "fixed depths"
-            fixed = [ruler.measure(FixedExit(cycles=cycles)) for cycles in range(1, model.config.cycles + 1)]
+            fixed = fixed_depths(ruler)
         found: dict[str, CalibrationResult] = {}
         for name in names:
             if name in refused:
@@ -184,25 +183,21 @@ class Calibrate(Command):
 
     def _read(self, tokenizer: Any, longest: int) -> "tuple[Tensor, dict[str, Any]]":
         """The blocks, and what they are: nothing in it depends on where the files are on this machine."""
-        import numpy as np
-        import torch
-
-        from zerodraft.training.data import PackedBlocks, encode, read_documents
+        from zerodraft.training.data import pack_texts, read_documents
         from zerodraft.training.recipe import DataRecipe
         from zerodraft.training.rows import content
 
         if self.block_length > longest:
             raise ZerodraftError(f"--block-length is {self.block_length}; the model reads at most {longest} tokens")
         documents = read_documents((self.text,), DataRecipe())
-        ids = [token for tokens, _ in encode(documents, tokenizer) for token in tokens]
-        if len(ids) < self.block_length:
+        packed = pack_texts(documents, tokenizer, self.block_length)
+        if not len(packed):
             raise ZerodraftError(
-                f"'{self.text}' has {len(ids)} tokens, fewer than one block of {self.block_length}; give a longer text "
-                "or a smaller --block-length"
+                f"'{self.text}' has {len(packed.tokens)} tokens, fewer than one block of {self.block_length}; give a "
+                "longer text or a smaller --block-length"
             )
-        packed = PackedBlocks(np.array(ids), self.block_length, self.blocks)
         digest = hashlib.sha256("".join(map(content, documents)).encode()).hexdigest()
-        rows = torch.stack([packed[row]["input_ids"] for row in range(len(packed))])
+        rows = packed.rows(self.blocks)
         anywhere = not self.text.startswith(("/", "~"))
         name = self.text if anywhere else Path(self.text).name
         return rows, {"name": name, "sha256": digest, "blocks": len(rows)}

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean, why
@@ -75,6 +77,11 @@ class PackedBlocks(Dataset):
         if self.learned is not None:
             labels[torch.from_numpy(~self.learned[span])] = IGNORED
         return {"input_ids": ids, "labels": labels}
+
+    def rows(self, limit: int = 0) -> Int[Tensor, "rows t"]:
+        """The tokens of all blocks, or of at most `limit` of them, evenly spaced."""
+        chosen = _spread(np.arange(len(self)), limit).tolist()
+        return torch.stack([self[index]["input_ids"] for index in chosen])
 
     def split(self, last: int, limit: int) -> tuple[PackedBlocks, PackedBlocks]:
         """All blocks but the `last` ones, and these, at most `limit` of them."""
@@ -299,6 +306,11 @@ def _blocks(documents: Sequence[Document], tokenizer: Any, recipe: DataRecipe, l
     per_byte = float("nan") if masked or not size else len(tokens) / size
     limit = recipe.validation_blocks if limited else 0
     return PackedBlocks(tokens, recipe.context_length, limit, per_byte, learned)
+
+
+def pack_texts(documents: Sequence[Document], tokenizer: Any, length: int, limit: int = 0) -> PackedBlocks:
+    """Blocks of documents that are read once: tokenized without the cache, with the loss on every token."""
+    return PackedBlocks(_tokenize(documents, tokenizer, masked=False)[0], length, limit)
 
 
 def _tokenize_cached(

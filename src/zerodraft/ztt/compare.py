@@ -5,6 +5,7 @@ Every block is read by both, so the differences are paired; an interval is a boo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float
@@ -98,3 +99,30 @@ def verdict(point: Point, best: Comparison | None) -> str:
     if low > 0:
         return text + "The rule saves compute and costs loss."
     return text + "The rule pays."
+
+
+def best_line(fixed: Sequence[Point]) -> list[Point]:
+    """The corners of the lower convex hull of loss over FLOPs, from the cheapest depth to that of the lowest loss."""
+    line: list[Point] = []
+    for point in sorted(fixed, key=lambda point: point.flops):
+        while len(line) > 1 and _is_above(line[-1], line[-2], point):
+            line.pop()
+        line.append(point)
+    lowest = min(range(len(line)), key=lambda at: line[at].loss)
+    return line[: lowest + 1]
+
+
+def _is_above(point: Point, left: Point, right: Point) -> bool:
+    share = (point.flops - left.flops) / (right.flops - left.flops)
+    return point.loss >= (1 - share) * left.loss + share * right.loss
+
+
+def on_line(line: Sequence[Point], flops: float) -> tuple[Point, Point, float]:
+    """The points of a line in ascending order that lie on both sides of a cost, and the share of the second; beyond an
+    end it is the end itself."""
+    if flops <= line[0].flops:
+        return line[0], line[0], 0.0
+    for left, right in pairwise(line):
+        if flops < right.flops:
+            return left, right, (flops - left.flops) / (right.flops - left.flops)
+    return line[-1], line[-1], 0.0

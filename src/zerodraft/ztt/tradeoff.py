@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.ztt.exits import RULES, SCORED, CycleOutput, ExitPolicy, ExitRule, ScoredRule, exit_rule_to_dict
+from zerodraft.ztt.exits import (
+    RULES,
+    SCORED,
+    CycleOutput,
+    ExitPolicy,
+    ExitRule,
+    FixedExit,
+    ScoredRule,
+    exit_rule_to_dict,
+)
 from zerodraft.ztt.flops import count_flops
 from zerodraft.ztt.model import ZttForCausalLM
 
@@ -210,6 +219,11 @@ def at_level(rule: ScoredRule, scores: Float[Tensor, " n"], level: float) -> Exi
     """The rule with the threshold that a share `level` of the (ascending) scores reaches."""
     index = min(int((1 - level) * len(scores)), len(scores) - 1)
     return replace(rule, threshold=rule.sign * float(scores[index]))
+
+
+def fixed_depths(ruler: Ruler) -> list[Point]:
+    """The model with the same depth for all tokens, 1 to all cycles."""
+    return [ruler.measure(FixedExit(cycles=cycles)) for cycles in range(1, ruler.model.config.cycles + 1)]
 
 
 def trade_off(

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from evidence_exits import Exits, ExitTable, Measured, best_line, draw_exits, on_line, read_exits, section, verdict
+from evidence_exits import Exits, ExitTable, Measured, draw_exits, section, verdict
 from evidence_plan import Plan
 from evidence_runs import make_runs
-from exit_rules import above_line, fixed_depths, main, measure_rules
-from tests.benchmarks.test_mechanism import IDS, made
+from evidence_table import read_result
+from exits import above_line, depths_alone, main, measure_rules
+from tests.ztt.tiny import tiny, tokens
 from zerodraft import exit_rule_from_dict
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.ztt.compare import Interval
+from zerodraft.ztt.compare import Interval, best_line
 from zerodraft.ztt.tradeoff import Point, Ruler
 
 
@@ -23,25 +24,9 @@ def point(flops: float, loss: float, depths: tuple[float, ...] = (0.5, 0.5)) -> 
 DEPTHS = [point(0.25, 4.0), point(0.5, 3.5), point(0.75, 2.0), point(1.0, 2.1)]
 
 
-def test_the_line_leaves_out_depths_above_it_and_beyond_the_lowest() -> None:
-    assert best_line(DEPTHS) == [DEPTHS[0], DEPTHS[2]]
-    assert best_line([point(0.25, 4.0), point(0.5, 3.0), point(1.0, 2.9)]) == [
-        point(0.25, 4.0), point(0.5, 3.0), point(1.0, 2.9),
-    ]  # fmt: skip
-    assert best_line([point(0.5, 3.0), point(1.0, 3.5)]) == [point(0.5, 3.0)]
-
-
-def test_places_on_the_line() -> None:
-    line = best_line(DEPTHS)
-    assert on_line(line, 0.5) == (DEPTHS[0], DEPTHS[2], 0.5)
-    assert on_line(line, 0.1) == (DEPTHS[0], DEPTHS[0], 0.0)
-    assert on_line(line, 0.75) == (DEPTHS[2], DEPTHS[2], 0.0)
-    assert on_line(line, 1.0) == (DEPTHS[2], DEPTHS[2], 0.0)
-
-
 def test_fixed_depths_lie_on_their_own_line_and_cost_what_their_cycles_cost() -> None:
-    ruler = Ruler(made(), IDS)
-    fixed = fixed_depths(ruler)
+    ruler = Ruler(tiny(), tokens(3, 24))
+    fixed = depths_alone(ruler)
     assert fixed[2].flops == pytest.approx(1)
     assert fixed[1].flops == pytest.approx((fixed[0].flops + fixed[2].flops) / 2)
     line = best_line(fixed)
@@ -52,8 +37,8 @@ def test_fixed_depths_lie_on_their_own_line_and_cost_what_their_cycles_cost() ->
 
 
 def test_rules_are_measured_on_other_blocks_than_their_thresholds_are_placed_on() -> None:
-    ids = IDS.repeat(2, 1)[:, :12].roll(1, 0)
-    model = made()
+    ids = tokens(6, 12)
+    model = tiny()
     fixed, rules = measure_rules(model, ids, levels=(0.3, 1.0))
     assert len(fixed) == 3
     assert {*rules} == {"zero-mass", "confidence", "entropy", "kl", "latent"}
@@ -65,7 +50,9 @@ def test_rules_are_measured_on_other_blocks_than_their_thresholds_are_placed_on(
             assert again.loss == pytest.approx(measured.point.loss)
             assert again.flops == pytest.approx(measured.point.flops)
     assert rules["latent"][1].point.depths[0] == pytest.approx(1, abs=0.1), "nearly all stop after the first cycle"
-    assert "zero-mass" not in measure_rules(made(zero_tokens=False), ids, levels=(1.0,))[1]
+    first, second = measure_rules(model, ids, levels=(0.3, 0.3001))[1]["kl"]
+    assert first.point is second.point, "the same threshold is measured once"
+    assert "zero-mass" not in measure_rules(tiny(zero_tokens=False), ids, levels=(1.0,))[1]
 
 
 def measured(before: float, mean: float, depths: tuple[float, ...] = (0.5, 0.5)) -> Measured:
@@ -98,7 +85,7 @@ def test_from_runs_to_the_page(
     make_runs(plan, tmp_path / "tiny.json", tmp_path / "runs", words=["again"], tell=lambda text: None)
     words = [str(tmp_path / "runs" / "tiny"), "--results", str(tmp_path), "--seeds"]
     assert main([*words, "0"]) == 0
-    found = read_exits(tmp_path / "exit-rules-tiny.json")
+    found = read_result(ExitTable, tmp_path / "exit-rules-tiny.json")
     assert [str(exits.run) for exits in found.results] == ["ztt/1e-2/0"], "vanilla has no exits"
     page = "\n".join(section(found))
     draw_exits(found, tmp_path / "page.md")
@@ -107,5 +94,5 @@ def test_from_runs_to_the_page(
     assert main([*words, "5"]) == 2
     assert "has more than one cycle" in capsys.readouterr().err
     (tmp_path / "exit-rules-x.json").write_text('{"benchmark": "evidence"}', encoding="utf-8")
-    with pytest.raises(ZerodraftError, match=r"none of 'python benchmarks/exit_rules\.py'"):
-        read_exits(tmp_path / "exit-rules-x.json")
+    with pytest.raises(ZerodraftError, match=r"none of 'python benchmarks/exits\.py'"):
+        read_result(ExitTable, tmp_path / "exit-rules-x.json")
