@@ -36,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--minutes", type=float, default=math.inf, help="begin no run after this time; stop at a checkpoint"
     )
+    run.add_argument("--together", type=int, default=1, metavar="N", help="train up to N runs of an arm as one")
     run.add_argument("--runs", type=Path, default=ROOT / "runs" / "evidence", help="folder for the runs")
     report = commands.add_parser("report", help="write the page and its figures from all tables")
     report.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
@@ -54,7 +55,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print("\n".join(progress(plan, file, options.runs, options.only)))
             return 0
         command = ["python", "benchmarks/evidence.py", "run", str(options.plan)]
-        make_runs(plan, file, options.runs, words=command, only=options.only, minutes=options.minutes)
+        chosen = {"only": options.only, "minutes": options.minutes, "together": options.together}
+        make_runs(plan, file, options.runs, words=command, **chosen)
     except ZerodraftError as error:
         print(error, file=sys.stderr)
         return 2

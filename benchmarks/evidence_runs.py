@@ -4,9 +4,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,12 +24,15 @@ from zerodraft.training.folder import RECIPE, RESULTS, checkpoint_step, last_che
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.strict import from_mapping
 from zerodraft.training.ztt.run import pretrain
+from zerodraft.training.ztt.stacked import StackedPaused, pretrain_stacked
 from zerodraft.ztt.flops import count_flops
 
 PASSES = 3
 """FLOPs of a training step in those of its forward pass; going back takes as many for states and again for weights."""
 POINTS = 50
 """Of a loss curve."""
+NO_TURN = nullcontext()
+"""Nobody else waits for the device."""
 
 
 class Paused(Exception):
@@ -65,6 +69,8 @@ def make_runs(
     words: Sequence[str],
     only: str | None = None,
     minutes: float = math.inf,
+    together: int = 1,
+    turn: AbstractContextManager[Any] = NO_TURN,
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Table:
     """Makes the runs of a plan that are not done, and writes the table after each.
@@ -76,6 +82,8 @@ def make_runs(
         words: The command line that makes all of them; a run is repeated by this and `--only`.
         only: Only runs of this name.
         minutes: Begin no run after this time, and stop one at a checkpoint.
+        together: Train at most this many runs of an arm as one.
+        turn: Entered while runs are trained as one; their preparation is outside.
         tell: Takes a line about what happens.
 
     Returns:
@@ -93,25 +101,72 @@ def make_runs(
         table = open_table(file, plan)
         asked = {*chosen(list(plan.runs()), only)}
         while left := [run for run in table.wanted() if run in asked - table.done()]:
-            run = left[0]
+            group = group_of(plan, left, place, together)
+            names = ", ".join(map(str, group))
             if time.monotonic() >= deadline:
                 tell(f"The time is over; {len(left)} runs are left.")
                 break
-            tell(f"{run}: {len(left)} left")
+            tell(f"{names}: {len(left)} left")
             try:
-                found = make_run(plan, run, place, [*words, "--only", str(run)], deadline)
-            except Paused:
-                tell(f"{run}: stopped at a checkpoint, the time is over; {len(left)} runs are left.")
+                if together > 1 and not is_finished(plan, group[0], place):
+                    made = make_together(plan, group, place, words, deadline, turn, tell)
+                else:
+                    made = [make_run(plan, group[0], place, [*words, "--only", str(group[0])], deadline)]
+            except (Paused, StackedPaused):
+                tell(f"{names}: stopped at a checkpoint, the time is over; {len(left)} runs are left.")
                 break
-            if isinstance(found, Row):
-                row = replace(found, provenance={**found.provenance, **source})
-                table = replace(table, rows=(*table.rows, row))
-                tell(f"{run}: validation loss {found.loss:.4f} after {found.tokens:,} tokens")
-            else:
-                table = replace(table, diverged=(*table.diverged, found))
-                tell(f"{run}: {found.why}")
+            for found in made:
+                if isinstance(found, Row):
+                    row = replace(found, provenance={**found.provenance, **source})
+                    table = replace(table, rows=(*table.rows, row))
+                    tell(f"{found.run}: validation loss {found.loss:.4f} after {found.tokens:,} tokens")
+                else:
+                    table = replace(table, diverged=(*table.diverged, found))
+                    tell(f"{found.run}: {found.why}")
             save_result(table, file)
     return table
+
+
+def group_of(plan: Plan, left: Sequence[Run], place: Path, together: int) -> list[Run]:
+    """The first run that is left, and others of its arm to train with it; one that is finished stands alone."""
+    first = left[0]
+    if is_finished(plan, first, place):
+        return [first]
+    alike = [run for run in left if run.arm == first.arm and not is_finished(plan, run, place)]
+    return alike[:together]
+
+
+def is_finished(plan: Plan, run: Run, place: Path) -> bool:
+    """Whether a run's folder holds its results."""
+    return (Path(plan.recipe_of(run, place).output) / RESULTS).exists()
+
+
+def make_together(
+    plan: Plan,
+    runs: Sequence[Run],
+    place: Path,
+    words: Sequence[str],
+    deadline: float,
+    turn: AbstractContextManager[Any],
+    tell: Callable[[str], None],
+) -> list[Row | Diverged]:
+    """Makes runs of one arm as one, or goes on with them.
+
+    Raises:
+        StackedPaused: the deadline has come.
+        ZerodraftError: the recipes do not fit, or a folder holds another run.
+    """
+    recipes = [plan.recipe_of(run, place) for run in runs]
+    found = pretrain_stacked(recipes, deadline=deadline, turn=turn, tell=lambda text: tell(f"{runs[0].arm}: {text}"))
+    sizes, made = None, []
+    for run, recipe, results in zip(runs, recipes, found, strict=True):
+        if isinstance(results, LossNotFinite):
+            made.append(Diverged(**run._asdict(), recipe=plan.changes_of(run), why=str(results)))
+            continue
+        sizes = sizes or sizes_of(recipe)
+        command = [*words, "--only", run.arm, "--together", str(len(runs))]
+        made.append(row_of(plan, run, recipe, results, sizes, command))
+    return made
 
 
 def make_run(plan: Plan, run: Run, place: Path, words: Sequence[str], deadline: float = math.inf) -> Row | Diverged:
@@ -132,10 +187,7 @@ def make_run(plan: Plan, run: Run, place: Path, words: Sequence[str], deadline: 
             results = pretrain(recipe, resume=begun, callbacks=[ProgressBar(block), PauseAt(deadline)])
     except LossNotFinite as error:
         return Diverged(**run._asdict(), recipe=plan.changes_of(run), why=str(error))
-    return Row(
-        **run._asdict(), recipe=plan.changes_of(run), provenance=provenance(seed=run.seed, words=words),
-        **measured(recipe, results),
-    )  # fmt: skip
+    return row_of(plan, run, recipe, results, sizes_of(recipe), words)
 
 
 def finished(path: Path, recipe: Recipe) -> dict[str, Any]:
@@ -150,25 +202,41 @@ def finished(path: Path, recipe: Recipe) -> dict[str, Any]:
     return results
 
 
-def measured(recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a finished run, from its results and its folder."""
+class Sizes(NamedTuple):
+    """What is the same for all runs of an arm: parameters, those in layers, FLOPs of a forward pass per token."""
+
+    parameters: int
+    layer_parameters: int
+    forward: int
+
+
+def sizes_of(recipe: Recipe) -> Sizes:
+    """The sizes of the model that a finished run left."""
     model: Any = AutoModelForCausalLM.from_pretrained(Path(recipe.output) / "model").eval()
     ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
     with count_flops() as counted, torch.no_grad():
         model(ids, use_cache=False)
-    forward = counted.total // recipe.data.context_length
+    in_layers = sum(p.numel() for layer in model.get_decoder().layers for p in layer.parameters())
+    return Sizes(model.num_parameters(), in_layers, counted.total // recipe.data.context_length)
+
+
+def row_of(plan: Plan, run: Run, recipe: Recipe, results: dict[str, Any], sizes: Sizes, words: Sequence[str]) -> Row:
+    """The figures of a finished run, from its results and its folder."""
     # a run that went on has its clock from there
     speed = results["tokens_per_second"]
-    return {
-        "parameters": results["parameters"],
-        "layer_parameters": sum(p.numel() for layer in model.get_decoder().layers for p in layer.parameters()),
-        "steps": results["steps"],
-        "tokens": results["tokens"],
-        "flops": PASSES * forward * results["tokens"],
-        "seconds": results["tokens"] / speed if speed else None,
-        "losses": losses_by_cycle(results["evaluation"]),
-        "curve": curve(read_log(Path(recipe.output) / "log.jsonl")),
-    }
+    return Row(
+        **run._asdict(),
+        recipe=plan.changes_of(run),
+        parameters=sizes.parameters,
+        layer_parameters=sizes.layer_parameters,
+        steps=results["steps"],
+        tokens=results["tokens"],
+        flops=PASSES * sizes.forward * results["tokens"],
+        seconds=results["tokens"] / speed if speed else None,
+        losses=losses_by_cycle(results["evaluation"]),
+        curve=curve(read_log(Path(recipe.output) / "log.jsonl")),
+        provenance=provenance(seed=run.seed, words=words),
+    )
 
 
 def losses_by_cycle(evaluation: dict[str, float]) -> dict[str, tuple[float, ...]]:

@@ -23,11 +23,16 @@ def leave(
     adapters: bool = False,
 ) -> dict[str, Any]:
     """Writes the model, then the results, by which a run counts as finished; returns these and their origin."""
-    results = {**results, **provenance(), "seed": recipe.seed, "recipe": to_mapping(recipe)}
     save_model(trainer, folder, tokenizer, adapters=adapters)
+    results = with_origin(results, recipe)
     if trainer.is_world_process_zero():
         write_json(folder / RESULTS, results)
     return results
+
+
+def with_origin(results: dict[str, Any], recipe: Any) -> dict[str, Any]:
+    """Results of a run with what is needed to make them again."""
+    return {**results, **provenance(), "seed": recipe.seed, "recipe": to_mapping(recipe)}
 
 
 def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, adapters: bool = False) -> None:

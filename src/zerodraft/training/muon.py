@@ -8,7 +8,7 @@ the CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.T if tall else x).to(matrix.dtype)
+
+
+def update_scale(shape: Sequence[int]) -> float:
+    """What an update of a matrix is multiplied by, beside the learning rate, to be as large as AdamW's."""
+    return 0.2 * math.sqrt(max(shape))
 
 
 class Muon(torch.optim.Optimizer):
@@ -69,4 +74,4 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         direction = orthogonalise(gradient.lerp(momentum, group["momentum"]))
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
-        matrix.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+        matrix.add_(direction, alpha=-group["lr"] * update_scale(matrix.shape))

@@ -113,9 +113,11 @@ class Current(threading.local):
             model also gets.
     """
 
-    call: LayerCall | None = None
-    run: Any = None
-    generation: Any = None
+    def __init__(self) -> None:
+        # in every thread's own dictionary from the start: torch.compile guards on what is in it
+        self.call: LayerCall | None = None
+        self.run: Any = None
+        self.generation: Any = None
 
 
 current = Current()
@@ -204,7 +206,9 @@ def _zero_attention(
     if backend == "flex_attention":
         s0 = zero.zero_scores(q, call.key, scale)
         return *zero.zero_attention_flex(q, k, v, s0, block_mask=mask, scale=scale), None
-    if q.device.type == "cpu" and backend == "sdpa" and dropout == 0:
+    # within torch.func's transforms no tensor says whether it needs a gradient, and the LSE forms have none there
+    transformed = torch._C._are_functorch_transforms_active()
+    if q.device.type == "cpu" and backend == "sdpa" and dropout == 0 and not transformed:
         if mask is not None:
             mask = call.masks(mask, lambda x: zero.AdditiveMask.of(x, q))
         return *zero.zero_attention_lse(
@@ -212,7 +216,7 @@ def _zero_attention(
         ), None
     forms = {"mask": mask, "is_causal": causal, "scale": scale}
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, call.key))
-    if zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
+    if not transformed and zero.has_lse_kernel(q, k, mask, causal, dropout, needs_grad):
         return *zero.zero_attention_lse(q, k, v, call.key, need_mass=call.need_mass, **forms), None
     if call.key.ndim == 2 and not (dropout > 0 and call.need_mass):  # dropout there would fall on the mass, too
         return *zero.zero_attention_sdpa(q, k, v, call.key, dropout=dropout, need_mass=call.need_mass, **forms), None

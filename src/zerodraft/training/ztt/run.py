@@ -19,7 +19,7 @@ from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.base import training_arguments
 from zerodraft.training.callbacks import ProgressBar
-from zerodraft.training.data import TextData, build_data, read_documents, split_documents
+from zerodraft.training.data import PackedBlocks, TextData, build_data, read_documents, split_documents
 from zerodraft.training.folder import checkpoint_step, claimed, start_folder
 from zerodraft.training.kept import leave
 from zerodraft.training.recipe import Recipe
@@ -71,13 +71,12 @@ def _train(
 ) -> dict[str, Any]:
     set_seed(recipe.seed)
     documents = read_documents(recipe.data.train, recipe.data)
-    tokenizer = _tokenizer(recipe, documents)
+    tokenizer = tokenizer_of(recipe, documents)
     data = build_data(recipe.data, tokenizer, documents)
     # the weights may not depend on how the tokenizer came about
     set_seed(recipe.seed)
     scratch = recipe.model.start is None
     model = build_from_scratch(recipe.model, tokenizer) if scratch else build_from_start(recipe.model)
-    _check_vocabulary(model, data, recipe)
     cycle_loss = CycleLoss(recipe.loss, number_of_cycles(model), recipe.seed)
     parameters = model.num_parameters()
     if recipe.peft.rank:
@@ -86,18 +85,14 @@ def _train(
     resumed_step = checkpoint_step(checkpoint)
     arguments = training_arguments(recipe.training, str(folder), recipe.seed, **_environment(recipe, model))
     batch = recipe.training.batch_size * arguments.world_size
-    if len(data.train) < batch:
-        raise ZerodraftError(
-            f"data.train makes {len(data.train)} blocks of {recipe.data.context_length} tokens, a batch takes {batch}: "
-            "give more text, or lower data.context_length or training.batch_size"
-        )
+    check_data(model, data, recipe, batch)
     log = start_folder(folder, recipe, resumed_step) if arguments.process_index == 0 else None
     tokens = batch * recipe.data.context_length
     trainer = ZttTrainer(
         recipe=recipe.training,
         cycle_loss=cycle_loss,
         log=log,
-        evaluations=_evaluations(data),
+        evaluations=evaluation_sets(data),
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -130,7 +125,8 @@ def _train(
     return leave(trainer, folder, recipe, results, tokenizer, adapters=bool(recipe.peft.rank))
 
 
-def _tokenizer(recipe: Recipe, documents: Sequence[Document]) -> Any:
+def tokenizer_of(recipe: Recipe, documents: Sequence[Document]) -> Any:
+    """The tokenizer of a run: the one that it names, its start's own, or one made of its training text."""
     path = recipe.tokenizer.path or (recipe.model.start and resolve(recipe.model.start))
     if path:
         return load_tokenizer(path)
@@ -149,18 +145,25 @@ def _tokenizer(recipe: Recipe, documents: Sequence[Document]) -> Any:
     return load_tokenizer(filled_once(cached, train_one))
 
 
-def _check_vocabulary(model: Any, data: TextData, recipe: Recipe) -> None:
+def check_data(model: Any, data: TextData, recipe: Recipe, batch: int) -> None:
+    """Raises `ZerodraftError` unless the model knows all tokens and there is a batch of blocks to train on."""
     # by the tokens that there are: some tokenizers have a few more than their model has rows
     size = model.get_input_embeddings().weight.shape[0]
-    largest = max(int(blocks.tokens.max()) for blocks in (data.train, *_evaluations(data).values()))
+    largest = max(int(blocks.tokens.max()) for blocks in (data.train, *evaluation_sets(data).values()))
     if largest >= size:
         raise ZerodraftError(
             f"the data holds token {largest}, the model's vocabulary has {size}: "
             f"use the model's own tokenizer (tokenizer.path is '{recipe.tokenizer.path}')"
         )
+    if len(data.train) < batch:
+        raise ZerodraftError(
+            f"data.train makes {len(data.train)} blocks of {recipe.data.context_length} tokens, a batch takes {batch}: "
+            "give more text, or lower data.context_length or training.batch_size"
+        )
 
 
-def _evaluations(data: TextData) -> dict[str, Any]:
+def evaluation_sets(data: TextData) -> dict[str, PackedBlocks]:
+    """What a run is evaluated on, by name."""
     validation = {} if data.validation is None else {"validation": data.validation}
     return {**validation, **data.evaluation}
 

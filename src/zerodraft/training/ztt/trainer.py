@@ -6,7 +6,7 @@ The loss gets its cycles from `CycleLoss`; `evaluate` gives the loss after every
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,19 +50,24 @@ class ZttTrainer(RecipeTrainer):
             return self._evaluated[1]
         metrics: dict[str, float] = {}
         for name, blocks in self.evaluations.items():
-            prefix = f"{metric_key_prefix}_{name}"
-            losses = evaluate_cycles(self, blocks)
-            for cycle, loss in enumerate(losses, 1):
-                metrics[f"{prefix}_loss_{cycle}"] = loss
-                metrics[f"{prefix}_perplexity_{cycle}"] = math.exp(min(loss, 700.0))
-            if not math.isnan(blocks.tokens_per_byte):
-                metrics[f"{prefix}_bits_per_byte"] = losses[-1] / math.log(2) * blocks.tokens_per_byte
+            metrics |= metrics_by_cycle(evaluate_cycles(self, blocks), blocks, f"{metric_key_prefix}_{name}")
         self.log(dict(metrics))
         if self.json_log is not None:
             self.json_log.write(step=self.state.global_step, **metrics)
         self._evaluated = (self.state.global_step, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[arg-type]  # HF type
         return metrics
+
+
+def metrics_by_cycle(losses: Sequence[float], blocks: PackedBlocks, prefix: str) -> dict[str, float]:
+    """Loss and perplexity after each number of cycles, and bits per byte of the last."""
+    metrics: dict[str, float] = {}
+    for cycle, loss in enumerate(losses, 1):
+        metrics[f"{prefix}_loss_{cycle}"] = loss
+        metrics[f"{prefix}_perplexity_{cycle}"] = math.exp(min(loss, 700.0))
+    if not math.isnan(blocks.tokens_per_byte):
+        metrics[f"{prefix}_bits_per_byte"] = losses[-1] / math.log(2) * blocks.tokens_per_byte
+    return metrics
 
 
 @torch.no_grad()

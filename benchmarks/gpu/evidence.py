@@ -1,0 +1,157 @@
+"""Tables of evidence on one GPU within minutes: runs of an arm are trained as one, arms are compiled side by side.
+
+    ZERODRAFT_DATA=DIR python benchmarks/gpu/evidence.py recipes/evidence/gpu.yaml --minutes 8 --out OUT
+
+Every arm is a process of its own. All read and compile at the same time; they train in turn, so that seconds can be
+compared. Tables are written after every arm, and the models of the arms named by `--keep`, at their best rate, lie
+beside them in archives. What a run that is cut off has finished stays.
+"""
+
+import argparse
+import logging
+import math
+import multiprocessing
+import os
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from evidence_plan import Plan, read_plan
+from evidence_runs import make_runs
+from evidence_table import Table, read_table, save_result
+from harness import quiet_transformers
+from zerodraft.cli.main import log_to_stderr
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.training.data import build_data, read_documents
+from zerodraft.training.recipe import merge
+from zerodraft.training.ztt.run import tokenizer_of
+
+REHEARSAL = {"steps": 4, "warmup_steps": 1, "save_every": 2, "bf16": False, "compile": False, "use_cpu": True}
+"""What of `training` is other in a rehearsal."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Makes the runs; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN.yaml")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop at a checkpoint after this time")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables and archives")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpu-evidence"), help="folder for the runs")
+    parser.add_argument("--together", type=int, default=16, metavar="N", help="train up to N runs of an arm as one")
+    parser.add_argument("--at-once", type=int, default=8, metavar="N", help="arms that are prepared at the same time")
+    parser.add_argument("--keep", nargs="*", default=[], metavar="ARM", help="arms whose models are packed")
+    parser.add_argument("--steps", type=int, help="make this many steps instead: for a trial of the speed")
+    parser.add_argument("--rehearse", action="store_true", help="four steps on the CPU, to see that all parts run")
+    options = parser.parse_args(words)
+    deadline = time.monotonic() + 60 * options.minutes
+    log_to_stderr(logging.INFO)
+    quiet_transformers()
+    try:
+        plans = [changed(read_plan(path), options) for path in options.plans]
+        for plan in plans:
+            fill_caches(plan)
+    except ZerodraftError as error:
+        print(error, file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    turn = context.Lock()
+    waiting: list[BaseProcess] = [
+        context.Process(target=make_arm, args=(plan, str(path), arm, options, deadline, turn), name=arm)
+        for plan, path in zip(plans, options.plans, strict=True)
+        for arm in plan.arms
+    ]
+    running: list[BaseProcess] = []
+    failed: list[str] = []
+    while waiting or running:
+        while waiting and len(running) < options.at_once:
+            waiting[0].start()
+            running.append(waiting.pop(0))
+        time.sleep(0.2)
+        for process in [process for process in running if process.exitcode is not None]:
+            running.remove(process)
+            failed += [process.name] if process.exitcode else []
+            for plan in plans:
+                gather(plan, options)
+    for name in failed:
+        print(f"{name} failed: see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def changed(plan: Plan, options: argparse.Namespace) -> Plan:
+    """The plan, or a shorter one."""
+    training: dict[str, Any] = dict(REHEARSAL) if options.rehearse else {}
+    if options.steps:
+        training["steps"] = options.steps
+    if not training:
+        return plan
+    arms = {arm: merge(changes, {"training": training}) for arm, changes in plan.arms.items()}
+    return replace(plan, recipe=merge(plan.recipe, {"training": training}), arms=arms)
+
+
+def fill_caches(plan: Plan) -> None:
+    """Makes tokenizer and tokens before all arms ask for them at once."""
+    recipe = plan.recipe_of(next(plan.runs()), Path("runs"))
+    documents = read_documents(recipe.data.train, recipe.data)
+    build_data(recipe.data, tokenizer_of(recipe, documents), documents)
+
+
+def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadline: float, turn: Any) -> None:
+    """One arm, in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    began = time.monotonic()
+    try:
+        make_runs(
+            plan,
+            part(plan, arm, options),
+            options.runs / arm,
+            words=["python", "benchmarks/gpu/evidence.py", path],
+            only=arm,
+            minutes=(deadline - began) / 60,
+            together=options.together,
+            turn=turn,
+            tell=lambda text: print(f"{time.monotonic() - began:6.1f} s  {text}", file=sys.stderr, flush=True),
+        )
+    except ZerodraftError as error:
+        print(f"{arm}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def part(plan: Plan, arm: str, options: argparse.Namespace) -> Path:
+    """The table of one arm."""
+    return options.runs / "parts" / plan.table / f"{arm}.json"
+
+
+def gather(plan: Plan, options: argparse.Namespace) -> None:
+    """Joins the tables of the arms that are done, and packs the models that are kept."""
+    found = {arm: read_table(part(plan, arm, options)) for arm in plan.arms if part(plan, arm, options).exists()}
+    if not found:
+        return
+    table = Table(
+        plan=plan,
+        rows=tuple(row for one in found.values() for row in one.rows),
+        diverged=tuple(lost for one in found.values() for lost in one.diverged),
+    )
+    save_result(table, options.out / f"{plan.table}.json")
+    for arm in options.keep:
+        archive = options.out / f"{plan.table}-{arm}.tar"
+        if arm not in found or archive.exists():
+            continue
+        with tarfile.open(archive, "w") as tar:
+            for row in table.best_rows(arm).values():
+                output = Path(plan.recipe_of(row.run, options.runs / arm / plan.table).output)
+                tar.add(output / "model", arcname=f"{row.run}/model")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
