@@ -17,6 +17,7 @@ from tests.ztt.tiny import gap
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.dflash_files import config_of
 from zerodraft.drafters.masked_formats import dream_config, llada_config
+from zerodraft.drafters.rotary import rotary_of
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -117,3 +118,17 @@ def test_what_is_not_computed_is_refused(fields: dict[str, Any], message: str) -
         with pytest.raises(ZerodraftError, match=message) as raised:
             read()
         assert "\n" not in str(raised.value)
+
+
+def test_frequencies_are_not_rounded_with_the_network() -> None:
+    """A network is brought to the target's dtype; a frequency of 8 bits would turn late positions by another angle."""
+    config = Qwen3Config(**SIZES)
+    places = torch.arange(200)[None]
+    rounded, exact = rotary_of(config).to(torch.bfloat16), Qwen3RotaryEmbedding(config)
+    like = torch.zeros(1)
+    assert [name for name, _ in rounded.named_buffers()] == [name for name, _ in exact.named_buffers()]
+    for found, wanted in zip(rounded(like, places), exact(like, places), strict=True):
+        assert torch.equal(found, wanted)
+    assert {buffer.device.type for buffer in rounded.to("meta").buffers()} == {"meta"}
+    # transformers knows by the name that the frequencies have to be computed after loading
+    assert "RotaryEmbedding" in type(rounded).__name__

@@ -60,22 +60,24 @@ class Randomness(Protocol):
 
 
 class Dice:
-    """Randomness from a torch generator (None: the device's global one)."""
+    """Randomness from a torch generator, on whatever device (None: the global one of the device)."""
 
     def __init__(self, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> None:
-        self.device = device
+        # a generator draws where it lives
+        self.device = device if generator is None else generator.device
         self.generator = generator
 
     def draw(self, p: Float[Tensor, " V"]) -> int:
         try:
-            return int(torch.multinomial(p, 1, generator=self.generator))
+            return int(torch.multinomial(p.to(self.device), 1, generator=self.generator))
         except RuntimeError as error:
             raise ZerodraftError(
                 f"The target's probabilities are no distribution ({error}); check its weights and logits processors."
             ) from None
 
     def accept(self, p: Float[Tensor, ""], q: float) -> bool:
-        return bool(torch.rand((), generator=self.generator, dtype=torch.float32, device=p.device) * q < p)
+        u = torch.rand((), generator=self.generator, dtype=torch.float32, device=self.device)
+        return bool(u * q < p.to(self.device))
 
     def pick(self, q: Float64[np.ndarray, "k m"]) -> Int64[np.ndarray, " k"]:
         u = torch.rand(len(q), 1, generator=self.generator, dtype=torch.float32, device=self.device)

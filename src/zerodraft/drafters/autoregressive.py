@@ -186,7 +186,8 @@ class DraftRow:
         scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
         top, ids = scores.topk(min(self.drafter.candidates, len(scores)))
         if temperature > 0:
-            drawn = torch.multinomial(top.exp().cpu(), 1, generator=self.generator).item()
+            device = torch.device("cpu") if self.generator is None else self.generator.device
+            drawn = torch.multinomial(top.exp().to(device), 1, generator=self.generator).item()
             order = torch.tensor([drawn, *(i for i in range(len(ids)) if i != drawn)], device=ids.device)
             top, ids = top[order], ids[order]
         return ids.cpu().numpy(), top.cpu().numpy()

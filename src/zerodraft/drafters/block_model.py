@@ -27,9 +27,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import rotate_half
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.drafters.rotary import rotary_of
 from zerodraft.ztt.config import ZttConfig
 
 
@@ -212,7 +213,7 @@ class BlockDrafterModel(DrafterModel):
         self.slots = nn.Linear(2 * size, config.block_size * size)
         self.norm = nn.RMSNorm(size, eps=target.rms_norm_eps)
         self.coupling = Coupling(size, config.coupling) if config.coupling else None
-        self.rotary = LlamaRotaryEmbedding(target)
+        self.rotary = rotary_of(target)
         vocabulary = config.draft_vocab_size or target.vocab_size
         self.register_buffer("draft_ids", torch.arange(vocabulary))
         self.post_init()

