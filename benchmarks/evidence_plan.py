@@ -138,5 +138,5 @@ def chosen(runs: Sequence[Run], only: str | None) -> list[Run]:
 
 def other_keys(old: Recipe, new: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ so that their results may differ too."""
-    same = {"output", "data.cache", *(f"training.{name}" for name in (*WITHOUT_EFFECT, "use_cpu"))}
+    same = {"output", "data.cache", *(f"training.{name}" for name in (*WITHOUT_EFFECT, "use_cpu", "compile"))}
     return [key for key in differences(to_mapping(old), to_mapping(new)) if key not in same]

@@ -35,8 +35,9 @@ from zerodraft.training.data import build_data, read_documents
 from zerodraft.training.recipe import merge
 from zerodraft.training.ztt.run import tokenizer_of
 
-REHEARSAL = {"steps": 4, "warmup_steps": 1, "save_every": 2, "bf16": False, "compile": False, "use_cpu": True}
-"""What of `training` is other in a rehearsal."""
+ON_GPU = {"bf16": True, "compile": True, "save_every": 0}
+REHEARSAL = {"steps": 4, "warmup_steps": 1, "save_every": 2, "use_cpu": True}
+"""What of `training` is other than in the plan, and what in a rehearsal."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu-evidence"), help="folder for the runs")
     parser.add_argument("--together", type=int, default=16, metavar="N", help="train up to N runs of an arm as one")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="arms that are prepared at the same time")
+    parser.add_argument("--arms", nargs="*", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--keep", nargs="*", default=[], metavar="ARM", help="arms whose models are packed")
     parser.add_argument("--steps", type=int, help="make this many steps instead: for a trial of the speed")
     parser.add_argument("--rehearse", action="store_true", help="four steps on the CPU, to see that all parts run")
@@ -88,14 +90,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def changed(plan: Plan, options: argparse.Namespace) -> Plan:
-    """The plan, or a shorter one."""
-    training: dict[str, Any] = dict(REHEARSAL) if options.rehearse else {}
+    """The plan as it is run here: how the device computes, and what the options leave of it."""
+    training: dict[str, Any] = dict(REHEARSAL if options.rehearse else ON_GPU)
     if options.steps:
         training["steps"] = options.steps
-    if not training:
-        return plan
     arms = {arm: merge(changes, {"training": training}) for arm, changes in plan.arms.items()}
-    return replace(plan, recipe=merge(plan.recipe, {"training": training}), arms=arms)
+    chosen = {arm: arms[arm] for arm in arms if not options.arms or arm in options.arms}
+    baseline = plan.baseline if plan.baseline in chosen else next(iter(chosen))
+    bound = plan.bound if plan.bound in chosen else None
+    # as one, all rates of all seeds cost hardly more than some of them
+    recipe = merge(plan.recipe, {"training": training})
+    return replace(plan, arms=chosen, recipe=recipe, baseline=baseline, bound=bound, sweep=0)
 
 
 def fill_caches(plan: Plan) -> None:

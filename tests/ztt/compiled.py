@@ -55,6 +55,24 @@ def test_values_of_another_family() -> None:
     assert gap(one_graph(model)(ids).logits, model(ids).logits) <= 1e-5
 
 
+@pytest.mark.parametrize(("family", "padded", "masks"), [("llama", False, 0), ("llama", True, 4), ("gemma3", False, 2)])
+@torch.no_grad()
+def test_no_mask_where_causality_is_all(family: str, padded: bool, masks: int) -> None:
+    """No flash kernel takes a mask; half of the layers of this Gemma have windows shorter than the text."""
+    model, ids = tiny(family, head_layers=0, tail_layers=0, cycles=1, num_hidden_layers=4), tokens(1, 12)
+    given = {"attention_mask": torch.ones_like(ids)} if padded else {}
+    found: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls = [node for node in graph.graph.nodes if node.name.startswith(("_scaled_dot", "scaled_dot", "lse"))]
+        found.extend(node.kwargs.get("attn_mask") is not None for node in calls)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert gap(compiled(ids, **given).logits, model(ids, **given).logits) <= 1e-5
+    assert sum(found) == masks, (found, masks)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(checkpointing: bool) -> None:
     ids, found = tokens(), []

@@ -125,6 +125,7 @@ class CycleRun(Recorder):
         cache: Cache of the unrolled model, or None.
         cycles: Cycles to run for every token.
         real: `(b, t)` bool, False for padding, or None.
+        causal_only: Whether the caller gave nothing that could mask more than causality does.
         readout: Logits of states, for rules that want them.
     """
 
@@ -140,6 +141,7 @@ class CycleRun(Recorder):
     cache: Cache | None
     cycles: int
     real: Tensor | None
+    causal_only: bool
     readout: Callable[[Tensor], Tensor]
 
     inputs: list[dict[str, Any]] = field(default_factory=list)

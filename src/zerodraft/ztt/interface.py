@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,12 +230,26 @@ def _family_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | Non
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
+def _sdpa_mask(make: Callable[..., Tensor | None], *args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for SDPA; none where a compiled pass is causal and nothing more.
+
+    While it is compiled, transformers writes every mask out, as it may not look for padding or packed texts in values;
+    and no flash kernel takes one.
+    """
+    if torch.compiler.is_compiling() and getattr(current.run, "causal_only", False):
+        square = kwargs.get("q_length", -1) == kwargs.get("kv_length", -2)
+        if square and kwargs.get("local_size") is None and not kwargs.get("use_vmap", True):
+            return None
+    return make(*args, **kwargs)
+
+
 def _register(backend: str) -> None:
     def attend(*args, **kwargs):
         return _attend(backend, *args, **kwargs)
 
     AttentionInterface.register(PREFIX + backend, attend)
-    AttentionMaskInterface.register(PREFIX + backend, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+    make = ALL_MASK_ATTENTION_FUNCTIONS[backend]
+    AttentionMaskInterface.register(PREFIX + backend, partial(_sdpa_mask, make) if backend == "sdpa" else make)
 
 
 for _backend in BACKENDS:

@@ -38,6 +38,9 @@ from zerodraft.ztt.scalars import CycleScalars, CycleScales, InputInjection
 OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales", "cycle_lora")
 """The modules that a Zero Token Transformer has beside its family's model."""
 
+UNMASKED = {"input_ids", "inputs_embeds", "logits_to_keep"}
+"""Arguments of a forward pass that say nothing about masks."""
+
 
 @dataclass
 class ExitRecord:
@@ -270,6 +273,7 @@ class ZttPreTrainedModel(PreTrainedModel):
             cache=cache,
             cycles=cycles,
             real=None if options.rule is None else _real_tokens(inputs.get("attention_mask"), start, length),
+            causal_only=cache is None and {name for name, value in inputs.items() if value is not None} <= UNMASKED,
             readout=self.readout,
         )
         states = inputs.pop("output_hidden_states", self.config.output_hidden_states)
