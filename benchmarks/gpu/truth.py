@@ -167,7 +167,7 @@ class Job:
 def run_parts(names: Sequence[str], out: Path, seconds: float, *, small: bool) -> None:
     """Some parts in this process."""
     sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     end = time.monotonic() + seconds
     report = importlib.import_module("report")
     for name in names:
@@ -188,6 +188,11 @@ def main() -> int:
         return 0
     job = Job(given.out, given.minutes, small=given.rehearse, only=given.only)
     passed = job.run()
+    for name, part in job.result["parts"].items():
+        print(f"{name}: {part['state']}")
+        for title, step in part["steps"].items():
+            if step["outcome"] != "passed":
+                print(f"  {title}: {step['outcome']} {step.get('error') or step.get('why', '')}"[:300])
     print(f"{job.result['seconds']} s, steps {job.result['outcomes']}, in {given.out / 'truth.json'}")
     return 0 if passed else 1
 
