@@ -501,7 +501,7 @@ def commands(report: Report) -> None:
             check=False,
             timeout=max(report.left, 1.0),
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stderr[-900:]
         return [line[:300] for line in (done.stdout + done.stderr).rstrip().split("\n")[-12:]]
 
     def train() -> list[str]:

@@ -19,7 +19,7 @@ from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import LeanTarget
 from zerodraft.fast.packed import HalvesLinear
 
-pytestmark = pytest.mark.skipif(torch.accelerator.current_accelerator() is not None, reason="is about CPUs")
+pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16"])
@@ -96,3 +96,9 @@ def test_a_conversion_keeps_the_type(tmp_path: Path, tokenizer: Any) -> None:
     save(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16), tokenizer, path)
     assert main(["convert", str(path), "--mode", "to-base", "--unroll", "--output", str(tmp_path / "base")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_build_for_gpus_runs_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a build names its kind of accelerator whether there is one or not."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert loading.default_device() == torch.device("cpu")

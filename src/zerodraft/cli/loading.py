@@ -95,7 +95,9 @@ def default_device() -> Any:
     """The accelerator if there is one, else the CPU."""
     import torch
 
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    # a CUDA build names its kind of accelerator on machines that have none, too
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def ready(model: Any, dtype: Dtype = "auto") -> Any:
