@@ -158,6 +158,8 @@ def timed(run: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 def pass_costs(target: Any, prompt: Tensor, taps: Sequence[int], sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     """Milliseconds of the first pass behind a prompt, and of passes over so many tokens, two of which are kept."""
+    if target is None:
+        return {"none": "this model cannot be recorded"}
     device, found = prompt.device, dict[str, Any]()
     target.prefill(prompt, prompt >= 0, taps)
     began = time.perf_counter()
