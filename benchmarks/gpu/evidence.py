@@ -84,6 +84,8 @@ def main(words: Sequence[str] | None = None) -> int:
             failed += [process.name] if process.exitcode else []
             for plan in plans:
                 gather(plan, options)
+    for plan in plans:
+        print_speeds(plan, options)
     for name in failed:
         print(f"{name} failed: see above", file=sys.stderr)
     return 1 if failed else 0
@@ -114,6 +116,8 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
     """One arm, in a process of its own."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // options.at_once)))
     began = time.monotonic()
     try:
         make_runs(
@@ -130,6 +134,22 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
     except ZerodraftError as error:
         print(f"{arm}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def print_speeds(plan: Plan, options: argparse.Namespace) -> None:
+    """How long the arms took that are done."""
+    file = options.out / f"{plan.table}.json"
+    if not file.exists():
+        return
+    for arm in plan.arms:
+        rows = [row for row in read_table(file).rows if row.arm == arm and row.seconds]
+        if rows:
+            seconds, tokens = rows[0].seconds, sum(row.tokens for row in rows)
+            assert seconds
+            print(
+                f"{plan.table} {arm}: {len(rows)} runs of {rows[0].steps} steps in {seconds:.1f} s, "
+                f"{1000 * seconds / rows[0].steps:.2f} ms a step, {tokens / seconds:,.0f} tokens/s"
+            )
 
 
 def part(plan: Plan, arm: str, options: argparse.Namespace) -> Path:

@@ -16,14 +16,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional
 from transformers import set_seed
 
 from zerodraft.common.errors import ZerodraftError, writing
@@ -142,6 +144,9 @@ class _Runs:
         self.rows = data.train.rows().to(self.device, torch.int32)
         self.cycle_loss = CycleLoss(self.recipe.loss, number_of_cycles(models[0]), self.recipe.seed)
         self.model = models[0].to(self.device).train()
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                vars(module)["forward"] = partial(_flat_linear, module)
         self.parameters = {
             name: torch.stack([dict(model.named_parameters())[name].detach().to(self.device) for model in models])
             for name, _ in self.model.named_parameters()
@@ -349,3 +354,9 @@ class _Runs:
         results = with_origin({"parameters": self.model.num_parameters(), **results}, recipe)
         write_json(folder / RESULTS, results)
         return results
+
+
+def _flat_linear(module: nn.Linear, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+    """A linear layer over all tokens in one row: over several dimensions vmap would copy the weights for each of the
+    first, as they are not the same in all runs."""
+    return functional.linear(x.flatten(0, -2), module.weight, module.bias).unflatten(0, x.shape[:-1])
