@@ -3,11 +3,12 @@
     ZERODRAFT_DATA=DIR python benchmarks/gpu/evidence.py recipes/evidence/gpu.yaml --minutes 8 --out OUT
 
 Every arm is a process of its own. All read and compile at the same time; they train in turn, so that seconds can be
-compared. Tables are written after every arm, and the models of the arms named by `--keep`, at their best rate, lie
-beside them in archives. What a run that is cut off has finished stays.
+compared. Tables are written after every arm, and models named by `--keep` are packed beside them, into archives of 15
+MB. What a run that is cut off has finished stays.
 """
 
 import argparse
+import itertools
 import logging
 import math
 import multiprocessing
@@ -39,6 +40,9 @@ ON_GPU = {"bf16": True, "compile": True, "save_every": 0}
 REHEARSAL = {"steps": 4, "warmup_steps": 1, "save_every": 2, "use_cpu": True}
 """What of `training` is other than in the plan, and what in a rehearsal."""
 
+LARGEST_ARCHIVE = 15 << 20
+"""Bytes."""
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Makes the runs; returns the exit status."""
@@ -50,7 +54,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--together", type=int, default=16, metavar="N", help="train up to N runs of an arm as one")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="arms that are prepared at the same time")
     parser.add_argument("--arms", nargs="*", default=[], metavar="ARM", help="only these arms")
-    parser.add_argument("--keep", nargs="*", default=[], metavar="ARM", help="arms whose models are packed")
+    parser.add_argument(
+        "--keep", nargs="*", default=[], metavar="TABLE/ARM/SEED", help="models that are packed, at the arm's best rate"
+    )
     parser.add_argument("--steps", type=int, help="make this many steps instead: for a trial of the speed")
     parser.add_argument("--rehearse", action="store_true", help="four steps on the CPU, to see that all parts run")
     options = parser.parse_args(words)
@@ -168,14 +174,25 @@ def gather(plan: Plan, options: argparse.Namespace) -> None:
         diverged=tuple(lost for one in found.values() for lost in one.diverged),
     )
     save_result(table, options.out / f"{plan.table}.json")
-    for arm in options.keep:
-        archive = options.out / f"{plan.table}-{arm}.tar"
-        if arm not in found or archive.exists():
-            continue
-        with tarfile.open(archive, "w") as tar:
-            for row in table.best_rows(arm).values():
+    for arm in found:
+        for seed, row in table.best_rows(arm).items():
+            name = f"{plan.table}/{arm}/{seed}"
+            if name in options.keep:
+                options.keep.remove(name)
                 output = Path(plan.recipe_of(row.run, options.runs / arm / plan.table).output)
-                tar.add(output / "model", arcname=f"{row.run}/model")
+                pack(output / "model", f"{plan.table}/{row.run}", options.out)
+
+
+def pack(model: Path, name: str, folder: Path) -> None:
+    """Puts a model into the first archive that has room for it."""
+    size = sum(file.stat().st_size for file in model.iterdir())
+    archive = next(
+        path
+        for path in (folder / f"models-{number}.tar" for number in itertools.count())
+        if not path.exists() or path.stat().st_size + size < LARGEST_ARCHIVE
+    )
+    with tarfile.open(archive, "a") as tar:
+        tar.add(model, arcname=name)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,31 @@ from gpu.evidence import main
 def test_a_rehearsal(plan_file: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = plan_file(rates={"1e-2": {"learning_rate": 1e-2}, "3e-3": {"learning_rate": 3e-3}}, sweep=1)
     places = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
-    assert main([str(file), *places, "--rehearse", "--at-once", "2", "--minutes", "10", "--keep", "ztt"]) == 0
+    assert (
+        main(
+            [
+                str(file),
+                *places,
+                "--rehearse",
+                "--at-once",
+                "2",
+                "--minutes",
+                "10",
+                "--keep",
+                "tiny/ztt/0",
+                "tiny/ztt/1",
+            ]
+        )
+        == 0
+    )
     table = read_table(tmp_path / "out" / "tiny.json")
     assert sorted(str(row.run) for row in table.rows) == [
         f"{arm}/{rate}/{seed}" for arm in ("vanilla", "ztt") for rate in ("1e-2", "3e-3") for seed in (0, 1)
     ]
     assert all(row.steps == 4 and row.seconds for row in table.rows)
-    with tarfile.open(tmp_path / "out" / "tiny-ztt.tar") as tar:
+    with tarfile.open(tmp_path / "out" / "models-0.tar") as tar:
         models = {name.rpartition("/")[0] for name in tar.getnames() if name.endswith("model.safetensors")}
-    assert models == {f"ztt/{table.best_rate('ztt')}/{seed}/model" for seed in (0, 1)}
+    assert models == {f"tiny/ztt/{table.best_rate('ztt')}/{seed}" for seed in (0, 1)}
     assert "validation loss" in capfd.readouterr().err
 
 
