@@ -60,7 +60,7 @@ class StackedOptimizer:
         self.parameters, self.names = parameters, list(parameters)
         self.max_norm, self.betas = recipes[0].max_grad_norm, recipes[0].betas
         some = next(iter(parameters.values()))
-        self._scale, self._time = some.new_zeros(()), some.new_zeros(())
+        self._scale = some.new_zeros(())
         self._adamw = _AdamW({n: p for n, p in parameters.items() if not treatments[n].muon}, treatments, self.betas)
         by_shape: dict[tuple, dict[str, Tensor]] = {}
         for name, parameter in parameters.items():
@@ -74,23 +74,24 @@ class StackedOptimizer:
 
     def state(self) -> list[Tensor]:
         """All tensors that a step changes, beside the parameters."""
-        return [self._time, *self._adamw.state(), *(group.momentum for group in self._matrices)]
+        return [*self._adamw.state(), *(group.momentum for group in self._matrices)]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """One update by the gradients of the sum of all losses, in the order of the parameters."""
-        by_name = dict(zip(self.names, self._clipped(gradients), strict=True))
-        self._time.add_(1)
-        self._adamw.step(by_name, self._scale, self._time)
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One update by the gradients of the sum of all losses, in the order of the parameters; those without one stay
+        as they are, and so does what is kept for them."""
+        found = {name: gradient for name, gradient in zip(self.names, gradients, strict=True) if gradient is not None}
+        found = self._clipped(found)
+        self._adamw.step(found, self._scale)
         for group in self._matrices:
-            group.step(by_name, self._scale)
+            group.step(found, self._scale)
 
-    def _clipped(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _clipped(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.max_norm:
             return gradients
-        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
+        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0).sqrt()
         factors = (self.max_norm / (norms + 1e-6)).clamp(max=1.0)
-        return [gradient * _like(factors, gradient) for gradient in gradients]
+        return {name: gradient * _like(factors, gradient) for name, gradient in gradients.items()}
 
 
 class _AdamW:
@@ -108,24 +109,30 @@ class _AdamW:
         ]
         self.rates = torch.cat(rates, 1) if rates else torch.zeros(0, 0)
         self.mean, self.square = torch.zeros_like(self.rates), torch.zeros_like(self.rates)
+        # updates of each number so far
+        self.time = torch.zeros_like(self.rates[:1])
 
     def state(self) -> list[Tensor]:
-        return [self.mean, self.square]
+        return [self.mean, self.square, self.time]
 
-    def step(self, gradients: dict[str, Tensor], scale: Tensor, time: Tensor) -> None:
+    def step(self, gradients: dict[str, Tensor], scale: Tensor) -> None:
         if not self.parameters:
             return
-        flat = torch.cat([gradients[name].flatten(1) for name in self.parameters], 1)
-        self.mean.lerp_(flat, 1 - self.betas[0])
-        self.square.lerp_(flat.square(), 1 - self.betas[1])
-        mean = self.mean / (1 - self.betas[0] ** time)
+        flat = torch.cat([gradients.get(n, torch.zeros_like(p)).flatten(1) for n, p in self.parameters.items()], 1)
+        used = torch.cat([
+            self.time.new_full((1, size), float(name in gradients))
+            for name, size in zip(self.parameters, self.sizes, strict=True)
+        ], 1)  # fmt: skip
+        self.mean.lerp_(flat, (1 - self.betas[0]) * used)
+        self.square.lerp_(flat.square(), (1 - self.betas[1]) * used)
+        self.time.add_(used)
+        mean = self.mean / (1 - self.betas[0] ** self.time)
         rates = scale * self.rates
-        updates = rates * mean / ((self.square / (1 - self.betas[1] ** time)).sqrt() + EPSILON)
+        updates = rates * mean / ((self.square / (1 - self.betas[1] ** self.time)).sqrt() + EPSILON)
         pieces = zip(self.parameters.items(), updates.split(self.sizes, 1), rates.split(self.sizes, 1), strict=True)
         for (name, parameter), update, rate in pieces:
-            if self.decays[name]:
-                parameter.mul_(1 - self.decays[name] * rate.view_as(parameter))
-            parameter.sub_(update.view_as(parameter))
+            if name in gradients:
+                parameter.mul_(1 - self.decays[name] * rate.view_as(parameter)).sub_(update.view_as(parameter))
 
 
 class _Muon:
@@ -139,16 +146,18 @@ class _Muon:
         self.momentum = torch.zeros_like(torch.stack(list(parameters.values())))
 
     def step(self, gradients: dict[str, Tensor], scale: Tensor) -> None:
-        stacked = torch.stack([gradients[name] for name in self.parameters])
-        self.momentum.lerp_(stacked, 1 - self.beta)
+        stacked = torch.stack([gradients.get(n, torch.zeros_like(p)) for n, p in self.parameters.items()])
+        used = stacked.new_tensor([float(name in gradients) for name in self.parameters])
+        self.momentum.lerp_(stacked, (1 - self.beta) * _like(used, stacked))
         ahead = stacked.lerp(self.momentum, self.beta).flatten(0, 1)
         directions = vmap(orthogonalise)(ahead).view_as(stacked)
         rates = scale * self.rates
         updates = rates * update_scale(stacked.shape[-2:]) * directions
-        for parameter, rate, update in zip(self.parameters.values(), rates, updates, strict=True):
-            parameter.mul_(1 - self.decay * rate).sub_(update)
+        for (name, parameter), rate, update in zip(self.parameters.items(), rates, updates, strict=True):
+            if name in gradients:
+                parameter.mul_(1 - self.decay * rate).sub_(update)
 
 
-def _like(values: Float[Tensor, " runs"], tensor: Tensor) -> Tensor:
-    """One value a run, in a shape that multiplies `tensor`."""
+def _like(values: Float[Tensor, " n"], tensor: Tensor) -> Tensor:
+    """One value for each entry of the first dimension of `tensor`, in a shape that multiplies it."""
     return values.view(-1, *(1,) * (tensor.ndim - 1))

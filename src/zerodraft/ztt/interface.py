@@ -149,6 +149,10 @@ def _attend(
     call.attended = True
     if call.grid is not None:
         query = call.grid.unpack(query.transpose(1, 2)).transpose(1, 2)
+    if torch.is_autocast_enabled(query.device.type):
+        # Autocast brings torch's attention to one dtype (rotated q and k are float32, v is not), but not its kernels,
+        # and nothing under vmap.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if call.key is None:
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _family_eager(module))
         out, weights = plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -190,9 +194,6 @@ def _zero_attention(
     """Output, mass, and weights if eager, in the fastest form that backend, device and inputs allow; all are equal. The
     other forms go without the weights of all keys, where there is a way around them."""
     assert call.key is not None
-    if torch.is_autocast_enabled(q.device.type):
-        # Autocast brings torch's attention to one dtype (rotated q and k are float32, v is not), not its kernels.
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if backend == "eager":
         s0 = zero.zero_scores(q, call.key, scale)
         weights, mass = zero.zero_attention_weights(q, k, s0, mask=mask, is_causal=causal, scale=scale)

@@ -42,23 +42,32 @@ def recipes(make_recipe, place, *overrides, runs=RUNS):
     "overrides",
     [
         ("training.optimizer=muon", "training.muon_learning_rate=0.02", "model.ztt={input_injection: true}"),
-        ("training.shared_learning_rate_factor=0.5", "model.cycles=3", "loss.cycles_from=[0.3, 0.6]"),
+        (
+            "training.shared_learning_rate_factor=0.5",
+            "model.cycles=3",
+            "loss.cycles_from=[0.3, 0.6]",
+            "model.ztt={input_injection: true}",
+        ),
         ("loss.kind=weighted", "loss.exits_from=0.5", "training.optimizer=muon", "training.max_grad_norm=0.1"),
         ("model.cycles=1", "model.zero_tokens=false", "training.max_grad_norm=0"),
+        ("training.bf16=true",),
     ],
-    ids=["muon", "opening cycles", "late exits", "vanilla"],
+    ids=["muon", "opening cycles", "late exits", "vanilla", "bfloat16"],
 )
 def test_as_one_by_one(make_recipe, tmp_path, overrides):
     together = pretrain_stacked(recipes(make_recipe, tmp_path / "together", *overrides))
+    exact = 2e-2 if "training.bf16=true" in overrides else 1e-4
     for index, recipe in enumerate(recipes(make_recipe, tmp_path / "alone", *overrides)):
         alone, folder = pretrain(recipe, callbacks=[]), tmp_path / "together" / str(index)
-        assert losses(folder) == pytest.approx(losses(recipe.output), rel=1e-4)
+        assert losses(folder) == pytest.approx(losses(recipe.output), rel=exact)
         found = together[index]
         assert not isinstance(found, LossNotFinite)
-        assert found["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-4)
+        assert found["evaluation"] == pytest.approx(alone["evaluation"], rel=exact)
         assert {key: found[key] for key in ("parameters", "steps", "tokens")} == {
             key: alone[key] for key in ("parameters", "steps", "tokens")
         }
+        if exact > 1e-4:
+            continue  # in so few steps AdamW makes much of small differences
         model, other = (AutoModelForCausalLM.from_pretrained(Path(f) / "model") for f in (folder, recipe.output))
         ids = torch.arange(20)[None]
         assert torch.allclose(model(ids).logits, other(ids).logits, atol=2e-3)

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import set_seed
 
 from zerodraft.common.errors import ZerodraftError, writing
@@ -88,6 +89,8 @@ def pretrain_stacked(
     with ExitStack() as stack:
         for recipe in recipes:
             stack.enter_context(claimed(recipe.output, recipe, resume=begun))
+        # under vmap no tensor says that it needs a gradient, and the other kernels then keep nothing for their backward
+        stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
         stack.enter_context(warnings.catch_warnings())
         # vmap says of CPU attention that it runs once for each model: nothing that a user could change
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
@@ -253,7 +256,7 @@ class _Runs:
             leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=training.bf16):
                 found = forward(leaves, self.ids.long())
-            self.optimizer.step(torch.autograd.grad(found.sum(), list(leaves.values())))
+            self.optimizer.step(torch.autograd.grad(found.sum(), list(leaves.values()), allow_unused=True))
             return found.detach()
 
         if self._graphs is None:
