@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.test_cache import homeless
 from zerodraft.fast import library
 from zerodraft.fast.compiled import Kernels, kernels
 from zerodraft.fast.library import build, compiler_words, own_folder
@@ -231,13 +232,8 @@ def test_without_kernels(
         monkeypatch.setenv("ZERODRAFT_CACHE", str(tmp_path / "file"))
     elif why == "no home":
         monkeypatch.delenv("ZERODRAFT_CACHE")
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(Path, "expanduser", homeless)
+        homeless(monkeypatch)
     assert kernels.__wrapped__() is None
     told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(told) == (why not in ("switched off", "no compiler"))
     assert all(WITHOUT[why] in message and "\n" not in message for message in told)
-
-
-def homeless(path: Path) -> Path:
-    raise RuntimeError("Could not determine home directory.")

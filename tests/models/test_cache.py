@@ -115,9 +115,34 @@ def test_unwritable_cache_is_one_clear_sentence(tmp_path: Path) -> None:
 
 
 def test_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("ZERODRAFT_CACHE", str(tmp_path / "mine"))
     assert default_cache_dir() == tmp_path / "mine"
-    monkeypatch.delenv("ZERODRAFT_CACHE")
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "zerodraft"
+    if sys.platform == "linux":
+        monkeypatch.setenv("ZERODRAFT_CACHE", "~/mine")
+        assert default_cache_dir() == tmp_path / "mine"
+        monkeypatch.delenv("ZERODRAFT_CACHE")
+        assert default_cache_dir() == tmp_path / "xdg" / "zerodraft"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert default_cache_dir() == tmp_path / ".cache" / "zerodraft"
+
+
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry: no variable names a home, and no one is known."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="users are in pwd elsewhere only")
+@pytest.mark.parametrize("chosen", ["", "~/mine"])
+def test_without_a_home_the_message_says_what_to_set(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    homeless(monkeypatch)
+    monkeypatch.setenv("ZERODRAFT_CACHE", chosen)
+    with pytest.raises(ZerodraftError, match=r"There is no home directory .*set ZERODRAFT_CACHE"):
+        default_cache_dir()

@@ -137,6 +137,14 @@ def test_packing_and_cache(tokenizer, recipe, tmp_path):
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == folders
 
 
+def test_tokens_are_kept_in_the_cache_directory(recipe, tokenizer, tmp_path, monkeypatch):
+    documents = [make_text(seed, 40) for seed in range(20)]
+    monkeypatch.setenv("ZERODRAFT_CACHE", str(tmp_path / "mine"))
+    build_data(recipe, tokenizer, documents)
+    build_data(replace(recipe, cache=None), tokenizer, documents)
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {p.name for p in (tmp_path / "cache").iterdir()}
+
+
 def test_limited_evaluation_spans_the_text():
     blocks = PackedBlocks(np.arange(1000, dtype=np.uint16), 10, limit=5)
     assert [int(blocks[i]["input_ids"][0]) for i in range(len(blocks))] == [0, 200, 400, 600, 800]

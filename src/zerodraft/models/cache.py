@@ -10,12 +10,12 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
@@ -33,17 +33,11 @@ def default_cache_dir() -> Path:
         ZerodraftError: it is in the home directory, and there is none.
     """
     chosen = os.environ.get("ZERODRAFT_CACHE")
-    if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        root = "~/Library/Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return user_path(chosen) if chosen else user_path(root) / "zerodraft"
-    except ZerodraftError as error:
+        return user_path(chosen or user_cache_dir("zerodraft", appauthor=False, opinion=False))
+    except (ZerodraftError, RuntimeError) as error:
         raise ZerodraftError(
-            f"There is no home directory for what is kept ('{chosen or root}'): set ZERODRAFT_CACHE to a directory, "
+            f"There is no home directory for what is kept ('{chosen or '~'}'): set ZERODRAFT_CACHE to a directory, "
             "written without '~'."
         ) from error
 

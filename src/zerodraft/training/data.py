@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from zerodraft.common.errors import ZerodraftError, did_you_mean, why
 from zerodraft.common.files import check_regular, json_object, read_text, user_path
 from zerodraft.common.outputs import filled_once
+from zerodraft.models.cache import default_cache_dir
 from zerodraft.training.chat import Tokens, tokens_of
 from zerodraft.training.recipe import DataRecipe
 from zerodraft.training.rows import Document, content, document_of
@@ -300,12 +301,17 @@ def _pack(
 
 def _blocks(documents: Sequence[Document], tokenizer: Any, recipe: DataRecipe, limited: bool) -> PackedBlocks:
     masked = recipe.completion_only_loss and not all(isinstance(document, str) for document in documents)
-    tokens, learned = _tokenize_cached(documents, tokenizer, user_path(recipe.cache), masked)
+    tokens, learned = _tokenize_cached(documents, tokenizer, cache_folder(recipe), masked)
     size = sum(len(content(document).encode()) for document in documents)
     # of a part of the tokens there is no such measure
     per_byte = float("nan") if masked or not size else len(tokens) / size
     limit = recipe.validation_blocks if limited else 0
     return PackedBlocks(tokens, recipe.context_length, limit, per_byte, learned)
+
+
+def cache_folder(recipe: DataRecipe) -> Path:
+    """Where tokenized data and tokenizers of a recipe are kept."""
+    return default_cache_dir() if recipe.cache is None else user_path(recipe.cache)
 
 
 def pack_texts(documents: Sequence[Document], tokenizer: Any, length: int, limit: int = 0) -> PackedBlocks:

@@ -125,8 +125,9 @@ class DataRecipe:
     """Tokens in a training block."""
     validation_blocks: int = 128
     """At most this many blocks are used in each evaluation; 0 means all."""
-    cache: str = "~/.cache/zerodraft"
-    """Folder for tokenized data, one sub-folder per content hash."""
+    cache: str | None = None
+    """Folder for tokenized data, one sub-folder per content hash; null stands for `$ZERODRAFT_CACHE`, else `zerodraft`
+    in the platform's cache directory."""
     hub_split: str = "train"
     """Split to take of hub data sets."""
 

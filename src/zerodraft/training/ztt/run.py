@@ -13,13 +13,12 @@ import transformers
 from transformers import TrainerCallback, default_data_collator, set_seed
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import user_path
 from zerodraft.common.outputs import filled_once
 from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.base import training_arguments
 from zerodraft.training.callbacks import ProgressBar
-from zerodraft.training.data import PackedBlocks, TextData, build_data, read_documents, split_documents
+from zerodraft.training.data import PackedBlocks, TextData, build_data, cache_folder, read_documents, split_documents
 from zerodraft.training.folder import checkpoint_step, claimed, start_folder
 from zerodraft.training.kept import leave
 from zerodraft.training.recipe import Recipe
@@ -136,7 +135,7 @@ def tokenizer_of(recipe: Recipe, documents: Sequence[Document]) -> Any:
     digest = hashlib.sha256(f"{recipe.tokenizer.vocab_size}:{recipe.model.max_position_embeddings}".encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
-    cached = user_path(recipe.data.cache) / f"tokenizer-{digest.hexdigest()[:32]}"
+    cached = cache_folder(recipe.data) / f"tokenizer-{digest.hexdigest()[:32]}"
 
     def train_one(partial: Path) -> None:
         sizes = recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings
