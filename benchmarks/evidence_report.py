@@ -15,7 +15,7 @@ from evidence_exits import ExitTable, draw_exits
 from evidence_figures import draw_curves, draw_losses
 from evidence_mechanism import Mechanisms, draw_masses
 from evidence_plan import OfRun
-from evidence_statistics import Estimate, Verdict, estimate, paired, phi, verdict
+from evidence_statistics import Estimate, Verdict, estimate, paired, phi, size_of_equal, verdict
 from evidence_table import Look, Row, Table, read_result, read_table
 from evidence_text import grid, interval
 from zerodraft.common.errors import ZerodraftError
@@ -38,6 +38,17 @@ PHI = """phi: r cycles of a shared block are worth r^phi copies of it
 ([arXiv 2604.21106](https://arxiv.org/abs/2604.21106)). The loss is taken to be linear in the logarithm of the
 parameters in layers, between `{baseline}` and `{bound}`; phi is found for every seed. 0: the cycles bring nothing, 1:
 as much as stored copies.
+"""
+
+AT_EACH_RATE = """### At each rate
+
+The same pairs, not at the best rate of each arm but at one rate for both. Many intervals stand here: of twenty, one
+misses by chance.
+"""
+
+EQUAL_LOSS = """### Parameters at equal loss
+
+Between {arms} the loss is taken to be linear in the logarithm of the parameters in layers, seed by seed.
 """
 
 
@@ -225,6 +236,12 @@ def section(name: str, table: Table) -> Iterator[str]:
         yield grid(*differences)
         if plan.bound in table.arms():
             yield PHI.format(baseline=plan.baseline, bound=plan.bound)
+    if rows := at_each_rate(table):
+        yield AT_EACH_RATE
+        yield grid(["arms", "rate", "pairs", "validation loss"], rows)
+    if rows := equal_losses(table):
+        yield EQUAL_LOSS.format(arms=", ".join(plain_arms(table)))
+        yield grid(["arm", "seeds", "parameters in layers, in times of vanilla's at the same loss"], rows)
     yield "### Every run\n"
     yield f"From `{provenance(table)}`. Losses by cycle.\n"
     yield grid(*every_run(table))
@@ -300,6 +317,47 @@ def compared(table: Table) -> tuple[list[str], list[list[str]]] | None:
             rows.append([arm, str(value.count), interval(value), *others, *exponent])
     header = ["arm", "pairs", *(f"{text} loss" for text in texts), *(["phi"] if with_phi else [])]
     return (header, rows) if rows else None
+
+
+def at_each_rate(table: Table) -> list[list[str]]:
+    """The pairs of arms that the claims compare, at every rate that both have tried; none of a table with one rate."""
+    rows = []
+    for claim in CLAIMS if len(table.plan.rates) > 1 else ():
+        for arm in claim.arms(table) if claim.other in table.arms() else ():
+            for rate in table.plan.rates:
+                found = paired(losses_at(table, arm, rate), losses_at(table, claim.other or "", rate))
+                if found is not None:
+                    rows.append([f"{arm}, {claim.other}", rate, str(found.count), interval(found)])
+    return rows
+
+
+def losses_at(table: Table, arm: str, rate: str) -> dict[int, float]:
+    """Validation losses by seed."""
+    return {row.seed: row.loss for row in table.rows if (row.arm, row.rate) == (arm, rate)}
+
+
+def plain_arms(table: Table) -> list[str]:
+    """Arms that run every stored layer once, on as much text as the baseline; smallest first."""
+    base = next(iter(table.best_rows(table.plan.baseline).values()), None)
+    firsts = [next(iter(table.best_rows(arm).values()), None) for arm in table.arms()]
+    plain = [row for row in firsts if row and base and row.model.cycles == 1 and row.tokens == base.tokens]
+    return [row.arm for row in sorted(plain, key=lambda row: row.layer_parameters)]
+
+
+def equal_losses(table: Table) -> list[list[str]]:
+    """For every looped arm, its parameters in layers over those of a vanilla model with its loss."""
+    sizes: dict[int, dict[int, float]] = {}
+    for arm in plain_arms(table):
+        for seed, row in table.best_rows(arm).items():
+            sizes.setdefault(seed, {})[row.layer_parameters] = row.loss
+    rows = []
+    for arm in table.arms():
+        looped = {seed: row for seed, row in table.best_rows(arm).items() if row.model.cycles > 1}
+        needed = {seed: size_of_equal(row.loss, sizes.get(seed, {})) for seed, row in looped.items()}
+        ratios = [row.layer_parameters / size for seed, row in looped.items() if (size := needed[seed])]
+        if ratios and len(ratios) == len(looped):
+            rows.append([arm, str(len(ratios)), interval(estimate(ratios), digits=2)])
+    return rows
 
 
 def phi_of(table: Table, arm: str) -> Estimate | None:

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -23,6 +24,8 @@ from zerodraft.training.callbacks import ProgressBar, read_log
 from zerodraft.training.folder import RECIPE, RESULTS, checkpoint_step, last_checkpoint
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.strict import from_mapping
+from zerodraft.training.ztt.losses import CycleLoss
+from zerodraft.training.ztt.models import number_of_cycles
 from zerodraft.training.ztt.run import pretrain
 from zerodraft.training.ztt.stacked import StackedPaused, pretrain_stacked
 from zerodraft.ztt.flops import count_flops
@@ -203,21 +206,40 @@ def finished(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 class Sizes(NamedTuple):
-    """What is the same for all runs of an arm: parameters, those in layers, FLOPs of a forward pass per token."""
+    """What is the same for all runs of an arm: parameters, those in layers, mean FLOPs of a training step's token."""
 
     parameters: int
     layer_parameters: int
-    forward: int
+    flops: float
 
 
 def sizes_of(recipe: Recipe) -> Sizes:
     """The sizes of the model that a finished run left."""
     model: Any = AutoModelForCausalLM.from_pretrained(Path(recipe.output) / "model").eval()
-    ids = torch.zeros(1, recipe.data.context_length, dtype=torch.long)
-    with count_flops() as counted, torch.no_grad():
-        model(ids, use_cache=False)
     in_layers = sum(p.numel() for layer in model.get_decoder().layers for p in layer.parameters())
-    return Sizes(model.num_parameters(), in_layers, counted.total // recipe.data.context_length)
+    return Sizes(model.num_parameters(), in_layers, step_flops(model, recipe))
+
+
+def step_flops(model: Any, recipe: Recipe) -> float:
+    """FLOPs of a training step for each of its tokens, in the mean over the steps: cycles may open late, and some
+    losses read out after every cycle."""
+    cycle_loss = CycleLoss(recipe.loss, number_of_cycles(model), recipe.seed)
+    length, steps = recipe.data.context_length, recipe.training.steps
+    asked = Counter(
+        tuple(
+            (name, value)
+            for name, value in cycle_loss.forward_arguments(step, 0, (1, length), progress=step / steps).items()
+            if name != "exit_depth"  # all cycles run, and some results are left aside
+        )
+        for step in range(steps)
+    )
+    ids = torch.zeros(1, length, dtype=torch.long)
+    total = 0
+    for arguments, times in asked.items():
+        with count_flops() as counted, torch.no_grad():
+            model(ids, labels=ids, use_cache=False, **dict(arguments))
+        total += times * counted.total
+    return PASSES * total / (length * steps)
 
 
 def row_of(plan: Plan, run: Run, recipe: Recipe, results: dict[str, Any], sizes: Sizes, words: Sequence[str]) -> Row:
@@ -231,7 +253,7 @@ def row_of(plan: Plan, run: Run, recipe: Recipe, results: dict[str, Any], sizes:
         layer_parameters=sizes.layer_parameters,
         steps=results["steps"],
         tokens=results["tokens"],
-        flops=PASSES * sizes.forward * results["tokens"],
+        flops=round(sizes.flops * results["tokens"]),
         seconds=results["tokens"] / speed if speed else None,
         losses=losses_by_cycle(results["evaluation"]),
         curve=curve(read_log(Path(recipe.output) / "log.jsonl")),

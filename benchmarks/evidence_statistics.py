@@ -5,6 +5,7 @@ off two measured ones: the vanilla model, with one copy, and the one with all r 
 taken to be linear in the logarithm of the parameters in layers.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,3 +78,21 @@ def phi(*, loss: float, vanilla: float, unshared: float, copies: int, once: int,
     growth = min(share * math.log(all_of_them / one), 50.0)
     worth = (one * math.exp(growth) - once) / shared
     return math.log(worth) / math.log(copies) if worth > 0 else None
+
+
+def size_of_equal(loss: float, sizes: Mapping[int, float]) -> float | None:
+    """How many parameters a model of another kind would need for a loss.
+
+    Args:
+        loss: To be reached.
+        sizes: Losses of that kind by parameters; between two neighbours the loss is taken to be linear in the logarithm
+            of the parameters.
+
+    Returns:
+        None where no two neighbours have the loss between them.
+    """
+    points = sorted(sizes.items())
+    for (small, above), (large, below) in itertools.pairwise(points):
+        if above >= loss >= below and above > below:
+            return small * (large / small) ** ((above - loss) / (above - below))
+    return None

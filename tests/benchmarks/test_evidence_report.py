@@ -137,6 +137,32 @@ def test_phi_of_arms_by_hand(table: Table) -> None:
     assert phi_of(table, "unshared") is None, "no cycles"
 
 
+def test_pairs_at_each_rate(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan(seeds=[0, 1], rates={"1e-2": {"learning_rate": 1e-2}, "1e-3": {"learning_rate": 1e-3}})
+    # each arm is at its best with another rate
+    losses = {("vanilla", "1e-2"): 3.0, ("vanilla", "1e-3"): 3.2, ("ztt", "1e-2"): 2.9, ("ztt", "1e-3"): 2.8}
+    rows = [
+        made_row(plan, arm, seed, loss + seed / 10, rate=rate)
+        for (arm, rate), loss in losses.items()
+        for seed in (0, 1)
+    ]
+    page = markdown({"tiny": Table(plan=plan, rows=tuple(rows))}).split("### At each rate")[1]
+    assert row_of(page, "ztt, vanilla", "1e-2")[2:] == ["2", "-0.1000 [-0.1000, -0.1000]"]
+    assert row_of(page, "ztt, vanilla", "1e-3")[2:] == ["2", "-0.4000 [-0.4000, -0.4000]"]
+
+
+def test_parameters_at_equal_loss(table: Table) -> None:
+    rows = tuple(replace(row, layer_parameters=400 if row.arm == "unshared" else 300) for row in table.rows)
+    page = markdown({"tiny": replace(table, rows=rows)}).split("### Parameters at equal loss")[1]
+    assert page.splitlines()[2].startswith("Between vanilla, unshared the loss is taken to be linear")
+    # half, 0.6 and 0.4 of the way from 300 parameters to 400
+    ratios = [(3 / 4) ** share for share in (0.5, 0.6, 0.4)]
+    assert row_of(page, "ztt", "3")[2].startswith(f"{sum(ratios) / 3:.2f} [")
+    assert "| basic |" not in page.split("###")[0], "its loss is vanilla's of seed 0 or more, and no size is that small"
+    longer = tuple(replace(row, tokens=1) if row.arm == "unshared" else row for row in rows)
+    assert "at equal loss" not in markdown({"tiny": replace(table, rows=longer)}), "sizes see equal text"
+
+
 def test_no_phi_without_its_bound(table: Table) -> None:
     rows = tuple(row for row in table.rows if row.arm != "unshared")
     page = markdown({"tiny": Table(plan=table.plan, rows=rows)})

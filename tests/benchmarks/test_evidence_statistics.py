@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evidence_statistics import T_975, Estimate, estimate, paired, phi, verdict
+from evidence_statistics import T_975, Estimate, estimate, paired, phi, size_of_equal, verdict
 
 
 def test_an_interval_by_hand() -> None:
@@ -73,3 +73,12 @@ def test_no_phi_where_nothing_can_be_read_off() -> None:
     huge = phi(loss=2.0, vanilla=2.6, unshared=2.6 - 1e-12, **sizes)
     assert huge is not None
     assert 10 < huge < math.inf
+
+
+def test_the_size_of_a_model_with_equal_loss() -> None:
+    sizes = {400: 3.0, 100: 3.4, 1600: 2.8}
+    assert size_of_equal(3.2, sizes) == pytest.approx(200)
+    assert size_of_equal(2.9, sizes) == pytest.approx(800)
+    assert size_of_equal(3.0, sizes) == pytest.approx(400)
+    assert size_of_equal(3.5, sizes) is None
+    assert size_of_equal(2.7, sizes) is None
