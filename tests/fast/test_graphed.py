@@ -190,6 +190,23 @@ def test_the_next_text_uses_what_was_recorded() -> None:
     assert Taped.made > made
 
 
+@pytest.mark.parametrize("recorder", [Unrecorded, Taped])
+def test_a_text_after_one_with_other_taps(recorder: Any) -> None:
+    model = tiny_plain("qwen3")
+    for taps, length in (((), 9), ((0, 2), 12), ((), 7)):
+        prompt = tokens(1, length)
+        target, text = target_of(model, recorder), prompt[0].tolist()
+        with torch.no_grad():
+            target.prefill(prompt, prompt >= 0, taps)
+        for _ in range(3):
+            text.append(20 + len(text))
+            check(model, score(target, text[-1:], [TREE], taps), 0, text, TREE, taps)
+            # a branch behind another one: its columns have to come first
+            target.keep([[0, 7, 8]])
+            text += [int(TREE.tokens[node]) for node in (6, 7)]
+        del target
+
+
 def test_nothing_of_the_last_text_is_left() -> None:
     model, prompt = tiny_plain("llama"), tokens(1, 8)
     target = target_of(model)

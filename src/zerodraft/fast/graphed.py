@@ -108,7 +108,7 @@ class GraphedTarget(HfTarget):
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """See `Target.keep`."""
         if self._count and self._recording is not None:
-            self._recording.put_first(kept[0], self._count)
+            self._recording.put_first(kept[0])
             kept = [range(len(kept[0]))]
         super().keep(kept)
 

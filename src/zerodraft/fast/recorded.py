@@ -77,6 +77,7 @@ class Recording:
         self._record: Recorder = recorder(model.device)
         self._start = torch.zeros((), dtype=torch.int64, device=model.device)
         self._passes: dict[tuple[int, tuple[int, ...]], Pass] = {}
+        self._last: Pass | None = None
         self._room = 0
         self._keys: Tensor | None = None
 
@@ -97,20 +98,21 @@ class Recording:
         self._start.fill_(start)
         for other in AHEAD:
             self._pass(other, taps)
-        step = self._pass(size, taps)
+        # one of this size with other taps still has the columns of its own last run
+        self._last = step = self._pass(size, taps)
         # tokens that fill up see the text and themselves, so that their scores are numbers; nobody sees them
         step.ids.zero_()[:, :count] = ids
         step.depth.zero_()[:, :count] = depth
         step.visible.copy_(torch.eye(size, dtype=torch.bool, device=ids.device))[:, :count, :count] = visible
         return step.run()
 
-    def put_first(self, columns: Sequence[int], count: int) -> None:
-        """Put these columns of the last pass, which had `count` tokens, in front of its others."""
+    def put_first(self, columns: Sequence[int]) -> None:
+        """Put these columns of the last pass in front of its others."""
         if list(columns) == list(range(len(columns))):
             return
-        size = padded(count)
-        step = next(step for (other, _), step in self._passes.items() if other == size)
-        step.order.copy_(torch.tensor([*columns, *range(len(columns), size)], device="cpu"))
+        step = self._last
+        assert step is not None
+        step.order.copy_(torch.tensor([*columns, *range(len(columns), len(step.order))], device="cpu"))
         step.reorder()
 
     def _states(self) -> list[Tensor]:
