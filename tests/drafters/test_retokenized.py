@@ -206,6 +206,14 @@ def test_greedy_tokens_are_those_of_plain_decoding() -> None:
     assert torch.equal(TARGET.generate(**inputs, **HOW, custom_generate=DiffuSpec(wrapped)), plain)
 
 
+def test_texts_end_where_the_model_or_its_tokenizer_says() -> None:
+    small = model(TOKENIZERS["few"], 0)
+    small.generation_config.eos_token_id = [3, 4]
+    own: Any = TOKENIZERS["few"].eos_token_id
+    for drafter, ends in ((AutoregressiveDrafter(small), {3, 4, own}), (Knowing(TOKENIZERS["few"], ""), {own})):
+        assert RetokenizedDrafter(drafter, TOKENIZERS["few"], TOKENIZERS["many"]).eos_ids == ends
+
+
 def test_a_drafter_that_knows_saves_steps() -> None:
     prompt = TOKENIZERS["many"]("The cat sat", return_tensors="pt")["input_ids"]
     how = HOW | {"eos_token_id": None, "pad_token_id": 0}

@@ -272,6 +272,26 @@ def test_another_target_can_be_plugged_in() -> None:
     assert len(made) == 1
 
 
+class Bare:
+    """A target that can do no more than it has to."""
+
+    def __init__(self, model: Any) -> None:
+        target = HfTarget(model)
+        self.device, self.prefill, self.score, self.keep = target.device, target.prefill, target.score, target.keep
+
+
+@pytest.mark.parametrize("make_target", [HfTarget, Bare])
+def test_a_target_that_can_export_returns_a_cache(make_target: Any) -> None:
+    model, prompt = tiny_plain("llama"), tokens(1, 7)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    plain = model.generate(prompt, **how)
+    spec = DiffuSpec(NoisyDrafter(plain.sequences.tolist(), VOCABULARY), make_target=make_target)
+    out = model.generate(prompt, **how, custom_generate=spec)
+    assert torch.equal(out.sequences, plain.sequences)
+    lengths = None if out.past_key_values is None else out.past_key_values.get_seq_length()
+    assert lengths == (None if make_target is Bare else plain.past_key_values.get_seq_length())
+
+
 def test_taps_arrive_one_position_behind_the_tokens() -> None:
     model, batch = tiny_plain("llama"), prompts_of(3)
     plain = model.generate(**batch, max_new_tokens=NEW, do_sample=False, eos_token_id=None)

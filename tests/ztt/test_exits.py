@@ -19,6 +19,7 @@ from zerodraft import (
     FixedExit,
     KlExit,
     LatentExit,
+    ReadingRule,
     ZerodraftError,
     ZeroMassExit,
     ZttForCausalLM,
@@ -299,9 +300,12 @@ def test_the_mass_is_there_unless_the_rule_does_not_read_it() -> None:
     class Blind(Spy):
         reads_zero_mass = False
 
-    for rule in (Spy(), Blind()):
+    class Derived(Spy, ReadingRule):
+        """Says nothing, as its base class has said it."""
+
+    for rule in (Spy(), Blind(), Derived()):
         model(tokens(), exit_rule=rule)
-    assert seen == [False, False, True, True]
+    assert seen == [False, False, True, True, False, False]
     blind = [name for name, (rule, _) in SCORED.items() if not getattr(rule, "reads_zero_mass", True)]
     assert blind == ["confidence", "entropy", "kl", "latent"]
 

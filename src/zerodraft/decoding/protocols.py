@@ -70,6 +70,16 @@ class LastingTarget(Target, Protocol):
         ...
 
 
+@runtime_checkable
+class ExportingTarget(Target, Protocol):
+    """A target that can hand what it has cached to transformers."""
+
+    def export(self, cache: Any, columns: int | None = None) -> None:
+        """Put the text's keys and values, or those of its first columns, into a transformers `Cache`: an empty one, or
+        the one that decoding began with."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What became known of one row: `tokens` (new ones, accepted and then the target's own), and the hidden states of
@@ -122,3 +132,10 @@ class Drafter(Protocol):
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> DraftSession:
         """A session for `batch` rows."""
         ...
+
+
+@runtime_checkable
+class EndingDrafter(Drafter, Protocol):
+    """A drafter that knows more tokens which end a text than its tokenizer names."""
+
+    eos_ids: frozenset[int]

@@ -332,7 +332,7 @@ def copy_layers(drafter: Any, target: PreTrainedModel, sources: Sequence[nn.Modu
             if name in weights and weights[name].shape == parameter.shape:
                 parameter.copy_(weights[name])
     decoder: Any = target.get_decoder()
-    decoder = getattr(decoder, "family", decoder)
+    decoder = decoder.family if isinstance(target.config, ZttConfig) else decoder
     if hasattr(decoder, "norm"):
         drafter.norm.weight.copy_(decoder.norm.weight)
 

@@ -30,7 +30,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, Qwen2T
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
 from zerodraft.decoding.lattice import Lattice
-from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
+from zerodraft.decoding.protocols import Drafter, DraftSession, EndingDrafter, Progress
 from zerodraft.models.loading import load_tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class RetokenizedDrafter:
                 )
         self.drafter, self.own, self.target = drafter, own, target
         self.max_length = drafter.max_length
-        self.eos_ids = frozenset(getattr(drafter, "eos_ids", ())) | {own.eos_token_id}
+        more = drafter.eos_ids if isinstance(drafter, EndingDrafter) else ()
+        self.eos_ids = frozenset({own.eos_token_id, *more})
         self.special_ids = frozenset(own.all_special_ids)
 
     def check(self, config: Any) -> None:

@@ -23,7 +23,7 @@ from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.kept import Kept, Origin
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
-from zerodraft.decoding.protocols import Drafter, Target
+from zerodraft.decoding.protocols import Drafter, ExportingTarget, Target
 from zerodraft.decoding.rotary import horizon
 from zerodraft.decoding.scorers import CausalProxy
 from zerodraft.decoding.search import SearchConfig
@@ -266,12 +266,11 @@ class DiffuSpec:
             self._kept.append(left)
         sequences = stream.sequences(input_ids)
         new = sequences.shape[1] - input_ids.shape[1]
-        export = getattr(engine.target, "export", None)
-        if export is None:
+        if not isinstance(engine.target, ExportingTarget):
             past = None
         elif past is not None and (returns or getattr(past, "_is_user_defined", False)):
             # a row that went on behind its own end has more in the cache; the last token was never in the target
-            export(past, sequences.shape[1] - 1)
+            engine.target.export(past, sequences.shape[1] - 1)
         if not returns:
             return sequences
         return GenerateDecoderOnlyOutput(

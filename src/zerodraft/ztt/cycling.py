@@ -23,7 +23,7 @@ from transformers import Cache
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
 from zerodraft.ztt.config import Plan, Step
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
 from zerodraft.ztt.families import DecoderParts, makes_masks
 from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 
@@ -51,7 +51,13 @@ class CycledLayers(nn.ModuleList):
 
 
 class Recorder:
-    """What `CycledLayers` hands its layers' calls to during a forward pass."""
+    """What `CycledLayers` hands its layers' calls to during a forward pass.
+
+    Attributes:
+        causal_only: Whether the caller of the forward pass gave nothing that could mask more than causality does.
+    """
+
+    causal_only: bool = False
 
     def record(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
@@ -125,7 +131,7 @@ class CycleRun(Recorder):
         cache: Cache of the unrolled model, or None.
         cycles: Cycles to run for every token.
         real: `(b, t)` bool, False for padding, or None.
-        causal_only: Whether the caller gave nothing that could mask more than causality does.
+        causal_only: See `Recorder`.
         readout: Logits of states, for rules that want them.
     """
 
@@ -224,12 +230,14 @@ class CycleRun(Recorder):
         """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
         b, t, _ = hidden.shape
         cycles = [[step for step in shared if step.cycle == cycle] for cycle in range(self.cycles)]
+        rule = self.options.rule
+        assert rule is not None
         padded = self.real is not None and not bool(self.real.all())
         real = self.real if padded and self.real is not None else hidden.new_ones(b, t)
         depth = real.expand(b, t).long().flatten()
         memory, grid, states = KvMemory(), None, hidden  # no grid: all tokens run
         for cycle, steps in enumerate(cycles, 1):
-            before, masses = states, [] if getattr(self.options.rule, "reads_zero_mass", True) else None
+            before, masses = states, [] if reads_zero_mass(rule) else None
             for step in steps:
                 states = self.inject(step, states, grid)
                 states = self.run_layer(step, states, SlotView(self.cache, step.slot, memory, grid), grid, masses)

@@ -44,15 +44,27 @@ class CycleOutput:
 
 @runtime_checkable
 class ExitRule(Protocol):
-    """Decides which tokens stop after a cycle.
-
-    A rule that never looks at the zero-token mass may say so with an attribute `reads_zero_mass = False`; then the mass
-    is not computed, and None.
-    """
+    """Decides which tokens stop after a cycle; a function will do. See `ReadingRule` for one without zero masses."""
 
     def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
         """True for the tokens that stop."""
         ...
+
+
+@runtime_checkable
+class ReadingRule(ExitRule, Protocol):
+    """A rule that says what it looks at; the base class of a rule of your own.
+
+    Attributes:
+        reads_zero_mass: Whether it looks at the zero-token mass; if not, the mass is not computed, and None.
+    """
+
+    reads_zero_mass: ClassVar[bool] = True
+
+
+def reads_zero_mass(rule: ExitRule) -> bool:
+    """Whether a rule looks at the zero-token mass; one that does not say may."""
+    return not isinstance(rule, ReadingRule) or rule.reads_zero_mass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -237,7 +237,7 @@ def _sdpa_mask(make: Callable[..., Tensor | None], *args: Any, **kwargs: Any) ->
     While it is compiled, transformers writes every mask out, as it may not look for padding or packed texts in values;
     and no flash kernel takes one.
     """
-    if torch.compiler.is_compiling() and getattr(current.run, "causal_only", False):
+    if torch.compiler.is_compiling() and current.run is not None and current.run.causal_only:
         square = kwargs.get("q_length", -1) == kwargs.get("kv_length", -2)
         if square and kwargs.get("local_size") is None and not kwargs.get("use_vmap", True):
             return None

@@ -14,7 +14,7 @@ from torch import nn
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.recipe import PeftRecipe
-from zerodraft.ztt.pretrained import OWN_PARTS
+from zerodraft.ztt.pretrained import OWN_PARTS, ZttPreTrainedModel
 
 
 def add_adapters(model: nn.Module, recipe: PeftRecipe) -> Any:
@@ -31,12 +31,13 @@ def add_adapters(model: nn.Module, recipe: PeftRecipe) -> Any:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as error:
         raise ZerodraftError("peft.rank > 0 needs the peft extra: pip install 'zerodraft[peft]'") from error
+    owned = OWN_PARTS if isinstance(model, ZttPreTrainedModel) else ()
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft says int and divides it
         lora_dropout=recipe.dropout,
         target_modules=list(recipe.target_modules) or "all-linear",
-        modules_to_save=[name for name in OWN_PARTS if getattr(model, name, None) is not None],
+        modules_to_save=[name for name in owned if getattr(model, name) is not None],
         task_type=TaskType.CAUSAL_LM,
     )
     try:

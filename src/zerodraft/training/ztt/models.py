@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean, reading
@@ -69,8 +69,7 @@ def build_from_start(recipe: ModelRecipe) -> PreTrainedModel:
 
 def number_of_cycles(model: PreTrainedModel) -> int:
     """Exits of the model: its cycles, or 1 for a plain one."""
-    config: PreTrainedConfig = model.config
-    return getattr(config, "cycles", 1)
+    return model.config.cycles if isinstance(model.config, ZttConfig) else 1
 
 
 def _cycling(recipe: ModelRecipe) -> dict[str, Any]:
