@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.drafters.driving import drafts
+from tests.fast.tape import Tape
 from zerodraft import ZttConfig, ZttForCausalLM
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
@@ -123,13 +124,18 @@ def test_training_mask_element_by_element() -> None:
                 assert mask[row, 0, query, key] == expected
 
 
-@pytest.mark.parametrize("layers", [CompiledBlock, EachLayer])
+@pytest.mark.parametrize(("layers", "whole"), [(CompiledBlock, False), (EachLayer, False), (EachLayer, True)])
 @pytest.mark.parametrize("family", TARGETS)
 @torch.no_grad()
-def test_decoding_agrees_with_the_network(family: str, layers: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through several steps that accept different numbers, past the first size of the cache, two rows at once."""
+def test_decoding_agrees_with_the_network(
+    family: str, layers: type, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through several steps that accept different numbers, past the first size of the cache, two rows at once; and with
+    attention over the whole cache, as on a GPU."""
     if layers is CompiledBlock and kernels() is None:
         pytest.skip("needs a C++ compiler and torch's OpenMP")
+    if whole:
+        monkeypatch.setattr("zerodraft.drafters.block_layers.reach", lambda device, end, positions: positions)
     if layers is EachLayer:
         monkeypatch.setattr("zerodraft.drafters.block_layers.kernels", lambda: None)
     draft_ids = torch.arange(0, 64, 2)
@@ -149,6 +155,20 @@ def test_decoding_agrees_with_the_network(family: str, layers: type, monkeypatch
         pairs = couple_plainly(target, drafter, hidden, so_far[0, -1], lattice)
         assert torch.allclose(torch.from_numpy(lattice.pairs), pairs, atol=1e-4)
         assert torch.allclose(pairs.logsumexp(-1), top.values.logsumexp(-1)[:, None].expand(-1, 5), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_draft_asks_the_device_for_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each would wait for all that was launched before; the tape refuses them."""
+    monkeypatch.setattr("zerodraft.drafters.block_layers.kernels", lambda: None)
+    target, drafter = make()
+    session = BlockDrafter(drafter, target, candidates=5).start(1, torch.device("cpu"), None)
+    ids = torch.randint(64, (1, 12))
+    session.observe([Progress(ids[0], states(target, ids)[0, :-1])])
+    with Tape() as tape:
+        (lattice,) = session.propose([4])
+    assert len(lattice) == 4
+    assert any(func is torch.ops.aten.scaled_dot_product_attention.default for func, *_ in tape.calls)
 
 
 @pytest.mark.parametrize("linear", [NarrowLinear, Int8Linear])

@@ -59,9 +59,13 @@ def test_network_is_that_of_transformers(tmp_path: Path, changes) -> None:
 
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("changes", [{}, SLIDING, {**SLIDING, "causal_sliding": False}], ids=["full", "causal", "both"])
+@pytest.mark.parametrize("whole", [False, True])
 @torch.no_grad()
-def test_decoding_agrees_with_the_network(family: str, changes) -> None:
-    """Through several steps that accept different numbers, past the first size of the cache, two rows at once."""
+def test_decoding_agrees_with_the_network(family: str, changes, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through several steps that accept different numbers, past the first size of the cache, two rows at once; and with
+    attention over the whole cache, as on a GPU."""
+    if whole:
+        monkeypatch.setattr("zerodraft.drafters.dflash.reach", lambda device, end, positions: positions)
     target, drafter = make(family, **changes)
     fast = DFlashDrafter(drafter, target, candidates=5)
     assert fast.max_length == 4

@@ -16,7 +16,7 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.drafters.block_layers import block_layers
 from zerodraft.drafters.block_model import BlockDrafterModel
-from zerodraft.drafters.tapped import FIRST_SLOTS, TappedRow, TappedSession, grown, readable_weights, release
+from zerodraft.drafters.tapped import FIRST_SLOTS, TappedRow, TappedSession, grown, on_host, readable_weights, release
 from zerodraft.fast.int8 import rounded_linear
 from zerodraft.fast.packed import PackedLinear
 from zerodraft.models.loading import load_pretrained
@@ -124,7 +124,8 @@ class _Row(TappedRow):
         taps_MFH = self.take_pending(model.norm.weight)
         new = len(taps_MFH)
         self.cache = grown(self.cache, self.length + new + drafter.max_length)
-        embedding = drafter.embedding[self.newest.to(drafter.embedding.device)]
+        # torch asks a GPU for the number that a tensor without dimensions indexes by, and waits
+        embedding = drafter.embedding.index_select(0, self.newest.to(drafter.embedding.device)[None])[0]
         state = taps_MFH[-1, 0]
         x_KH = state + drafter.slots(model.entry(state, embedding)[None]).view(drafter.max_length, -1)
         x_KH = drafter.layers(taps_MFH, x_KH, self.cache, self.length)
@@ -135,9 +136,11 @@ class _Row(TappedRow):
         log_q = scores.float() - logits.float().logsumexp(-1, keepdim=True)
         ids = drafter.draft_ids[columns]
         if drafter.coupling is None:
-            return Lattice(ids.cpu().numpy(), log_q.cpu().numpy())
+            ids, log_q = on_host(ids, log_q)
+            return Lattice(ids, log_q)
         pairs = drafter.coupling(states_KH, embedding, columns, scores, log_q)
-        return Lattice(ids.cpu().numpy(), log_q.cpu().numpy(), pairs=pairs.cpu().numpy())
+        ids, log_q, pairs = on_host(ids, log_q, pairs)
+        return Lattice(ids, log_q, pairs=pairs)
 
 
 class _FastCoupling:

@@ -2,7 +2,7 @@
 
 New states and the block go through each layer together, as a few more rows cost next to nothing; the states do no more
 there than leave their keys and values. The block's own lie behind the context and are overwritten next time. The block
-sees everything that is there, so attention needs no mask.
+sees everything that is there, so attention needs no mask but on a GPU, where it runs over the whole cache (`reach`).
 
 Legend: M new context positions, K slots, F tapped states (one a layer), H hidden size, nk key/value heads, D head size,
 S positions of the cache.
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
-from zerodraft.drafters.tapped import PackedLayer
+from zerodraft.drafters.tapped import PackedLayer, reach
 from zerodraft.fast.compiled import CPU, kernels
 from zerodraft.fast.int8 import Int8Linear
 from zerodraft.fast.lean_compiled import CompiledLayers
@@ -53,9 +53,12 @@ class EachLayer:
     ) -> Float[Tensor, "K H"]:
         """See `BlockLayers`."""
         slots = len(x)
-        rotary = self.rotate(torch.arange(start, start + len(taps) + slots, device=x.device)[None])
+        end = start + len(taps) + slots
+        rotary = self.rotate(torch.arange(start, end, device=x.device)[None])
+        keys = reach(x.device, end, cache.shape[-2])
+        seen = None if keys == end else (torch.arange(keys, device=x.device) < end).expand(1, slots, -1)
         for i, layer in enumerate(self.layers):
-            x = layer(torch.cat([taps[:, i], x]), slots, rotary, cache[i], start)
+            x = layer(torch.cat([taps[:, i], x]), slots, rotary, cache[i], start, seen)
         return x
 
 

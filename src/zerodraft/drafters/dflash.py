@@ -25,6 +25,8 @@ from zerodraft.drafters.tapped import (
     TappedRow,
     TappedSession,
     grown,
+    on_host,
+    reach,
     readable_weights,
     release,
 )
@@ -106,17 +108,21 @@ class _Row(TappedRow):
         token = (model.embedding_scale * embed(drafter.target, self.newest)).to(taps_MFH)
         x_SH = torch.cat([token[None], model.mask_embedding.expand(slots - 1, -1)])
         rotary = cos[:, new:], sin[:, new:]
+        width = reach(places.device, end, self.cache.shape[-2])
+        keys = torch.arange(width, device=places.device)
+        written = None if width == end else (keys < end).expand(1, slots, -1)
         for i, layer in enumerate(drafter.layers):
             window = config.window(i)
             # a window that holds all places hides nothing unless it looks back only
-            seen = None
+            seen = written
             if window is not None and (config.causal_sliding or window < end):
-                keys = torch.arange(end, device=places.device)
-                seen = visible(places[None, new:], keys[None], window, config.causal_sliding)
+                near = visible(places[None, new:], keys[None], window, config.causal_sliding)
+                seen = near if near is None or written is None else near & written
             x_SH = layer(x_SH, slots, rotary, self.cache[i], known, seen)
         log_q = model.scaled(drafter.head(model.norm(x_SH)[1 : length + 1]).float()).log_softmax(-1)
         top = log_q.topk(drafter.candidates)
-        return Lattice(top.indices.cpu().numpy(), top.values.cpu().numpy())
+        ids, values = on_host(top.indices, top.values)
+        return Lattice(ids, values)
 
     def _write(self, feature_MH: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
         """Keys and values of new context, of all layers."""

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -106,6 +107,30 @@ def grown(cache: Tensor, needed: int) -> Tensor:
     return cache if needed <= positions else F.pad(cache, (0, 0, 0, max(needed, 2 * positions) - positions))
 
 
+def reach(device: torch.device, end: int, positions: int) -> int:
+    """Over how many of a cache's `positions` attention runs: up to `end`, or on a GPU over all, those behind hidden.
+
+    cuDNN's attention makes a plan for every new number of keys, and on an H200 that took six times as long as the rest
+    of a draft.
+    """
+    return end if device.type == "cpu" else positions
+
+
+def on_host(*tensors: Tensor) -> list[np.ndarray]:
+    """As arrays; from a GPU in a single transfer, as each waits for the device."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.numpy() for tensor in tensors]
+    return in_one_piece(*tensors)
+
+
+def in_one_piece(*tensors: Tensor) -> list[np.ndarray]:
+    """`on_host` by way of one tensor of bytes."""
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    arrays = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
+    like = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
+    return [array.view(dtype).reshape(tensor.shape) for array, dtype, tensor in zip(arrays, like, tensors, strict=True)]
+
+
 def release(*packed: nn.Module) -> None:
     """Frees the weights of all linear layers in modules whose packed copies take their place.
 
@@ -148,7 +173,7 @@ class PackedLayer:
             rotary: of all rows.
             cache: keys and values.
             start: the first row's position.
-            seen: what each slot sees of the cache up to the last row; None: all.
+            seen: what each slot sees of the cache's first positions; None: all up to the last row.
         """
         layer, attention = self.source, self.source.self_attn
         qkv = self.qkv(layer.input_layernorm(rows)).view(len(rows), -1, self.head_dim)
@@ -157,10 +182,11 @@ class PackedLayer:
         q, k = apply_rotary_pos_emb(q[None], k[None], *rotary)
         end = start + len(rows)
         cache[0, :, start:end], cache[1, :, start:end] = k[0], v.transpose(0, 1)
+        keys = end if seen is None else seen.shape[-1]
         out = F.scaled_dot_product_attention(
             q[:, :, -slots:],
-            cache[:1, :, :end],
-            cache[1:, :, :end],
+            cache[:1, :, :keys],
+            cache[1:, :, :keys],
             attn_mask=None if seen is None else seen[:, None],
             enable_gqa=self.heads != self.kv_heads,
         )
