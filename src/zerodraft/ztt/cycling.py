@@ -114,6 +114,64 @@ class CycleOptions:
             raise ZerodraftError('Early exit needs schedule="block": with "layer" a cycle has no end before the tail.')
 
 
+@dataclass(kw_only=True, slots=True)
+class Running:
+    """Which tokens of a forward pass with early exit still run, and the states of all.
+
+    Attributes:
+        hidden: `(b, t, d)`, the last states of those that have stopped; of the others as they were last laid out.
+        states: Of the running tokens: like `hidden` while all run, else `(1, n, d)`.
+        depth: `(b * t,)`, the cycles of each token: the one under way if it runs, 0 for padding.
+        padded: Whether there is padding.
+        grid: Places of the running tokens; None while all run.
+    """
+
+    hidden: Tensor
+    states: Tensor
+    depth: Tensor
+    padded: bool
+    grid: TokenGrid | None = None
+
+    @classmethod
+    def start(cls, hidden: Tensor, real: Tensor | None) -> "Running":
+        """All run, padding too. `real` is `(b, t)` bool, False for padding, or None."""
+        padded = real is not None and not bool(real.all())
+        counted = real if padded and real is not None else hidden.new_ones(hidden.shape[:2])
+        depth = counted.expand(hidden.shape[:2]).long().flatten()
+        return cls(hidden=hidden, states=hidden, depth=depth, padded=padded)
+
+    def at(self, index: Tensor) -> TokenGrid:
+        """The tokens at these places."""
+        rows, columns = self.hidden.shape[:2]
+        return TokenGrid(index, rows, columns)
+
+    def asked(self) -> TokenGrid | None:
+        """Whom the rule is asked about, None for all: padding runs the first cycle with the others and leaves without
+        being asked."""
+        return self.at(self.depth.nonzero()[:, 0]) if self.padded and self.grid is None else self.grid
+
+    def lay_out(self) -> Tensor:
+        """`hidden`, with the running tokens' states in their places."""
+        self.hidden = self.states if self.grid is None else self.grid.unpack(self.states, into=self.hidden)
+        return self.hidden
+
+    def go_on(self, cycle: int) -> None:
+        """Those that run begin a cycle, counted from 1."""
+        self.depth[... if self.grid is None else self.grid.index] = cycle
+
+    def stop(self, asked: TokenGrid | None, stops: Tensor) -> TokenGrid:
+        """Of those asked, those of `stops` (`(n,)` bool) stop and the rest run in one row; returns the stopped."""
+        hidden = self.lay_out()
+        index = torch.arange(len(self.depth), device=hidden.device) if asked is None else asked.index
+        self.grid = self.at(index[~stops])
+        self.states = self.grid.pack(hidden)
+        return self.at(index[stops])
+
+    def stop_all(self) -> None:
+        """Nobody runs any more."""
+        self.states, self.grid = self.lay_out(), None
+
+
 @dataclass(kw_only=True)
 class CycleRun(Recorder):
     """One forward pass.
@@ -228,43 +286,35 @@ class CycleRun(Recorder):
 
     def run_exits(self, shared: list[Step], hidden: Tensor) -> Tensor:
         """Cycles over the tokens that the rule lets run, in one row without the exited ones."""
-        b, t, _ = hidden.shape
         cycles = [[step for step in shared if step.cycle == cycle] for cycle in range(self.cycles)]
         rule = self.options.rule
         assert rule is not None
-        padded = self.real is not None and not bool(self.real.all())
-        real = self.real if padded and self.real is not None else hidden.new_ones(b, t)
-        depth = real.expand(b, t).long().flatten()
-        memory, grid, states = KvMemory(), None, hidden  # no grid: all tokens run
+        memory, tokens = KvMemory(), Running.start(hidden, self.real)
         for cycle, steps in enumerate(cycles, 1):
-            before, masses = states, [] if reads_zero_mass(rule) else None
+            before, masses = tokens.states, [] if reads_zero_mass(rule) else None
             for step in steps:
-                states = self.inject(step, states, grid)
-                states = self.run_layer(step, states, SlotView(self.cache, step.slot, memory, grid), grid, masses)
+                view = SlotView(self.cache, step.slot, memory, tokens.grid)
+                states = self.inject(step, tokens.states, tokens.grid)
+                tokens.states = self.run_layer(step, states, view, tokens.grid, masses)
             if cycle == self.cycles:
                 break
-            # Padding runs the first cycle with the others and leaves without being asked.
-            asked = TokenGrid(depth.nonzero()[:, 0], b, t) if padded and grid is None else grid
-            stops = self.ask(cycle, before, states, masses, only=None if asked is grid else asked)
+            asked = tokens.asked()
+            stops = self.ask(cycle, before, tokens.states, masses, only=None if asked is tokens.grid else asked)
             stopping = int(stops.sum())
-            if stopping == 0 and asked is grid:
-                depth[... if grid is None else grid.index] = cycle + 1
-                self.freeze_gone(memory, cycles[cycle], hidden, depth)
-                continue
-            hidden = states if grid is None else grid.unpack(states, into=hidden)
-            if stopping == len(stops):
-                self.leave(memory, cycles[cycle:], hidden, asked, depth)
-                grid, states = None, hidden
+            if stopping == 0 and asked is tokens.grid:
+                tokens.go_on(cycle + 1)
+            elif stopping == len(stops):
+                tokens.stop_all()
+                self.leave(memory, cycles[cycle:], tokens, asked)
                 break
-            index = torch.arange(b * t, device=hidden.device) if asked is None else asked.index
-            grid = TokenGrid(index[~stops], b, t)
-            depth[grid.index] = cycle + 1
-            if self.options.policy == "propagate" and not self.plan.cycle_lora:
-                self.freeze(memory, cycles[cycle], hidden, TokenGrid(index[stops], b, t))
-            self.freeze_gone(memory, cycles[cycle], hidden, depth)
-            states = grid.pack(hidden)
-        self.exit_depth = depth.view(b, t)
-        return states if grid is None else grid.unpack(states, into=hidden)
+            else:
+                stopped = tokens.stop(asked, stops)
+                tokens.go_on(cycle + 1)
+                if self.options.policy == "propagate" and not self.plan.cycle_lora:
+                    self.freeze(memory, cycles[cycle], tokens.hidden, stopped)
+            self.freeze_gone(memory, cycles[cycle], tokens)
+        self.exit_depth = tokens.depth.view(hidden.shape[:2])
+        return tokens.lay_out()
 
     def ask(
         self, cycle: int, before: Tensor, states: Tensor, masses: list[Tensor] | None, only: TokenGrid | None
@@ -278,25 +328,22 @@ class CycleRun(Recorder):
             mass = None if mass is None else mass[only.index]
         return self.options.rule(CycleOutput(cycle, after, before, mass, self.readout))
 
-    def leave(
-        self, memory: KvMemory, cycles: list[list[Step]], hidden: Tensor, gone: TokenGrid | None, depth: Tensor
-    ) -> None:
+    def leave(self, memory: KvMemory, cycles: list[list[Step]], tokens: Running, stopped: TokenGrid | None) -> None:
         """Nobody runs any more, but later tokens will attend to the slots of the remaining cycles."""
         if self.options.policy == "propagate" and not self.plan.cycle_lora:
-            self.freeze(memory, cycles[0], hidden, gone)
+            self.freeze(memory, cycles[0], tokens.hidden, stopped)
         for steps in cycles:
-            self.freeze_gone(memory, steps, hidden, depth)
+            self.freeze_gone(memory, steps, tokens)
             if self.cache is not None:
                 for step in steps:
                     self.cache.update(*memory[step.layer], step.slot)
 
-    def freeze_gone(self, memory: KvMemory, steps: list[Step], hidden: Tensor, depth: Tensor) -> None:
+    def freeze_gone(self, memory: KvMemory, steps: list[Step], tokens: Running) -> None:
         """With per-cycle LoRA a frozen state has other keys and values in every cycle: make those of a cycle's `steps`
         for all tokens that left before it. Without, those of the cycle after its exit hold for all later ones."""
         if self.options.policy == "propagate" and self.plan.cycle_lora:
-            b, t, _ = hidden.shape
-            left = (depth > 0) & (depth <= steps[0].cycle)
-            self.freeze(memory, steps, hidden, TokenGrid(left.nonzero()[:, 0], b, t))
+            left = (tokens.depth > 0) & (tokens.depth <= steps[0].cycle)
+            self.freeze(memory, steps, tokens.hidden, tokens.at(left.nonzero()[:, 0]))
 
     def freeze(self, memory: KvMemory, steps: list[Step], hidden: Tensor, grid: TokenGrid | None) -> None:
         """Put the keys and values that the frozen states of exited tokens give in each shared layer in place."""
