@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from gpu.bundle import LIST, join, split
+from gpu.publish import published, tables
 from gpu.report import Report
 
-TRUTH = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "truth.py"
+ROOT = Path(__file__).resolve().parents[2]
+TRUTH = ROOT / "benchmarks" / "gpu" / "truth.py"
 
 
 def run(out: Path, *words: str) -> tuple[int, dict[str, Any]]:
@@ -71,3 +73,85 @@ def test_pieces_become_the_file_again(tmp_path: Path) -> None:
     (folders[1] / "weights.whl.02").write_bytes(b"x")
     with pytest.raises(SystemExit, match=r"damaged: weights.whl.02"):
         join([*folders[0].iterdir(), *folders[1].iterdir()], tmp_path / "other")
+
+
+def test_a_result_is_published_without_the_machine() -> None:
+    raised = "AssertionError: {'differences': [{'place': 13}]}"
+    head = (
+        " Name  Self CPU %  Self CPU  CPU total %  CPU total  CPU avg  Self CUDA  %  CUDA total  CUDA avg  # of Calls"
+    )
+    lines = ["-----", head, " a <4, b>  1.5%  2.5us  1.5%  2.5us  1.0us  1.250ms  2%  1.250ms  1us  12"]
+    ways = {"plain": {"steps": 2, "tables": {"device": [*lines, "-----", "Self CUDA time total: 1.500s", ""]}}}
+    steps = {
+        "profile": {"outcome": "passed", "found": ways},
+        "methods": {"outcome": "failed", "error": "long", "traceback": ["  File", "/tmp/x y", raised]},
+        "weights": {"outcome": "passed", "found": "/tmp/gpu/cache/smollm2"},
+    }
+    result = published({"parts": {"decode": {"state": "ended", "steps": steps, "output": ["/opt/torch/warning"]}}})
+    assert result["parts"]["decode"] == {
+        "state": "ended",
+        "steps": {
+            "profile": {
+                "outcome": "passed",
+                "found": {
+                    "plain": {
+                        "steps": 2,
+                        "tables": {
+                            "device": [
+                                {"name": "a <4, b>", "self_cpu_ms": 0.0025, "self_cuda_ms": 1.25, "calls": 12},
+                                {"name": "Self CUDA in all", "total_ms": 1500.0},
+                            ]
+                        },
+                    }
+                },
+            },
+            "methods": {"outcome": "failed", "error": "AssertionError", "found": {"differences": [{"place": 13}]}},
+            "weights": {"outcome": "passed", "found": "smollm2"},
+        },
+    }
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    """If it fails after a new run: the expected tables and figures are what belongs there."""
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    text = (ROOT / "results" / "gpu" / "truth-h200.json").read_text(encoding="utf-8")
+    assert not any(folder in text for folder in ("/tmp/", "/opt/", "/work/", "/home/"))
+    result = json.loads(text)
+    for name, table in tables(result).items():
+        assert table in page, f"docs/gpu.md should have for {name}\n{table}"
+    words = " ".join(page.split())
+    steps = result["parts"]["decode"]["steps"]
+    half, full = (steps[f"methods, {dtype}"]["found"] for dtype in ("bfloat16", "float32"))
+    slow, fast = (1e3 / found["methods"]["hf_plain"]["tokens_per_second"] for found in (half, full))
+    costs, profiled = steps["costs, bfloat16"]["found"], steps["profile"]["found"]["a draft in every step"]
+    draft, one = costs["draft"]["median"], costs["recorded passes"]["1"]["median"]
+    asked = sum(count for of_task in full["steps"].values() for *_, count, by_model in of_task if by_model)
+    gaps = " and ".join(f"{each['top_gap']:.1f}" for each in full["differences"])
+    training = [step["found"] for name, step in result["parts"]["ztt"]["steps"].items() if step["outcome"] == "failed"]
+    losses, gradients = ([100 * of[key] for of in training] for key in ("loss_error", "gradient_error"))
+    for said in (
+        f"(`truth.py`, {result['seconds']:.0f} seconds)",
+        f"at logits {gaps} apart",
+        f"The loss was {min(losses):.1f} to {max(losses):.1f}% off, "
+        f"the gradient {min(gradients):.0f} to {max(gradients):.0f}%",
+        f"`full` is {half['headline']['speedup_over_own_plain']:.2f} times as fast as our own plain decoding in "
+        "bfloat16",
+        f"The {half['headline']['speedup_over_hf_plain']:.1f} times over transformers' plain decoding",
+        f"takes {slow:.0f} ms a token and in float32 {fast:.0f}",
+        f"A recorded pass over one token takes {one:.2f} ms",
+        f"A block draft took {draft:.1f} ms in bfloat16, as long as {draft / one:.1f} recorded passes",
+        f"In float32 it took {1e3 * full['phases']['full']['draft'] / asked:.1f} and in the profile",
+        f"twice before, {1e3 * profiled['stats']['draft'] / profiled['steps']:.1f}.",
+    ):
+        assert said in words, f"docs/gpu.md should say: {said}"
+    rows = json.loads((ROOT / "results" / "evidence" / "million.json").read_text(encoding="utf-8"))["rows"]
+    arms = {row["arm"]: [other for other in rows if other["arm"] == row["arm"]] for row in rows}
+    seconds = [of[0]["seconds"] for of in arms.values()]
+    speeds = [sum(row["tokens"] for row in of) / of[0]["seconds"] / 1e6 for of in arms.values()]
+    said = (
+        f"{len(rows)} runs of {rows[0]['tokens'] / 1e6:.1f} million tokens each. Nine runs of an arm were trained as "
+        f"one, in {min(seconds):.0f} to {max(seconds):.0f} seconds, at {min(speeds):.1f} to {max(speeds):.1f} million "
+        "tokens a second"
+    )
+    assert {len(of) for of in arms.values()} == {9}
+    assert said in words, f"docs/gpu.md should say: {said}"

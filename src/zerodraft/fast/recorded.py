@@ -186,8 +186,9 @@ class Recording:
         return {kind: added[kind] for kind in kinds}
 
     def _reorder(self, step: Pass) -> None:
+        taken = self._start + step.order
         for states in self._states():
-            states.index_copy_(2, step.columns, states.index_select(2, self._start + step.order))
+            states.index_copy_(2, step.columns, states.index_select(2, taken))
 
 
 class TextLayer(StaticLayer):
