@@ -226,8 +226,9 @@ def trained(
     model = copy.deepcopy(model).to(device).train()
     batch = left_padded([tokens(1, 12)[0], tokens(1, 7, seed=2)[0]])
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    # A padded query sees nothing in plain attention, and kernels differ in what they give for that (zeros on a CPU, it
-    # seems the mean of all values in cuDNN's for 16 bits); so no token is scored behind padding, not the first of a text either.
+    # A padded query sees nothing in plain attention, and kernels differ in what they give for that: zeros on a CPU, it
+    # seems the mean of all values in cuDNN's for 16 bits. So no token is scored behind padding, not the first of a text
+    # either.
     seen = inputs["attention_mask"].bool()
     labels = inputs["input_ids"].masked_fill(~(seen & seen.roll(1, 1)), -100)
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
