@@ -21,8 +21,9 @@ from finished_runs import FinishedRun, look, look_arguments
 from zerodraft import ZttForCausalLM
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.compare import Interval, best_line, interval, on_line
-from zerodraft.ztt.exits import SCORED, exit_rule_from_dict
+from zerodraft.ztt.exits import exit_rule_from_dict
 from zerodraft.ztt.flops import count_flops
+from zerodraft.ztt.rules import RULES, scored_names
 from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, fixed_depths, scored_rule, trade_off
 
 
@@ -56,8 +57,8 @@ def measure_rules(
     before, between = Ruler(model, ids[::2]), Ruler(model, ids[1::2])
     line_before, fixed = best_line(depths_alone(before)), tuple(depths_alone(between))
     line, rules = best_line(fixed), {}
-    for name in SCORED:
-        if name == "zero-mass" and model.zero_tokens is None:
+    for name in scored_names():
+        if RULES[name].rule.reads_zero_mass and model.zero_tokens is None:
             continue
         scored, points = scored_rule(name), []
         placed = trade_off(before, scored, before.scores(scored), levels)

@@ -10,6 +10,7 @@ import torch
 
 from zerodraft import ZttForCausalLM, exit_rule_from_dict
 from zerodraft.cli.main import main
+from zerodraft.ztt.rules import RULES, RuleEntry
 
 SIZES = ["--blocks", "2", "--block-length", "16"]
 
@@ -62,6 +63,16 @@ def test_rules_are_compared_and_the_best_one_taken(model: Path, text: Path, caps
     assert not (model / "calibration.json").exists()
     assert "latent:" in out
     assert "zero-mass:" in out
+
+
+def test_a_rule_of_ones_own_is_measured_beside_the_others(
+    model: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, "small", RuleEntry(where="tests.ztt.test_rules:SmallExit", example=3.5))
+    words = [model, "--text", text, *SIZES, "--mean-cycles", "2", "--rules", "small", "--json"]
+    code, out, err = calibrate(capsys, *words, "--dry-run")
+    assert code == 0, err
+    assert {*json.loads(out)["rules"]} == {"zero-mass", "small"}
 
 
 def test_without_matplotlib_everything_else_is_done(

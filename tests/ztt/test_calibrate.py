@@ -17,8 +17,8 @@ from zerodraft import (
     exit_rule_from_dict,
 )
 from zerodraft.ztt.calibrate import ComputeBudget, LossBound, calibrate, write_exit_rule
-from zerodraft.ztt.exits import SCORED
 from zerodraft.ztt.flops import count_flops
+from zerodraft.ztt.rules import scored_names
 from zerodraft.ztt.tradeoff import Ruler, at_level, scored_rule, trade_off
 
 LEVELS = (0.1, 0.5, 1.0)
@@ -51,7 +51,7 @@ def test_a_measurement_is_the_loss_depth_and_flops_of_the_passes(model: ZttForCa
     assert point.depths == pytest.approx([(out.exit_depth == d).double().mean().item() for d in (1, 2, 3)])
 
 
-@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("name", scored_names())
 def test_levels_are_shares_of_the_scores_and_more_exits_cost_less(
     name: str, model: ZttForCausalLM, blocks: torch.Tensor
 ) -> None:

@@ -15,6 +15,7 @@ from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
 from zerodraft.models.tokenizers import load_tokenizer
+from zerodraft.ztt.rules import scored_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from zerodraft.ztt.exits import ScoredRule
     from zerodraft.ztt.tradeoff import Point, Ruler
 
-NAMES = ("zero-mass", "confidence", "entropy", "kl", "latent")
+    RuleName = str
+else:
+    # the registry says which words fit
+    RuleName = Literal[(*scored_names(), "best")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +45,7 @@ class Calibrate(Command):
     """Directory, hub id or short name of a Zero Token Transformer."""
     text: str = metavar("FILE")
     """Text to measure on (.txt, .md, .jsonl, .parquet; a folder or a glob): not what the model was trained on."""
-    rule: Literal["zero-mass", "confidence", "entropy", "kl", "latent", "best"] | None = None
+    rule: RuleName | None = None
     """The rule; 'best' takes the one of --rules that meets the target best. By default zero-mass, or latent where no
     token could exit after a cycle with a zero token (as in a model deepened to two cycles)."""
     rules: tuple[str, ...] = metavar("all|RULE ...", default=())
@@ -156,7 +160,7 @@ class Calibrate(Command):
         return {**report, "written": files}
 
     def _names(self, rule: str) -> list[str]:
-        known: list[str] = list(NAMES)
+        known = list(scored_names())
         for name in self.rules:
             if name not in (*known, "all"):
                 from zerodraft.common.errors import did_you_mean

@@ -3,11 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean
+from zerodraft.ztt.rules import RULES, written_rules
 
 if TYPE_CHECKING:
     from zerodraft.ztt.exits import ExitRule
-
-FORMS = "off, calibrated, zero-mass:0.5, confidence:0.9, entropy:1.0, kl:0.01, latent:0.1 or cycles:2"
 
 
 def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule | None":
@@ -20,7 +19,7 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
     Raises:
         ZerodraftError: unknown name, no value, a value that is not a number, or nothing calibrated yet.
     """
-    from zerodraft.ztt.exits import RULES, exit_rule_from_dict
+    from zerodraft.ztt.exits import exit_rule_from_dict
 
     name, colon, value = text.strip().partition(":")
     if name in ("off", "calibrated") and not colon:
@@ -34,8 +33,13 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
         return exit_rule_from_dict(calibrated)
     if name not in RULES:
         raise ZerodraftError(f"unknown exit rule '{name}'{did_you_mean(name, ['off', 'calibrated', *RULES])}")
+    entry = RULES[name]
     try:
-        return RULES[name](cycles=int(value)) if name == "cycles" else RULES[name](threshold=float(value))
+        number = int(value) if entry.is_whole else float(value)
     except ValueError:
-        kind = "a whole number" if name == "cycles" else "a number"
-        raise ZerodraftError(f"exit rule '{text}' needs {kind} after the colon; expected one of {FORMS}") from None
+        kind = "a whole number" if entry.is_whole else "a number"
+        *first, last = "off", "calibrated", *written_rules()
+        raise ZerodraftError(
+            f"exit rule '{text}' needs {kind} after the colon; expected one of {', '.join(first)} or {last}"
+        ) from None
+    return entry.rule(**{entry.parameter: number})

@@ -17,6 +17,7 @@ from zerodraft.cli.loading import Dtype, load_ztt
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import model_type, read_text, user_path, whole_characters
 from zerodraft.models.tokenizers import encode, load_tokenizer
+from zerodraft.ztt.rules import written_rules
 
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
 OF_EXITS = ("exit_rule", "show_depth")
@@ -28,8 +29,8 @@ class Generate(Command):
 
     A drafter proposes tokens, the target checks them all in one pass. Drafters: a directory from 'zerodraft
     train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), or a small
-    causal language model with the target's tokenizer. Exit rules stop a token's cycles early: zero-mass:0.5,
-    confidence:0.9, entropy:1.0, kl:0.01, latent:0.1, cycles:2, calibrated (what 'zerodraft calibrate' found) or off.
+    causal language model with the target's tokenizer. Exit rules stop a token's cycles early:
+    {rules}, calibrated (what 'zerodraft calibrate' found) or off.
     """
 
     example: ClassVar[str] = "zerodraft generate --target smollm2 --chat --compare --trace 'What is a fox?'"
@@ -169,3 +170,6 @@ class Generate(Command):
         if not text.strip():
             raise ZerodraftError("the prompt is empty: give a text to continue, or a file with --prompt-file")
         return text
+
+
+Generate.__doc__ = (Generate.__doc__ or "").format(rules=", ".join(written_rules()))

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.ztt.rules import RULES, name_of
 
 ExitPolicy = Literal["propagate", "latest"]
 HeadPool = Literal["mean", "max", "min"]
@@ -161,24 +162,12 @@ class FixedExit:
         return torch.full(out.hidden.shape[:1], out.cycle >= self.cycles, device=out.hidden.device)
 
 
-RULES: dict[str, type] = {
-    "zero-mass": ZeroMassExit,
-    "confidence": ConfidenceExit,
-    "entropy": EntropyExit,
-    "kl": KlExit,
-    "latent": LatentExit,
-    "cycles": FixedExit,
-}
-SCORED = tuple(name for name, rule in RULES.items() if issubclass(rule, ScoredRule))
-"""Those with a threshold that can be found by measuring."""
-_NAMES = {rule: name for name, rule in RULES.items()}
-
-
 def exit_rule_to_dict(rule: ExitRule) -> dict[str, Any]:
     """A rule as a JSON object: its name and its parameters."""
-    if type(rule) not in _NAMES:
+    name = name_of(type(rule))
+    if name is None:
         raise ZerodraftError(f"{type(rule).__name__} is not one of the rules that can be stored: {', '.join(RULES)}.")
-    return {"rule": _NAMES[type(rule)], **asdict(rule)}  # pyright: ignore[reportArgumentType]  # all RULES are dataclasses
+    return {"rule": name, **asdict(rule)}  # pyright: ignore[reportArgumentType]  # all RULES are dataclasses
 
 
 def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
@@ -192,7 +181,7 @@ def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
     if name not in RULES:
         raise ZerodraftError(f"Exit rule {name!r} is unknown; choose one of {', '.join(RULES)}.")
     try:
-        return RULES[name](**parameters)
+        return RULES[name].rule(**parameters)
     except TypeError as error:
         raise ZerodraftError(f"Exit rule {name!r} does not fit its parameters {parameters}: {error}.") from None
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
+from zerodraft.ztt.rules import RULES
 from zerodraft.ztt.tradeoff import Point
-
-COLOURS = {"zero-mass": "#d1495b", "confidence": "#00798c", "entropy": "#edae49", "kl": "#5b5f97", "latent": "#66a182"}
 
 
 def check_matplotlib() -> None:
@@ -52,7 +51,8 @@ def plot_trade_off(
             axes.annotate(f"{cycles}", (point.flops, point.loss), (4, 4), textcoords="offset points", fontsize=8)
     for name, points in curves.items():
         ordered = sorted(points, key=lambda point: point.flops)
-        style = {"color": COLOURS.get(name), "marker": "o", "markersize": 3, "linewidth": 1.3}
+        colour = RULES[name].colour if name in RULES else None
+        style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.3}
         axes.plot([p.flops for p in ordered], [p.loss for p in ordered], label=name, **style)
     if chosen is not None:
         axes.plot(chosen.flops, chosen.loss, "o", markersize=11, markerfacecolor="none", color="black", label="chosen")

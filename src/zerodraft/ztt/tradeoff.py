@@ -16,18 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.ztt.exits import (
-    RULES,
-    SCORED,
-    CycleOutput,
-    ExitPolicy,
-    ExitRule,
-    FixedExit,
-    ScoredRule,
-    exit_rule_to_dict,
-)
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, FixedExit, ScoredRule, exit_rule_to_dict
 from zerodraft.ztt.flops import count_flops
 from zerodraft.ztt.model import ZttForCausalLM
+from zerodraft.ztt.rules import RULES, name_of, scored_names
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Thresholds are placed so that this share of all scores (of every token after every cycle but the last) would stop."""
@@ -209,9 +201,10 @@ def scored_rule(rule: str | ExitRule) -> ScoredRule:
     Raises:
         ZerodraftError: unknown, or without a threshold.
     """
-    made = RULES[rule](threshold=0.0) if isinstance(rule, str) and rule in SCORED else rule
-    if not isinstance(made, ScoredRule) or type(made) not in RULES.values():
-        raise ZerodraftError(f"{rule!r} is no exit rule with a threshold; choose one of {', '.join(SCORED)}.")
+    known = scored_names()
+    made = RULES[rule].rule(threshold=0.0) if isinstance(rule, str) and rule in known else rule
+    if not isinstance(made, ScoredRule) or name_of(type(made)) is None:
+        raise ZerodraftError(f"{rule!r} is no exit rule with a threshold; choose one of {', '.join(known)}.")
     return made
 
 
