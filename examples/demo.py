@@ -1,8 +1,8 @@
 """What `make demo` runs: both systems, one after the other.
 
 DiffuSpec: SmolLM2 answers questions with drafts and plainly, the same tokens. Zero Token Transformers: a shipped one
-writes, then a smaller one learns next to a vanilla one. Every figure that it prints is measured in this run. Usage:
-`python examples/demo.py [--minutes 2] [--json]`.
+writes, then another one reads next to the vanilla model that learnt from the same text. Every figure that it prints is
+measured in this run. Usage: `python examples/demo.py [--json]`.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import json
 import logging
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,6 @@ from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +27,8 @@ from zerodraft.common.errors import ZerodraftError
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "ztt-tiny"
 BOOKS = ROOT / "examples" / "data"
-RECIPES = {"ztt": ROOT / "recipes" / "demo.yaml", "vanilla": ROOT / "recipes" / "demo-vanilla.yaml"}
+UNSEEN = ROOT / "examples" / "held-out" / "standard-ebooks.txt"
+PAIR = {"ztt": ROOT / "models" / "ztt-million", "vanilla": ROOT / "models" / "vanilla-million"}
 TITLES = {"ztt": "Zero Token Transformer", "vanilla": "vanilla, equal parameters"}
 TARGET = "smollm2"
 QUESTIONS = (
@@ -43,6 +42,8 @@ PROMPTS = (
     "In this chapter, you will learn about",
 )
 SEED = 0
+BLOCKS = 256
+"""Of the text that neither model of the pair has seen."""
 SPEED_SECONDS = 12.0
 """On a slow or busy machine a batch size gets fewer turns than three once this time has passed."""
 
@@ -54,7 +55,6 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", default=TARGET, help="the chat model that decodes with drafts")
     parser.add_argument("--drafter", default="", help="as for 'zerodraft generate'")
     parser.add_argument("--answer-tokens", type=int, default=96, help="length of each answer")
-    parser.add_argument("--minutes", type=float, default=2.0, help="how long to train, both models together")
     parser.add_argument("--new-tokens", type=int, default=64, help="length of each text")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     options = parser.parse_args(words)
@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if not (options.model / "config.json").is_file():
             raise ZerodraftError(f"no model at {options.model}: clone the repository with models/, or give --model DIR")
         drafts = decode(console, options.target, options.drafter, options.answer_tokens)
-        result = {"drafts": drafts, **run(console, options.model, options.minutes * 60, options.new_tokens)}
+        result = {"drafts": drafts, **run(console, options.model, options.new_tokens)}
     except ZerodraftError as error:
         sys.stderr.write(f"demo: {error}\n")
         return 2
@@ -129,10 +129,8 @@ def decode(console: Console, target: str, drafter: str, new_tokens: int) -> dict
     }
 
 
-def run(
-    console: Console, path: Path, seconds: float, new_tokens: int, overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """All of Zero Token Transformers: text, speed, training; `overrides` are laid over the recipes."""
+def run(console: Console, path: Path, new_tokens: int) -> dict[str, Any]:
+    """All of Zero Token Transformers: text, speed, and a comparison with the vanilla model of equal size."""
     import torch
     from transformers.utils import logging
 
@@ -156,7 +154,7 @@ def run(
         "texts": write(console, model, tokenizer, rule, new_tokens),
         "speed": speed(console, model, tokenizer, rule, new_tokens),
         "text": on_text(console, model, tokenizer, rule),
-        "training": train(console, seconds, overrides or {}),
+        "pair": compare(console, PAIR, UNSEEN, BLOCKS),
     }
 
 
@@ -255,103 +253,53 @@ def book_blocks(tokenizer: Any, rows: int, length: int) -> Any:
     return torch.tensor([ids[row * stride : row * stride + length] for row in range(rows)])
 
 
-def train(console: Console, seconds: float, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A Zero Token Transformer and the vanilla model with as many stored layers: same data, steps and schedule."""
-    console.rule(f"Two models learn from two books, {seconds / 60:.2g} minutes for both")
-    with tempfile.TemporaryDirectory(prefix="zerodraft-demo-") as temporary:
-        common = {
-            "data.train": [str(BOOKS)],
-            "data.cache": f"{temporary}/cache",
-            "training.max_minutes": 0.0,
-            **overrides,
-        }
-        step_seconds = {}
-        for name in RECIPES:
-            console.print(f"measuring the speed of this machine: {TITLES[name]} ...")
-            _, step_seconds[name] = train_one(
-                console, name, {**common, "output": f"{temporary}/trial-{name}", "data.validation_blocks": 1}, 8
-            )
-        steps = max(20, int(seconds / sum(step_seconds.values())))
-        runs = {}
-        for name in RECIPES:
-            runs[name], _ = train_one(console, name, {**common, "output": f"{temporary}/{name}"}, steps, bar=True)
-        return {"steps": steps, **compare(Path(temporary), runs)}
+def compare(console: Console, paths: Mapping[str, Path], text: Path, limit: int = 0) -> dict[str, Any]:
+    """Losses after each cycle of two models that learnt from the same text, on a text that neither has seen.
 
+    Args:
+        console: where it is told.
+        paths: the models by their names in `TITLES`.
+        text: a file.
+        limit: blocks to read at the most; 0 for all.
+    """
+    from zerodraft.cli.loading import load_ztt
+    from zerodraft.models.tokenizers import load_tokenizer
+    from zerodraft.training.data import pack_texts
 
-def train_one(
-    console: Console, name: str, overrides: Mapping[str, Any], steps: int, bar: bool = False
-) -> tuple[dict[str, Any], float]:
-    """The results of one run, and the seconds of a step."""
-    from zerodraft.training.recipe import load_recipe
-    from zerodraft.training.ztt.run import pretrain
-
-    recipe = load_recipe(RECIPES[name], {**overrides, "training.steps": steps})
-    watch = step_watch(console if bar else None, TITLES[name])
-    results = pretrain(recipe, callbacks=[watch])
-    # the first steps allocate memory
-    return results, statistics.mean(watch.durations[2:])
-
-
-def step_watch(console: Console | None, title: str) -> Any:
-    """A Trainer callback that times the steps and shows a live bar (lines, where stdout is no terminal)."""
-    from transformers import TrainerCallback
-
-    class StepWatch(TrainerCallback):
-        def __init__(self) -> None:
-            self.durations: list[float] = []
-            self.loss = ""
-            columns = (TextColumn(f"{title:<26}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-            self.bar = None if console is None else Progress(*columns, TimeRemainingColumn(), console=console)
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.last = time.perf_counter()
-            if self.bar is not None and console is not None and console.is_terminal:
-                self.bar.start()
-                self.task = self.bar.add_task("", total=state.max_steps, loss="")
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.perf_counter()
-            self.durations.append(now - self.last)
-            self.last = now
-            if self.bar is None or console is None:
-                return
-            if console.is_terminal:
-                self.bar.update(self.task, completed=state.global_step, loss=self.loss)
-            elif state.global_step % max(1, state.max_steps // 5) == 0:
-                console.print(f"{title}: step {state.global_step} of {state.max_steps} {self.loss}".rstrip())
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                self.loss = f"loss {logs['loss']:.3f}"
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.bar is not None and console is not None and console.is_terminal:
-                self.bar.stop()
-
-    return StepWatch()
-
-
-def compare(folder: Path, runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Training and held-back losses of both; for training the mean over the last steps in which all cycles ran."""
-    from zerodraft.training.callbacks import read_log
-
-    logs = {name: {row["step"]: row for row in read_log(folder / name / "log.jsonl") if "loss" in row} for name in runs}
-    cycles = runs["ztt"]["recipe"]["model"]["cycles"]
-    full = [step for step, row in logs["ztt"].items() if row.get("cycles", cycles) == cycles][-40:]
-    compared = {}
-    for name, results in runs.items():
-        evaluation = results["evaluation"]
-        by_cycles = [value for key, value in sorted(evaluation.items()) if key.startswith("eval_validation_loss_")]
+    console.rule("Two models of equal size that read the same text, on pages that neither has seen")
+    compared: dict[str, Any] = {}
+    for name, path in paths.items():
+        if not (path / "config.json").is_file():
+            raise ZerodraftError(f"no model at {path}: clone the repository with models/")
+        model, folder = load_ztt(str(path))
+        length = model.config.max_position_embeddings
+        rows = pack_texts([text.read_text(encoding="utf-8")], load_tokenizer(folder), length, limit).rows()
+        losses = losses_by_cycle(model, rows)
+        compared["tokens"] = rows.numel()
         compared[name] = {
-            "parameters": results["parameters"],
-            "train_loss": statistics.mean(logs[name][step]["loss"] for step in full),
-            "held_back_loss": by_cycles[-1],
-            "held_back_loss_by_cycles": by_cycles,
-            "seconds": results["seconds"],
-            "tokens": results["tokens"],
-            "tokens_per_second": results["tokens_per_second"],
+            "name": path.name,
+            "parameters": model.num_parameters(),
+            "layers": model.config.num_hidden_layers,
+            "loss": losses[-1],
+            "loss_by_cycle": losses,
         }
+        console.print(
+            f"{TITLES[name]} ({path.name}): {model.num_parameters():,} parameters, {model.config.num_hidden_layers} "
+            f"layers deep, loss {losses[-1]:.4f} on {rows.numel():,} tokens"
+        )
     return compared
+
+
+def losses_by_cycle(model: Any, rows: Any) -> list[float]:
+    """Mean loss per token after each cycle, over blocks of tokens `(rows, length)`."""
+    import torch
+
+    total: Any = 0
+    for ids in rows.split(32):
+        with torch.no_grad():
+            out = model(ids, labels=ids, cycle_weights=(1.0,) * model.config.cycles)
+        total = total + len(ids) * out.cycle_losses.double()
+    return (total / len(rows)).tolist()
 
 
 def summary(console: Console, result: Mapping[str, Any]) -> None:
@@ -362,26 +310,17 @@ def summary(console: Console, result: Mapping[str, Any]) -> None:
         console.print(f"DiffuSpec was left out: {drafts['left_out']}\n")
     else:
         sum_up_drafts(console, drafts)
-    training = result["training"]
-    table = Table("trained here", "parameters", "training loss", "held-back loss", "seconds", "tokens/s", box=None)
+    pair = result["pair"]
+    table = Table("equal parameters, equal text", "parameters", "layers deep", "loss", "after each cycle", box=None)
     for name, title in TITLES.items():
-        row = training[name]
-        table.add_row(
-            title,
-            f"{row['parameters']:,}",
-            f"{row['train_loss']:.4f}",
-            f"{row['held_back_loss']:.4f}",
-            f"{row['seconds']:.0f}",
-            f"{row['tokens_per_second']:,.0f}",
-        )
+        row = pair[name]
+        by_cycle = ", ".join(f"{loss:.4f}" for loss in row["loss_by_cycle"])
+        table.add_row(title, f"{row['parameters']:,}", str(row["layers"]), f"{row['loss']:.4f}", by_cycle)
     console.print(table)
-    difference = training["ztt"]["held_back_loss"] - training["vanilla"]["held_back_loss"]
-    verdict = "lower" if difference < 0 else "higher"
-    early = training["ztt"]["held_back_loss_by_cycles"]
+    difference = pair["ztt"]["loss"] - pair["vanilla"]["loss"]
     console.print(
-        f"after {training['steps']} steps on the same data the Zero Token Transformer's held-back loss is "
-        f"{abs(difference):.4f} {verdict}; after 1 to {len(early)} of its cycles: "
-        f"{', '.join(f'{loss:.4f}' for loss in early)}\n"
+        f"on {pair['tokens']:,} tokens that neither has seen the loss of the Zero Token Transformer is "
+        f"{abs(difference):.4f} {'lower' if difference < 0 else 'higher'}; docs/evidence.md has all seeds\n"
     )
     table = Table("early exit, shipped model", "off", "on", "", box=None)
     for row in result["speed"]:

@@ -15,19 +15,6 @@ from transformers import LlamaForCausalLM
 from tests.saved import save, save_ztt, tiny_llama, tiny_tokenizer
 from zerodraft import ZeroMassExit, exit_rule_to_dict
 
-OVERRIDES: dict[str, Any] = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 48,
-    "model.head_dim": 16,
-    "model.max_position_embeddings": 64,
-    "tokenizer.vocab_size": 300,
-    "data.context_length": 32,
-    "data.document_chars": 200,
-    "data.validation_fraction": 0.2,
-    "data.validation_blocks": 2,
-    "training.batch_size": 2,
-}
-
 LEFT_OUT = {"target": "none", "left_out": "no such model"}
 
 
@@ -53,14 +40,15 @@ def books(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "the-time-machine.txt").write_text(text, encoding="utf-8")
     monkeypatch.setattr(demo, "BOOKS", tmp_path)
     monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    monkeypatch.setattr(demo, "BLOCKS", 4)
     return tmp_path
 
 
-def test_it_writes_measures_trains_and_sums_up(
+def test_it_writes_measures_compares_and_sums_up(
     model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = Console(highlight=False, width=200)
-    result = demo.run(console, model_dir, seconds=0.1, new_tokens=4, overrides=OVERRIDES)
+    result = demo.run(console, model_dir, new_tokens=4)
     demo.summary(console, {**result, "drafts": LEFT_OUT, "seconds": 1.0})
     result = json.loads(json.dumps(result))
 
@@ -69,18 +57,26 @@ def test_it_writes_measures_trains_and_sums_up(
     assert all(row["on"] > 0 and 1 <= row["mean_cycles"] <= 3 for row in result["speed"])
     on, off = result["text"]["on"], result["text"]["off"]
     assert result["text"]["flops_saved"] == pytest.approx(1 - on["flops_per_token"] / off["flops_per_token"])
-    training = result["training"]
-    zero_keys = 2 * 2 * 2 * 16
-    assert training["ztt"]["parameters"] - training["vanilla"]["parameters"] == zero_keys
-    assert training["ztt"]["tokens"] == training["vanilla"]["tokens"] == training["steps"] * 64
-    assert len(training["ztt"]["held_back_loss_by_cycles"]) == 2
-    assert all(0 < training[name]["train_loss"] < 7 for name in ("ztt", "vanilla"))
+    pair = result["pair"]
+    zero_keys_and_scalars = 3 * 2 * 4 * 32 + 2
+    assert pair["ztt"]["parameters"] - pair["vanilla"]["parameters"] == zero_keys_and_scalars
+    assert pair["tokens"] == 4 * 128
+    assert [len(pair[name]["loss_by_cycle"]) for name in ("ztt", "vanilla")] == [3, 1]
 
     out = capsys.readouterr().out
     assert demo.PROMPTS[0] in out
     assert "depth of each new token: " in out
-    assert f"Zero Token Transformer: step {training['steps']} of {training['steps']}" in out
-    assert f"{training['vanilla']['held_back_loss']:.4f}" in out
+    assert f"{pair['vanilla']['loss']:.4f} on 512 tokens" in out
+    assert f"{abs(pair['ztt']['loss'] - pair['vanilla']['loss']):.4f}" in out
+
+
+def test_the_shipped_pair_is_what_its_cards_say() -> None:
+    """Every further cycle lowers the loss, and the last one lies below that of the vanilla model."""
+    pair = demo.compare(Console(quiet=True), demo.PAIR, demo.UNSEEN, 64)
+    first, second, third = pair["ztt"]["loss_by_cycle"]
+    assert first > second > third
+    assert pair["ztt"]["loss"] < pair["vanilla"]["loss"] - 0.02
+    assert pair["ztt"]["parameters"] < 1.001 * pair["vanilla"]["parameters"]
 
 
 def test_it_decodes_with_drafts_and_plainly(chat_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,14 +146,11 @@ def test_a_model_without_a_rule_is_one_sentence(
 def test_json_is_the_last_line(
     model_dir: Path, chat_dir: Path, books: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = {"parameters": 1, "train_loss": 1.0, "held_back_loss": 1.0, "held_back_loss_by_cycles": [1.0]}
-    trained |= {"seconds": 1.0, "tokens": 1, "tokens_per_second": 1.0}
-    monkeypatch.setattr(demo, "train", lambda *args: {"steps": 1, "ztt": trained, "vanilla": trained})
     monkeypatch.setattr(demo, "speed", lambda *args: [])
     words = ["--model", str(model_dir), "--new-tokens", "2", "--target", str(chat_dir), "--answer-tokens", "3"]
     assert demo.main([*words, "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert result["training"]["steps"] == 1
+    assert result["pair"]["tokens"] == 512
     assert result["drafts"]["new_tokens"] == 3 * len(demo.QUESTIONS)
     assert "Summary" in captured.err
