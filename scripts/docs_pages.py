@@ -17,6 +17,8 @@ PAGES = {
     "index.md": "README.md",
     "models/smollm2-drafter.md": "models/smollm2-drafter/README.md",
     "models/ztt-tiny.md": "models/ztt-tiny/README.md",
+    "models/ztt-million.md": "models/ztt-million/README.md",
+    "models/vanilla-million.md": "models/vanilla-million/README.md",
     "changelog.md": "CHANGELOG.md",
 }
 """Pages from elsewhere: where they stand in the site, and the files of the repository that they are."""
