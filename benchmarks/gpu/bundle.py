@@ -37,6 +37,7 @@ PACKAGES = (
     "idna",
     "click",
     "gguf",
+    "platformdirs",
     "beartype",
 )
 """In the versions of constraints.txt."""
