@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,17 @@ def leave(
 def with_origin(results: dict[str, Any], recipe: Any) -> dict[str, Any]:
     """Results of a run with what is needed to make them again."""
     return {**results, **provenance(), "seed": recipe.seed, "recipe": to_mapping(recipe)}
+
+
+@contextmanager
+def new_model(folder: Path) -> Iterator[Path]:
+    """A place to write `model/` of a run's folder to, which then takes the place of what was there."""
+    partial, final = folder / ".model", folder / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(f"The model in '{folder}'"):
+        yield partial
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
 
 
 def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, adapters: bool = False) -> None:

@@ -131,6 +131,13 @@ def test_runs_that_do_not_go_together_are_refused(make_recipe, tmp_path, changes
     assert not (tmp_path / "odd").exists()
 
 
+def test_completions_are_refused(make_recipe, tmp_path):
+    rows = [{"prompt": "the quick", "completion": "brown fox jumps over a lazy dog"}] * 60
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(ZerodraftError, match="messages or completions"):
+        pretrain_stacked(recipes(make_recipe, tmp_path / "runs", f"data.train=[{tmp_path / 'rows.jsonl'}]"))
+
+
 @pytest.mark.parametrize("change", ["loss.kind=sampled", "training.accumulation=2", "training.max_minutes=1"])
 def test_what_cannot_be_trained_as_one_is_refused(make_recipe, tmp_path, change):
     with pytest.raises(ZerodraftError, match=change.split("=")[0]):

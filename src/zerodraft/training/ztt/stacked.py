@@ -10,7 +10,6 @@ import hashlib
 import logging
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +29,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import set_seed
 
 from zerodraft.common.errors import ZerodraftError, writing
-from zerodraft.common.outputs import filled_once, write_json
+from zerodraft.common.outputs import write_json
 from zerodraft.fast.graphed import CudaGraphs
 from zerodraft.training.base import LossNotFinite
 from zerodraft.training.callbacks import SECONDS_BETWEEN_LINES, JsonLog
 from zerodraft.training.data import PackedBlocks, build_data, read_documents
 from zerodraft.training.folder import RESULTS, claimed, differences, start_folder
-from zerodraft.training.kept import with_origin
+from zerodraft.training.kept import new_model, with_origin
 from zerodraft.training.optim import learning_rate_scale
 from zerodraft.training.recipe import Recipe
 from zerodraft.training.stacked_optim import StackedOptimizer
@@ -139,6 +138,11 @@ class _Runs:
         self.tokenizer = tokenizer_of(self.recipe, documents)
         data = build_data(self.recipe.data, self.tokenizer, documents)
         self.evaluations = evaluation_sets(data)
+        if any(blocks.learned is not None for blocks in (data.train, *self.evaluations.values())):
+            raise ZerodraftError(
+                "data has messages or completions, of which only a part is learned: runs trained as one take plain "
+                "text, so train these one by one"
+            )
         models = []
         for recipe in recipes:
             set_seed(recipe.seed)
@@ -346,14 +350,9 @@ class _Runs:
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.parameters[name][index])
         self.model.config.use_cache = True
-
-        def fill(partial: Path) -> None:
+        with new_model(folder) as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
-
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        with writing(f"The model in '{folder}'"):
-            filled_once(folder / "model", fill)
         results = with_origin({"parameters": self.model.num_parameters(), **results}, recipe)
         write_json(folder / RESULTS, results)
         return results
