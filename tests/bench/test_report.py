@@ -283,13 +283,14 @@ def test_modelled_speedup_by_hand() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["report"], "'report' takes files with results"),
-        (["report", "x.json"], "--out is ''; name a file that ends in .html or .md"),
+        (["report", "--out", "a.html"], "RESULTS.json... is missing"),
+        (["report", "x.json"], "--out is missing"),
+        (["report", "x.json", "--out", "a.txt"], "--out is 'a.txt'; name a file that ends in .html or .md"),
         (["report", "no.json", "--out", "a.html"], "The result 'no.json' cannot be read"),
         (["report", "x.json", "--out", "a.html", "--what-if", "target=3"], "it must look like target_ms="),
         (["report", "x.json", "--out", "a.html", "--what-if", "target_ms=0,draft_ms=1"], "more than 0 ms"),
-        (["decode", "x.json"], "take none"),
-        (["memory", "x.json"], "take none"),
+        (["decode", "x.json"], "unexpected word 'x.json'"),
+        (["memory", "x.json"], "unexpected word 'x.json'"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ def _with_echo(monkeypatch: pytest.MonkeyPatch) -> None:
         (["echo", "--fail", "interrupt"], 130, "zerodraft: interrupted\n"),
         (["echo", "--fial", "x"], 2, "zerodraft: unknown flag '--fial' (did you mean '--fail'?)\n"),
         (["ehco"], 2, "zerodraft: unknown command 'ehco' (did you mean 'echo'?)\n"),
+        (["ngram", "biuld"], 2, "zerodraft: unknown command 'ngram biuld' (did you mean 'ngram build'?)\n"),
     ],
 )
 def test_exit_codes_and_one_line_of_error(
@@ -126,7 +127,7 @@ def test_the_slow_import_happens_only_to_run_a_command() -> None:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_help_fits_a_screen_and_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     lines = capsys.readouterr().out.rstrip("\n").split("\n")
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
@@ -136,7 +137,7 @@ def test_help_fits_a_screen_and_has_an_example_that_parses(name: str, capsys: py
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_help_all_explains_every_key_of_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help-all"]) == 0
+    assert main([*name.split(), "--help-all"]) == 0
     text = capsys.readouterr().out
     for flag in flags_of(program._load(name)):
         assert flag.positional or flag.name in text or flag.both in text
@@ -149,13 +150,23 @@ def test_the_model_may_be_called_model_or_target() -> None:
     assert all("model" in flag.also for flag in targets)
 
 
+def test_the_first_of_two_words_tells_the_second_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: zerodraft bench decode|memory|kernels|report ")
+    for name in ("decode", "memory", "kernels", "report"):
+        assert f"  bench {name} " in text
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().out == text
+
+
 def test_no_words_means_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [[], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_of_the_installed_program_imports_nothing_slow(words: list[str]) -> None:
     slow = {"torch", "transformers", "huggingface_hub", "datasets", "pyarrow", "matplotlib", "accelerate"}
     if not words:
@@ -189,7 +200,7 @@ def test_there_are_no_bars_in_a_pipe() -> None:
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_a_flag_that_is_on_is_explained_under_both_its_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Its text says what it does, so it must not stand under the name alone that switches it off."""
-    assert main([name, "--help-all"]) == 0
+    assert main([*name.split(), "--help-all"]) == 0
     lines = capsys.readouterr().out.split("\n")
     for flag in flags_of(program._load(name)):
         if flag.hint is bool and not flag.positional:

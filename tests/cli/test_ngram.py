@@ -87,14 +87,14 @@ def test_words_for_kenlm(tmp_path: Path, plain_dir: Path, capsys: pytest.Capture
     ("words", "message"),
     [
         (["build"], "FILE... is missing"),
-        (["bild", "a.txt"], "'action' must be one of 'build', 'words', 'info', got 'bild'"),
+        (["bild", "a.txt"], "unknown command 'ngram bild' (did you mean 'ngram build'?)"),
         (["build", "a.txt", "--out", "x"], "--target is missing"),
         (["build", "a.txt", "--target", "x"], "--out is missing"),
         (["build", "a.txt", "--target", "x", "--out", "."], "--out is '.', a directory"),
         (["build", "a.txt", "--target", "x", "--out", "y", "--order", "0"], "--order is 0"),
         (["build", "a.txt", "--target", "x", "--out", "y", "--min-count", "0"], "--min-count is 0"),
         (["build", "a.txt", "--target", "x", "--out", f"{__file__}/y/z"], "no file can be made"),
-        (["info", "a", "b"], "'info' takes one table, got 2"),
+        (["info", "a", "b"], "unexpected word 'b'"),
         (["info", "nowhere.ngram"], "'nowhere.ngram' cannot be read"),
     ],
 )

@@ -1,10 +1,10 @@
-"""`zerodraft bench`: measure decoding methods and kernels, and write reports of what was measured."""
+"""`zerodraft bench decode`, `memory`, `kernels` and `report`: measure decoding methods and kernels, and report it."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -22,18 +22,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench(Command):
-    """Measure decoding methods side by side, their memory, or the cost of their parts, and report it.
+class Measured(Command):
+    """What the commands that measure a target have in common."""
 
-    'decode' compares speed and tokens, 'memory' peaks, 'kernels' times parts; 'report' shows it.
-    """
-
-    example: ClassVar[str] = "zerodraft bench decode --prompts FILE.jsonl --limit 12 --output results/decode.json"
-
-    action: Literal["decode", "memory", "kernels", "report"] = positional("decode|memory|kernels|report")
-    """What to do."""
-    files: tuple[str, ...] = positional("RESULTS.json...", default=())
-    """For 'report': what the others wrote to --output."""
     target: str = metavar("DIR|NAME", also=("model",), default="smollm2")
     """The model that decodes."""
     dtype: Dtype = "auto"
@@ -45,29 +36,121 @@ class Bench(Command):
     prefix_cache: bool = True
     """A masked drafter keeps what it computed for known tokens."""
     ngram: str = metavar("FILE", default="")
-    """A table from 'zerodraft ngram'."""
+    """A table from 'zerodraft ngram build'."""
     assistant: str = metavar("DIR|NAME", default="")
     """A small causal model, for hf_assisted."""
     dflash: str = metavar("DIR", default="")
     """A drafter in transformers' DFlash format, for hf_dflash."""
     gguf: tuple[str, ...] = metavar("FILE...", default=())
     """The target for llama.cpp, for llama_cpp_*."""
-    prompts: tuple[str, ...] = metavar("FILE...", default=())
-    """JSONL or text; by default Spec-Bench in $ZERODRAFT_DATA."""
-    limit: int = 30
-    """Number of prompts, spread over the tasks; 0: all."""
-    max_new_tokens: int = 128
-    """Write at most this many tokens."""
-    methods: tuple[str, ...] = metavar("NAME...", default=())
-    """Methods, with spaces or commas between; by default all."""
-    temperature: float = 0.0
-    """Sampling temperature; 0: greedy, tokens are compared."""
     threads: int = 0
     """Threads of torch; 0: its default."""
     seed: int = 0
     """Draws the prompts; seeds sampling."""
     output: str = metavar("FILE.json", default="")
     """Write the result; rows beside it until all are there."""
+
+    def check(self) -> None:
+        """Looks at the numbers."""
+        self.check_least(drafter_steps=1, threads=0)
+
+    def check_least(self, **least_of: float) -> None:
+        """Raises `ZerodraftError` for a flag below its least value."""
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise ZerodraftError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
+
+    def _prepare(self) -> None:
+        import torch
+        import transformers
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        transformers.utils.logging.set_verbosity_error()
+
+    def _fingerprints(self, prompts: Sequence[str] = ()) -> dict[str, str]:
+        """Of what is measured with, so that results of other weights or prompts can be told apart."""
+        from zerodraft.bench.measure import fingerprint, weights
+        from zerodraft.generate.names import shipped_drafter
+        from zerodraft.models.resolve import resolve
+
+        models = {
+            "target": self.target,
+            "drafter": self.drafter or str(shipped_drafter(self.target) or ""),
+            "assistant": self.assistant,
+            "dflash": self.dflash,
+        }
+        if self.drafter.partition(":")[0] == "lookup" and not Path(self.drafter).is_dir():
+            models["drafter"] = ""
+        files = {kind: weights(resolve(name)) for kind, name in models.items() if name}
+        others = {"ngram": [self.ngram] if self.ngram else [], "gguf": self.gguf, "prompts": prompts}
+        files |= {kind: [user_path(name) for name in names] for kind, names in others.items() if names}
+        return {kind: fingerprint(paths) for kind, paths in files.items()}
+
+    def _equipment(self, model: Any, tokenizer: Any) -> "tuple[Equipment, str]":
+        """What the methods need, and the drafter's name."""
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        from zerodraft.bench.methods import Equipment
+        from zerodraft.drafters.kinds import Denoising
+        from zerodraft.generate.drafters import find_drafter
+        from zerodraft.models.loading import load_pretrained
+        from zerodraft.models.resolve import resolve
+        from zerodraft.models.tokenizers import load_tokenizer
+
+        def load(kind: Any, name: str) -> Any:
+            return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
+
+        drafter, name = find_drafter(
+            self.drafter, model, self.target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
+        )
+        assistant = load(AutoModelForCausalLM, self.assistant)
+        equipment = Equipment(
+            model=model,
+            drafter=drafter,
+            ngram=self.ngram,
+            assistant=assistant,
+            tokenizers=(tokenizer, load_tokenizer(resolve(self.assistant)) if assistant else None),
+            dflash=load(AutoModel, self.dflash),
+            gguf=self.gguf,
+            threads=torch.get_num_threads(),
+        )
+        return equipment, name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnPrompts(Measured):
+    """Methods measured on prompts."""
+
+    prompts: tuple[str, ...] = metavar("FILE...", default=())
+    """JSONL or text; by default Spec-Bench in $ZERODRAFT_DATA."""
+    max_new_tokens: int = 128
+    """Write at most this many tokens."""
+    methods: tuple[str, ...] = metavar("NAME...", default=())
+    """Methods, with spaces or commas between; by default all."""
+
+    def check(self) -> None:
+        """Looks at the numbers."""
+        Measured.check(self)
+        self.check_least(max_new_tokens=2)
+
+    def _wanted(self) -> list[str]:
+        return [name for word in self.methods for name in word.split(",") if name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchDecode(OnPrompts):
+    """Measure decoding methods side by side: speed, tokens a pass, and whether the tokens are the same."""
+
+    example: ClassVar[str] = "zerodraft bench decode --prompts FILE.jsonl --limit 12 --output results/decode.json"
+
+    limit: int = 30
+    """Number of prompts, spread over the tasks; 0: all."""
+    temperature: float = 0.0
+    """Sampling temperature; 0: greedy, tokens are compared."""
     equality_only: bool = False
     """Compare tokens only, without timing."""
     references: str = metavar("FILE.jsonl", default="")
@@ -77,45 +160,17 @@ class Bench(Command):
     batch: int = 1
     """With it: prompts decoded at once."""
 
-    quick: bool = False
-    """For 'kernels': fewer points and repeats."""
-    out: str = metavar("FILE", default="")
-    """For 'report': the page to write, .html or .md."""
-    plots: str = metavar("DIR", default="")
-    """For 'report': write the figures there, as PNG."""
-    what_if: str = metavar("COSTS", default="")
-    """For 'report': a machine to model, target_ms=30,draft_ms=4."""
-
     def check(self) -> None:
-        """Looks at the numbers."""
-        least_of = {
-            "drafter_steps": 1,
-            "limit": 0,
-            "max_new_tokens": 2,
-            "threads": 0,
-            "batch": 1,
-            "reference_batch": 1,
-            "temperature": 0,
-        }
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise ZerodraftError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
+        """Looks at the numbers, and at what goes together."""
+        OnPrompts.check(self)
+        self.check_least(limit=0, batch=1, reference_batch=1, temperature=0)
         if not self.equality_only and (self.references or self.batch > 1 or self.reference_batch > 1):
             raise ZerodraftError("--references, --reference-batch and --batch belong to --equality-only")
         if self.equality_only and self.temperature:
             raise ZerodraftError("--equality-only compares greedy tokens: leave --temperature out")
-        if bool(self.files) != (self.action == "report"):
-            raise ZerodraftError("'report' takes files with results, the others take none")
-        if self.action == "report" and Path(self.out).suffix not in (".html", ".md"):
-            raise ZerodraftError(f"--out is '{self.out}'; name a file that ends in .html or .md")
 
     def run(self, console: Console) -> Result:
-        """Measures or reports."""
-        actions = {"decode": self._decode, "memory": self._memory, "kernels": self._kernels, "report": self._report}
-        return actions[self.action](console)
-
-    def _decode(self, console: Console) -> Result:
+        """Measures and reports."""
         from zerodraft.bench.decode import Settings, encode_all
         from zerodraft.bench.prompts import default_files, read_questions
         from zerodraft.cli.decoding import load_target
@@ -212,7 +267,15 @@ class Bench(Command):
         # what the file has for every prompt would only hide the rest on a terminal
         return {key: value for key, value in result.items() if key not in ("prompts", "steps")}
 
-    def _memory(self, console: Console) -> Result:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchMemory(OnPrompts):
+    """Measure the peak of memory of decoding methods, each in a process of its own."""
+
+    example: ClassVar[str] = "zerodraft bench memory --prompts FILE.jsonl --output results/memory.json"
+
+    def run(self, console: Console) -> Result:
+        """Measures and reports."""
         from functools import partial
 
         from zerodraft.bench.measure import provenance, write_result
@@ -263,7 +326,18 @@ class Bench(Command):
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return {"drafter": drafter, **measure_here(equipment, name, inputs, options)}
 
-    def _kernels(self, console: Console) -> Result:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchKernels(Measured):
+    """Time the parts of a step: passes of the target, drafts, the search, zero-token attention."""
+
+    example: ClassVar[str] = "zerodraft bench kernels --quick --output results/kernels.json"
+
+    quick: bool = False
+    """Fewer points and repeats."""
+
+    def run(self, console: Console) -> Result:
+        """Measures and reports."""
         from zerodraft.bench.kernels import kernel_sections
         from zerodraft.bench.measure import provenance, write_result
         from zerodraft.bench.sections import Effort
@@ -287,7 +361,29 @@ class Bench(Command):
             console.print(f"written to {self.output}")
         return result
 
-    def _report(self, console: Console) -> Result:
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchReport(Command):
+    """Write a page, with figures, of what the other bench commands measured."""
+
+    example: ClassVar[str] = "zerodraft bench report results/decode.json results/kernels.json --out report.html"
+
+    files: tuple[str, ...] = positional("RESULTS.json...")
+    """What the others wrote to --output."""
+    out: str = metavar("FILE")
+    """The page to write, .html or .md."""
+    plots: str = metavar("DIR", default="")
+    """Write the figures there, as PNG."""
+    what_if: str = metavar("COSTS", default="")
+    """A machine to model, target_ms=30,draft_ms=4."""
+
+    def check(self) -> None:
+        """Looks at the page's name."""
+        if Path(self.out).suffix not in (".html", ".md"):
+            raise ZerodraftError(f"--out is '{self.out}'; name a file that ends in .html or .md")
+
+    def run(self, console: Console) -> Result:
+        """Reads and writes."""
         from zerodraft.bench.files import read_results, write_plots
         from zerodraft.bench.page import markdown
         from zerodraft.bench.report import page
@@ -313,70 +409,8 @@ class Bench(Command):
             "plots": [path.name for files in plots.values() for path in files.values()],
         }
 
-    def _prepare(self) -> None:
-        import torch
-        import transformers
 
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        torch.manual_seed(self.seed)
-        transformers.utils.logging.set_verbosity_error()
-
-    def _wanted(self) -> list[str]:
-        return [name for word in self.methods for name in word.split(",") if name]
-
-    def _fingerprints(self, prompts: Sequence[str] = ()) -> dict[str, str]:
-        """Of what is measured with, so that results of other weights or prompts can be told apart."""
-        from zerodraft.bench.measure import fingerprint, weights
-        from zerodraft.generate.names import shipped_drafter
-        from zerodraft.models.resolve import resolve
-
-        models = {
-            "target": self.target,
-            "drafter": self.drafter or str(shipped_drafter(self.target) or ""),
-            "assistant": self.assistant,
-            "dflash": self.dflash,
-        }
-        if self.drafter.partition(":")[0] == "lookup" and not Path(self.drafter).is_dir():
-            models["drafter"] = ""
-        files = {kind: weights(resolve(name)) for kind, name in models.items() if name}
-        others = {"ngram": [self.ngram] if self.ngram else [], "gguf": self.gguf, "prompts": prompts}
-        files |= {kind: [user_path(name) for name in names] for kind, names in others.items() if names}
-        return {kind: fingerprint(paths) for kind, paths in files.items()}
-
-    def _equipment(self, model: Any, tokenizer: Any) -> "tuple[Equipment, str]":
-        """What the methods need, and the drafter's name."""
-        import torch
-        from transformers import AutoModel, AutoModelForCausalLM
-
-        from zerodraft.bench.methods import Equipment
-        from zerodraft.drafters.kinds import Denoising
-        from zerodraft.generate.drafters import find_drafter
-        from zerodraft.models.loading import load_pretrained
-        from zerodraft.models.resolve import resolve
-        from zerodraft.models.tokenizers import load_tokenizer
-
-        def load(kind: Any, name: str) -> Any:
-            return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
-
-        drafter, name = find_drafter(
-            self.drafter, model, self.target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
-        )
-        assistant = load(AutoModelForCausalLM, self.assistant)
-        equipment = Equipment(
-            model=model,
-            drafter=drafter,
-            ngram=self.ngram,
-            assistant=assistant,
-            tokenizers=(tokenizer, load_tokenizer(resolve(self.assistant)) if assistant else None),
-            dflash=load(AutoModel, self.dflash),
-            gguf=self.gguf,
-            threads=torch.get_num_threads(),
-        )
-        return equipment, name
-
-
-def memory_of(command: Bench, files: Sequence[str], name: str) -> dict[str, Any]:
+def memory_of(command: BenchMemory, files: Sequence[str], name: str) -> dict[str, Any]:
     """`measure_memory` where another process finds it."""
     return command.measure_memory(files, name)
 

@@ -50,7 +50,7 @@ class Generate(Command):
     prefix_cache: bool = True
     """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
     ngram: str = metavar("FILE", default="")
-    """A table from 'zerodraft ngram', to choose among drafts."""
+    """A table from 'zerodraft ngram build', to choose among drafts."""
     compare: bool = False
     """Also decode without drafts; report equality and speedup."""
     trace: bool = False

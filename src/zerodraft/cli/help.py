@@ -62,6 +62,19 @@ def overview(commands: dict[str, Sketch]) -> str:
     return "\n".join(lines)
 
 
+def family_help(word: str, commands: dict[str, Sketch]) -> str:
+    """The text of `zerodraft WORD --help` where commands of two words begin with it."""
+    width = max(map(len, commands)) + 2
+    lines = [
+        f"usage: zerodraft {word} {'|'.join(name.split()[1] for name in commands)} [...]",
+        "",
+        *(f"  {name:<{width}}{command.summary}" for name, command in commands.items()),
+        "",
+        f"  zerodraft {word} COMMAND --help explains one of them.",
+    ]
+    return "\n".join(lines)
+
+
 def command_help(name: str, cls: "type[Command]", *, complete: bool = False) -> str:
     """The text of `zerodraft NAME --help`, or of `--help-all` when `complete`."""
     flags = flags_of(cls)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zerodraft.cli.flags import parse
-from zerodraft.cli.help import Sketch, command_help, overview
+from zerodraft.cli.help import Sketch, command_help, family_help, overview
 from zerodraft.common.errors import ZerodraftError, did_you_mean, printable
 
 if TYPE_CHECKING:
@@ -35,10 +35,15 @@ COMMANDS = {
     "train-drafter": "TrainDrafter",
     "eval-drafter": "EvalDrafter",
     "export-drafter": "ExportDrafter",
-    "ngram": "Ngram",
-    "bench": "Bench",
+    "ngram build": "NgramBuild",
+    "ngram words": "NgramWords",
+    "ngram info": "NgramInfo",
+    "bench decode": "BenchDecode",
+    "bench memory": "BenchMemory",
+    "bench kernels": "BenchKernels",
+    "bench report": "BenchReport",
 }
-"""Each command lives in the module of its name, with `_` for `-`."""
+"""Each command lives in the module of its first word, with `_` for `-`."""
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -90,7 +95,11 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
 
         sys.stdout.write(f"zerodraft {version('zerodraft')}\n")
         return OK
-    name, rest = words[0], words[1:]
+    family = {name: _sketch(name) for name in COMMANDS if name.startswith(f"{words[0]} ")}
+    if family and set(words[1:2]) <= {"-h", "--help", "--help-all"}:
+        sys.stdout.write(family_help(words[0], family) + "\n")
+        return OK if words[1:] else BAD_INPUT
+    name, rest = command_of(words)
     if name not in COMMANDS:
         what = "flag" if name.startswith("-") else "command"
         raise ZerodraftError(f"unknown {what} '{name}'{did_you_mean(name, COMMANDS)}")
@@ -116,6 +125,12 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
     return OK
 
 
+def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of a command, of one word or two, and the words after it."""
+    length = 2 if any(name.startswith(f"{words[0]} ") for name in COMMANDS) else 1
+    return " ".join(words[:length]), list(words[length:])
+
+
 def _load(name: str) -> "type[Command]":
     return getattr(import_module(f"zerodraft.cli.{_module(name)}"), COMMANDS[name])
 
@@ -125,7 +140,7 @@ def _sketch(name: str) -> Sketch:
 
 
 def _module(name: str) -> str:
-    return name.replace("-", "_")
+    return name.split()[0].replace("-", "_")
 
 
 def log_to_stderr(level: int) -> None:

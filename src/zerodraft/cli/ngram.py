@@ -1,11 +1,12 @@
-"""`zerodraft ngram`: n-gram tables for the path search, from text or tokens."""
+"""`zerodraft ngram build`, `words` and `info`: n-gram tables for the path search, from text or tokens."""
 
 import tempfile
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -22,28 +23,15 @@ BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ngram(Command):
-    """Build an n-gram table of a target's tokens, which tells the path search which drafted tokens go together.
+class OverTokens(Command):
+    """What the commands that go through a target's tokens have in common."""
 
-    'build' counts the tokens of text (.txt, .md), JSONL or parquet files, or of completions from 'zerodraft distill'
-    (.bin, or their directory). Smoothing: interpolated Kneser-Ney with three discounts for each order. 'words' writes
-    the tokens as words, a document a line, for KenLM's lmplz. 'info' tells what a table holds.
-    """
-
-    example: ClassVar[str] = "zerodraft ngram build completions --target smollm2 --out smollm2.ngram"
-
-    action: Literal["build", "words", "info"] = positional("build|words|info")
-    """What to do."""
     files: tuple[str, ...] = positional("FILE...")
-    """Files, directories, globs; for 'info' one table."""
-    target: str | None = metavar("DIR|NAME", also=("model",), default=None)
+    """Files, directories, globs: text (.txt, .md), JSONL, parquet, or completions (.bin)."""
+    target: str = metavar("DIR|NAME", also=("model",))
     """The model whose tokenizer is used: directory, hub id or short name."""
-    out: str | None = metavar("FILE", default=None)
+    out: str = metavar("FILE")
     """The file to write."""
-    order: int = 3
-    """The n of the longest n-grams: the table looks back n - 1 tokens."""
-    min_count: int = 1
-    """Keep the longest n-grams that were seen this often (a smaller table)."""
     text_field: str = "text"
     """Field with the text, in JSONL and parquet."""
     template: str | None = None
@@ -52,31 +40,18 @@ class Ngram(Command):
     """Splits a text file into documents."""
 
     def check(self) -> None:
-        """What is needed depends on the action."""
-        from zerodraft.decoding.ngram_build import LONGEST
-
-        if self.action == "info":
-            if len(self.files) != 1:
-                raise ZerodraftError(f"'info' takes one table, got {len(self.files)} files")
-            return
-        for name in ("target", "out"):
-            if not getattr(self, name):
-                raise ZerodraftError(f"--{name} is missing; see 'zerodraft ngram --help'")
-        if self.out and user_path(self.out).is_dir():
+        """Looks at where the output goes."""
+        if user_path(self.out).is_dir():
             raise ZerodraftError(f"--out is '{self.out}', a directory: name a file")
-        if self.out and (closed := closed_parent(user_path(self.out))):
+        if closed := closed_parent(user_path(self.out)):
             raise ZerodraftError(f"--out is '{self.out}', but in '{closed}' no file can be made: name another")
-        if not 1 <= self.order <= LONGEST:
-            raise ZerodraftError(f"--order is {self.order}; it must be from 1 to {LONGEST}")
-        if self.min_count < 1:
-            raise ZerodraftError(f"--min-count is {self.min_count}; it must be at least 1")
+
+    @abstractmethod
+    def write(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
+        """Writes `out` from the documents, in tokens of the model at `path`; `tokens`, `bytes` and more."""
 
     def run(self, console: Console) -> Result:
-        """Does it and reports."""
-        if self.action == "info":
-            return self._info(console)
-        assert self.target is not None  # checked
-        assert self.out is not None
+        """Reads the files, writes and reports."""
         from zerodraft.models.resolve import resolve
 
         path, out = resolve(self.target), user_path(self.out)
@@ -87,7 +62,7 @@ class Ngram(Command):
                 out.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ZerodraftError(f"--out is '{self.out}', which cannot be made: {error.strerror}") from error
-            result = (self._build if self.action == "build" else self._words)(documents, path, out, progress)
+            result = self.write(documents, path, out, progress)
         result |= {"out": self.out, "documents": len(documents), "seconds": time.perf_counter() - started}
         size = f"{result['bytes'] / 1e6:.1f} MB"
         grams = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(result.get("counts", ()), 1) if n > 1)
@@ -96,54 +71,6 @@ class Ngram(Command):
             f"{', ' + grams if grams else ''}) in {result['seconds']:.1f} s"
         )
         return result
-
-    def _build(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
-        from zerodraft.decoding.ngram import save_table
-        from zerodraft.decoding.ngram_build import build_table
-
-        table = build_table(
-            documents,
-            vocabulary_of(path),
-            order=self.order,
-            min_count=self.min_count,
-            about={"target": self.target, "files": [Path(file).name for file in self.files]},
-            on_progress=progress.count,
-        )
-        size = save_table(table, out)
-        return {
-            "order": table.order,
-            "vocab_size": table.vocab_size,
-            "tokens": table.about["tokens"],
-            "counts": list(table.counts),
-            "smoothing": table.about["smoothing"],
-            "bytes": size,
-        }
-
-    def _words(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
-        tokens = 0
-        with new_file(out) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
-            for document in documents:
-                stream.write(" ".join(map(str, document.tolist())) + "\n")
-                tokens += len(document)
-                progress.count("words", tokens)
-        return {"tokens": tokens, "bytes": out.stat().st_size}
-
-    def _info(self, console: Console) -> Result:
-        from zerodraft.decoding.ngram import open_table
-
-        table = open_table(self.files[0])
-        grams = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(table.counts, 1) if n > 1)
-        console.print(f"order {table.order}, vocabulary of {table.vocab_size:,} tokens{', ' + grams if grams else ''}")
-        for key, value in table.about.items():
-            # it is as it stands in the file, which may be a stranger's
-            console.print(Text(printable(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")))
-        return {
-            **table.about,
-            "order": table.order,
-            "vocab_size": table.vocab_size,
-            "counts": list(table.counts),
-            "bytes": user_path(self.files[0]).stat().st_size,
-        }
 
     def _documents(self, path: Path, folder: Path, progress: "LiveProgress") -> "TokenFiles":
         """The tokens of all files; those of texts are kept in `folder`, since they are gone through several times."""
@@ -172,6 +99,98 @@ class Ngram(Command):
                         progress.count("tokenising", done)
         tokens = np.memmap(folder / "tokens.bin", "<u4", "r")
         return TokenFiles(completions, np.split(tokens, np.cumsum(lengths)[:-1]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NgramBuild(OverTokens):
+    """Build an n-gram table of a target's tokens, which tells the path search which drafted tokens go together.
+
+    It counts the tokens of texts, or of completions from 'zerodraft distill' (.bin, or their directory). Smoothing:
+    interpolated Kneser-Ney with three discounts for each order.
+    """
+
+    example: ClassVar[str] = "zerodraft ngram build completions --target smollm2 --out smollm2.ngram"
+
+    order: int = 3
+    """The n of the longest n-grams: the table looks back n - 1 tokens."""
+    min_count: int = 1
+    """Keep the longest n-grams that were seen this often (a smaller table)."""
+
+    def check(self) -> None:
+        """Looks at the numbers too."""
+        from zerodraft.decoding.ngram_build import LONGEST
+
+        OverTokens.check(self)
+        if not 1 <= self.order <= LONGEST:
+            raise ZerodraftError(f"--order is {self.order}; it must be from 1 to {LONGEST}")
+        if self.min_count < 1:
+            raise ZerodraftError(f"--min-count is {self.min_count}; it must be at least 1")
+
+    def write(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
+        from zerodraft.decoding.ngram import save_table
+        from zerodraft.decoding.ngram_build import build_table
+
+        table = build_table(
+            documents,
+            vocabulary_of(path),
+            order=self.order,
+            min_count=self.min_count,
+            about={"target": self.target, "files": [Path(file).name for file in self.files]},
+            on_progress=progress.count,
+        )
+        size = save_table(table, out)
+        return {
+            "order": table.order,
+            "vocab_size": table.vocab_size,
+            "tokens": table.about["tokens"],
+            "counts": list(table.counts),
+            "smoothing": table.about["smoothing"],
+            "bytes": size,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NgramWords(OverTokens):
+    """Write the tokens of texts as words, a document a line, for KenLM's lmplz."""
+
+    example: ClassVar[str] = "zerodraft ngram words completions --target smollm2 --out smollm2.words"
+
+    def write(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:
+        tokens = 0
+        with new_file(out) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
+            for document in documents:
+                stream.write(" ".join(map(str, document.tolist())) + "\n")
+                tokens += len(document)
+                progress.count("words", tokens)
+        return {"tokens": tokens, "bytes": out.stat().st_size}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NgramInfo(Command):
+    """Tell what an n-gram table holds."""
+
+    example: ClassVar[str] = "zerodraft ngram info smollm2.ngram"
+
+    file: str = positional("TABLE")
+    """The table."""
+
+    def run(self, console: Console) -> Result:
+        """Reads and reports."""
+        from zerodraft.decoding.ngram import open_table
+
+        table = open_table(self.file)
+        grams = ", ".join(f"{count:,} {n}-grams" for n, count in enumerate(table.counts, 1) if n > 1)
+        console.print(f"order {table.order}, vocabulary of {table.vocab_size:,} tokens{', ' + grams if grams else ''}")
+        for key, value in table.about.items():
+            # it is as it stands in the file, which may be a stranger's
+            console.print(Text(printable(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")))
+        return {
+            **table.about,
+            "order": table.order,
+            "vocab_size": table.vocab_size,
+            "counts": list(table.counts),
+            "bytes": user_path(self.file).stat().st_size,
+        }
 
 
 class TokenFiles:
