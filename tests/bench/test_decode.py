@@ -23,6 +23,7 @@ from zerodraft.bench.prompts import read_questions
 from zerodraft.bench.rows import RowFile
 from zerodraft.cli.main import main
 from zerodraft.decoding.fallback import UNLIMITED, Fallback
+from zerodraft.decoding.lengths import CostAwareTree
 from zerodraft.training.tokenizer import train_tokenizer
 
 Bench = Callable[..., dict[str, Any]]
@@ -106,6 +107,9 @@ def test_steps_that_only_copied_are_told_apart(bench: Bench, tmp_path: Path, mon
         return UNLIMITED if fallback.allowance == usual.allowance or next(turns) else 0
 
     monkeypatch.setattr(Fallback, "longest", longest)
+    # nor does it pay to score more than one node, and which one would hang on the clock as well
+    worth = CostAwareTree.worth
+    monkeypatch.setattr(CostAwareTree, "worth", lambda tree, chances: max(worth(tree, chances), len(chances)))
     output = tmp_path / "decode.json"
     bench("--methods", "full", "--max-new-tokens", "40", "--output", str(output))
     steps = json.loads(output.read_text(encoding="utf-8"))["steps"]["full"]
