@@ -37,7 +37,7 @@ SMALLER = (
     (r"train-drafter --kind dflash", "--drafter.layers=1"),
     (r"train-drafter --kind masked", "--masked.layers=2"),
     (r"train-drafter --kind autoregressive", "--autoregressive.layers=2"),
-    (r"bench (decode|memory)\b", "--limit=1"),
+    (r"bench decode\b", "--limit=1"),
     (r"bench memory\b", "--methods=hf_plain,full"),
     (r"bench kernels\b", "--quick"),
 )
