@@ -12,7 +12,7 @@ import transformers
 
 from zerodraft.bench.measure import Case, interleave, provenance, ratio, spread, write_result
 
-__all__ = ["Case", "arguments", "emit", "interleave", "quiet_transformers", "ratio", "spread"]
+__all__ = ["Case", "added_cost", "arguments", "emit", "interleave", "quiet_transformers", "ratio", "spread"]
 
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
@@ -26,6 +26,14 @@ def arguments(description: str, **defaults: int) -> argparse.Namespace:
     torch.manual_seed(options.seed)
     quiet_transformers()
     return options
+
+
+def added_cost(without: Case, having: Case, *, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a run without something and of one that has it, in turn after three of each, and the ratio of the
+    second to the first, pair by pair."""
+    seconds = interleave({"without": without, "with": having}, repeats=repeats, warmup=3)
+    times = {f"{name}_ms": spread([1e3 * s for s in of]) for name, of in seconds.items()}
+    return {**times, "ratio": ratio(seconds["with"], seconds["without"])}
 
 
 def quiet_transformers() -> None:

@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
-from harness import Case, arguments, emit, interleave, ratio, spread
+from harness import Case, added_cost, arguments, emit
 from zerodraft import ZttConfig, ZttForCausalLM
 
 MODELS = {
@@ -71,13 +71,8 @@ def main() -> None:
         for kind, repeats in (("decode", 5 * options.repeats), ("train", max(options.repeats // 3, 1))):
             make = decoding_step if kind == "decode" else training_step
             sizes = (options.context,) if kind == "decode" else (options.tokens, options.length)
-            cases = {str(on): make(model, *sizes) for on, model in models.items()}
-            seconds = interleave(cases, repeats=repeats, warmup=3)
-            measured[kind] = {
-                "without_ms": spread([1e3 * s for s in seconds["False"]]),
-                "with_ms": spread([1e3 * s for s in seconds["True"]]),
-                "ratio": ratio(seconds["True"], seconds["False"]),
-            }
+            without, having = (make(models[on], *sizes) for on in (False, True))
+            measured[kind] = added_cost(without, having, repeats=repeats)
             print(f"{name}, {kind}: {measured[kind]['ratio']['median']:.3f}x with zero tokens", file=sys.stderr)
         result[name] = measured
     emit({"benchmark": "zero_token_cost", "results": result}, options)

@@ -38,14 +38,17 @@ class Report:
         """Where everything runs."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def step(self, name: str, run: Callable[[], Any], *, needs: float = 0.0) -> Any:
-        """What `run` returns (its JSON goes to the file), or None where it fails or fewer seconds than it needs are
-        left."""
+    def step(self, name: str, run: Callable[[], Any], *, needs: float = 0.0) -> None:
+        """Runs it, unless fewer seconds than it needs are left; `found` in the file is what it returns, as JSON.
+
+        Of a step that fails, `found` is the dict that an assertion of it was about, or else what it had noted as found.
+        """
         if self.left < needs:
             self.note(name, outcome="skipped", why=f"{self.left:.0f} s are left, it needs {needs:.0f}")
-            return None
+            return
         began = time.monotonic()
         self.note(name, outcome="running")
+        values: dict[str, Any]
         try:
             found = run()
             if self.device.type == "cuda":
@@ -53,14 +56,17 @@ class Report:
                 torch.cuda.synchronize()
         except Exception as error:  # whatever it is, the other steps go on
             end = traceback.format_exc().rstrip().split("\n")[-LINES:]
-            self.note(name, outcome="failed", seconds=time.monotonic() - began, error=repr(error)[:300], traceback=end)
-            return None
-        self.note(name, outcome="passed", seconds=time.monotonic() - began, found=found)
-        return found
+            values = {"outcome": "failed", "error": repr(error)[:300], "traceback": end}
+            known = {name: value for name, value in self.outcomes[name].items() if name == "found"}
+            match error.args:
+                case [dict(asserted), *_] if isinstance(error, AssertionError):
+                    known, values["error"] = {"found": asserted}, "AssertionError"
+            values |= known
+        else:
+            values = {"outcome": "passed", "found": found}
+        self.note(name, **values, seconds=round(time.monotonic() - began, 3))
 
     def note(self, name: str, **values: Any) -> None:
         """Puts the outcome of a step on the disk, whatever is known of it."""
-        if "seconds" in values:
-            values["seconds"] = round(values["seconds"], 3)
         self.outcomes[name] = values
         write_json(self.path, self.outcomes, indent=1)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from report import Report
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3Config
 
+from harness import added_cost
 from tests.fast.tape import Taped
+from tests.ztt.tiny import tiny_plain
 from zerodraft import DiffuSpec, FixedExit, FixedLength, ZttConfig, ZttForCausalLM, decoder, release
 from zerodraft.bench.decode import Row, Settings, Task, encode_all, measure
-from zerodraft.bench.measure import interleave, ratio, spread
+from zerodraft.bench.measure import Case, interleave, spread
 from zerodraft.bench.methods import FULL, OWN_PLAIN, Equipment, available, choose
 from zerodraft.bench.prompts import default_files, read_questions
 from zerodraft.bench.rows import RowFile
@@ -63,17 +65,7 @@ def _target_config() -> Any:
 
 
 def _tiny_target() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_plain("llama", vocab_size=4096, max_position_embeddings=4096, eos_token_id=None)
 
 
 @functools.cache
@@ -81,7 +73,7 @@ def loaded(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[Any, 
     """Target, tokenizer and the drafter that the library chooses; for a rehearsal random ones."""
     model: Any
     if small:
-        model = _tiny_target().to(device, dtype).eval()
+        model = _tiny_target().to(device, dtype)
         drafter: Any = BlockDrafter(drafter_from_target(_tiny_target(), num_layers=2, coupling=8), model)
         return model, load_tokenizer(ROOT / "models" / "ztt-tiny"), drafter
     try:
@@ -124,16 +116,16 @@ def told(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def compare(report: Report, name: str, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def compare(report: Report, dtype: str, seconds: float) -> dict[str, Any]:
     """Methods in turn on one prompt after another, until the time is up."""
-    model, tokenizer, drafter = loaded(dtype, report.device, report.small)
-    methods = choose(METHODS[str(dtype).removeprefix("torch.")], available(Equipment(model=model, drafter=drafter)))
+    model, tokenizer, drafter = loaded(DTYPES[dtype], report.device, report.small)
+    methods = choose(METHODS[dtype], available(Equipment(model=model, drafter=drafter)))
     how = Settings(max_new_tokens=12 if report.small else 64)
     tasks = tasks_of(report, model, tokenizer, how.max_new_tokens)
     kept, end = RowFile(None, {}), time.monotonic() + min(seconds, report.left - 2)
 
     def look(rows: list[Row]) -> None:
-        report.note(name, outcome="running", found=told(rows, list(methods)))
+        report.note(f"methods, {dtype}", outcome="running", found=told(rows, list(methods)))
         if time.monotonic() > end:
             raise OutOfTime
 
@@ -146,16 +138,21 @@ def compare(report: Report, name: str, dtype: torch.dtype, seconds: float) -> di
     return found
 
 
-def timed(run: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Milliseconds of a call with all that the device does for it."""
-    seconds = []
-    for _ in range(repeats + 3):
-        began = time.perf_counter()
+def finished(run: Case) -> Case:
+    """A case with all that the device does for it."""
+
+    def case() -> None:
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds.append(1e3 * (time.perf_counter() - began))
-    return spread(seconds[3:])
+
+    return case
+
+
+def timed(run: Case, repeats: int) -> dict[str, float]:
+    """Milliseconds of a call."""
+    [seconds] = interleave({"": finished(run)}, repeats=repeats, warmup=3).values()
+    return spread([1e3 * s for s in seconds])
 
 
 def pass_costs(target: Any, prompt: Tensor, taps: Sequence[int], sizes: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -182,15 +179,16 @@ def pass_costs(target: Any, prompt: Tensor, taps: Sequence[int], sizes: Sequence
     return found
 
 
-def costs(report: Report, dtype: torch.dtype) -> dict[str, Any]:
+def costs(report: Report) -> dict[str, Any]:
     """What the parts of a step take: passes of the target by their size, a draft, a prompt, the choice of a target."""
+    dtype = torch.bfloat16
     model, _, drafter = loaded(dtype, report.device, report.small)
     repeats, taps = 3 if report.small else 30, drafter.taps
     lengths = (40, 90) if report.small else (200, 1200)
     short, long = (torch.randint(5, 4000, (1, n), device=report.device) for n in lengths)
     # what records on a CPU is the tests' stand-in
     recorder = None if report.device.type == "cuda" else Taped
-    graphs, passes = partial(graphed_target, recorder=recorder), HfTarget
+    graphs = partial(graphed_target, recorder=recorder)
     found: dict[str, Any] = {}
 
     def add(name: str, value: Any) -> None:
@@ -202,7 +200,7 @@ def costs(report: Report, dtype: torch.dtype) -> dict[str, Any]:
         add("choice of a target", timed(lambda: graphs(model), repeats))
         sizes = (1, 2, 4, 8, 16, 32)
         add("recorded passes", pass_costs(graphs(model), short, taps, sizes, repeats))
-        add("passes", pass_costs(passes(model), short, taps, sizes, repeats))
+        add("passes", pass_costs(HfTarget(model), short, taps, sizes, repeats))
         add("recorded passes, again", pass_costs(graphs(model), short, taps, sizes[:1], repeats))
     session = drafter.start(1, report.device, None)
     states = torch.randn(short.shape[1], len(taps), model.config.hidden_size, device=report.device, dtype=dtype)
@@ -216,17 +214,17 @@ def costs(report: Report, dtype: torch.dtype) -> dict[str, Any]:
     add("draft", timed(draft, repeats))
     with torch.no_grad():
         add("recorded passes, long text", pass_costs(graphs(model), long, taps, sizes[::3], repeats))
-        add("passes, long text", pass_costs(passes(model), long, taps, sizes[::3], repeats))
+        add("passes, long text", pass_costs(HfTarget(model), long, taps, sizes[::3], repeats))
     # the large buffers are not for what is measured next
     release(model)
     return found
 
 
-def profile(report: Report, dtype: torch.dtype) -> dict[str, Any]:
+def profile(report: Report) -> dict[str, Any]:
     """What the kernels and the host do in some tokens of both decoders."""
     from torch.profiler import ProfilerActivity
 
-    model, _, drafter = loaded(dtype, report.device, report.small)
+    model, _, drafter = loaded(torch.bfloat16, report.device, report.small)
     prompt = torch.randint(5, 4000, (1, 60), generator=torch.Generator().manual_seed(0)).to(report.device)
     full = decoder(model, drafter)
     plain = DiffuSpec(NoDrafter(), length=FixedLength(0))
@@ -259,15 +257,11 @@ def profile(report: Report, dtype: torch.dtype) -> dict[str, Any]:
 
 def decode(report: Report) -> None:
     """SmolLM2 in bfloat16 and float32."""
-    share = report.left
-    for name, dtype in DTYPES.items():
-        if name == "bfloat16":
-            report.step("costs, bfloat16", lambda: costs(report, torch.bfloat16))
-        title = f"methods, {name}"
-        seconds = 0.40 * share if name == "bfloat16" else 0.22 * share
-        report.step(title, lambda t=title, d=dtype, s=seconds: compare(report, t, d, s), needs=12 * (not report.small))
-        if name == "bfloat16":
-            report.step("profile", lambda: profile(report, torch.bfloat16), needs=5)
+    share, least = report.left, 12 * (not report.small)
+    report.step("costs, bfloat16", lambda: costs(report))
+    report.step("methods, bfloat16", lambda: compare(report, "bfloat16", 0.40 * share), needs=least)
+    report.step("profile", lambda: profile(report), needs=5)
+    report.step("methods, float32", lambda: compare(report, "float32", 0.22 * share), needs=least)
 
 
 # -- a looped model ----------------------------------------------------------------------------------------------------
@@ -286,10 +280,10 @@ def depths(report: Report, dtype: torch.dtype) -> dict[str, Any]:
     ways |= {"its own rule": {"exit_rule": model.calibrated_exit_rule()}, "no rule": {}}
     ways["no rule, ours"] = {"custom_generate": plain}
     seconds = interleave(
-        {name: lambda way=way: model.generate(prompt, **options, **way) for name, way in ways.items()},
+        {name: finished(partial(model.generate, prompt, **options, **way)) for name, way in ways.items()},
         repeats=1 if report.small else 3,
     )
-    return {name: new / min(taken) for name, taken in seconds.items()}
+    return {name: spread([new / s for s in taken]) for name, taken in seconds.items()}
 
 
 def depth(report: Report) -> None:
@@ -303,7 +297,7 @@ def depth(report: Report) -> None:
 # -- a training step ---------------------------------------------------------------------------------------------------
 
 
-def training_step(report: Report, *, zero_tokens: bool, compiled: bool) -> Callable[[], object]:
+def training_step(report: Report, *, zero_tokens: bool, compiled: bool) -> Case:
     """Forward, backward and AdamW in bfloat16 autocast."""
     torch.manual_seed(0)
     hidden, vocabulary = (64, 256) if report.small else (512, 4096)
@@ -331,22 +325,14 @@ def training_step(report: Report, *, zero_tokens: bool, compiled: bool) -> Calla
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if report.device.type == "cuda":
-            torch.cuda.synchronize()
 
-    return step
+    return finished(step)
 
 
 def zero_token_cost(report: Report, *, compiled: bool, repeats: int) -> dict[str, Any]:
     """Milliseconds of a step with and without zero tokens, and their ratio."""
-    cases = {str(on): training_step(report, zero_tokens=on, compiled=compiled) for on in (False, True)}
-    seconds = interleave(cases, repeats=repeats, warmup=3)
-    return {
-        "without_ms": spread([1e3 * s for s in seconds["False"]]),
-        "with_ms": spread([1e3 * s for s in seconds["True"]]),
-        "ratio": ratio(seconds["True"], seconds["False"]),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
-    }
+    without, having = (training_step(report, zero_tokens=on, compiled=compiled) for on in (False, True))
+    return added_cost(without, having, repeats=repeats)
 
 
 def training(report: Report) -> None:
