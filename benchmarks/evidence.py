@@ -55,8 +55,10 @@ def main(words: Sequence[str] | None = None) -> int:
             print("\n".join(progress(plan, file, options.runs, options.only)))
             return 0
         command = ["python", "benchmarks/evidence.py", "run", str(options.plan)]
-        chosen = {"only": options.only, "minutes": options.minutes, "together": options.together}
-        make_runs(plan, file, options.runs, words=command, **chosen)
+        make_runs(
+            plan, file, options.runs, words=command, only=options.only, minutes=options.minutes,
+            together=options.together,
+        )  # fmt: skip
     except ZerodraftError as error:
         print(error, file=sys.stderr)
         return 2

@@ -321,13 +321,15 @@ def compared(table: Table) -> tuple[list[str], list[list[str]]] | None:
 
 def at_each_rate(table: Table) -> list[list[str]]:
     """The pairs of arms that the claims compare, at every rate that both have tried; none of a table with one rate."""
+    if len(table.plan.rates) < 2:
+        return []
+    pairs = [(arm, claim.other) for claim in CLAIMS if claim.other in table.arms() for arm in claim.arms(table)]
     rows = []
-    for claim in CLAIMS if len(table.plan.rates) > 1 else ():
-        for arm in claim.arms(table) if claim.other in table.arms() else ():
-            for rate in table.plan.rates:
-                found = paired(losses_at(table, arm, rate), losses_at(table, claim.other or "", rate))
-                if found is not None:
-                    rows.append([f"{arm}, {claim.other}", rate, str(found.count), interval(found)])
+    for arm, other in pairs:
+        for rate in table.plan.rates:
+            found = paired(losses_at(table, arm, rate), losses_at(table, other, rate))
+            if found is not None:
+                rows.append([f"{arm}, {other}", rate, str(found.count), interval(found)])
     return rows
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +34,6 @@ PASSES = 3
 """FLOPs of a training step in those of its forward pass; going back takes as many for states and again for weights."""
 POINTS = 50
 """Of a loss curve."""
-NO_TURN = nullcontext()
-"""Nobody else waits for the device."""
 
 
 class Paused(Exception):
@@ -73,7 +71,7 @@ def make_runs(
     only: str | None = None,
     minutes: float = math.inf,
     together: int = 1,
-    turn: AbstractContextManager[Any] = NO_TURN,
+    turn: AbstractContextManager[Any] | None = None,
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Table:
     """Makes the runs of a plan that are not done, and writes the table after each.
@@ -104,17 +102,18 @@ def make_runs(
         table = open_table(file, plan)
         asked = {*chosen(list(plan.runs()), only)}
         while left := [run for run in table.wanted() if run in asked - table.done()]:
-            group = group_of(plan, left, place, together)
+            alone = together == 1 or is_finished(plan, left[0], place)
+            group = left[:1] if alone else alike(plan, left, place)[:together]
             names = ", ".join(map(str, group))
             if time.monotonic() >= deadline:
                 tell(f"The time is over; {len(left)} runs are left.")
                 break
             tell(f"{names}: {len(left)} left")
             try:
-                if together > 1 and not is_finished(plan, group[0], place):
-                    made = make_together(plan, group, place, words, deadline, turn, tell)
+                if alone:
+                    made = [make_run(plan, group[0], place, [*words, "--only", names], deadline)]
                 else:
-                    made = [make_run(plan, group[0], place, [*words, "--only", str(group[0])], deadline)]
+                    made = make_together(plan, group, place, words, deadline, turn, tell)
             except (Paused, StackedPaused):
                 tell(f"{names}: stopped at a checkpoint, the time is over; {len(left)} runs are left.")
                 break
@@ -130,13 +129,9 @@ def make_runs(
     return table
 
 
-def group_of(plan: Plan, left: Sequence[Run], place: Path, together: int) -> list[Run]:
-    """The first run that is left, and others of its arm to train with it; one that is finished stands alone."""
-    first = left[0]
-    if is_finished(plan, first, place):
-        return [first]
-    alike = [run for run in left if run.arm == first.arm and not is_finished(plan, run, place)]
-    return alike[:together]
+def alike(plan: Plan, left: Sequence[Run], place: Path) -> list[Run]:
+    """The runs that can be trained with the first one: those of its arm whose folders hold no results yet."""
+    return [run for run in left if run.arm == left[0].arm and not is_finished(plan, run, place)]
 
 
 def is_finished(plan: Plan, run: Run, place: Path) -> bool:
@@ -150,7 +145,7 @@ def make_together(
     place: Path,
     words: Sequence[str],
     deadline: float,
-    turn: AbstractContextManager[Any],
+    turn: AbstractContextManager[Any] | None,
     tell: Callable[[str], None],
 ) -> list[Row | Diverged]:
     """Makes runs of one arm as one, or goes on with them.
@@ -183,7 +178,7 @@ def make_run(plan: Plan, run: Run, place: Path, words: Sequence[str], deadline: 
     output = Path(recipe.output)
     block = recipe.training.batch_size * recipe.training.accumulation * recipe.data.context_length
     try:
-        if (output / RESULTS).exists():
+        if is_finished(plan, run, place):
             results = finished(output / RESULTS, recipe)
         else:
             begun = (output / RECIPE).exists() or (output / LOCK).exists()

@@ -48,6 +48,17 @@ def test_the_run_in_the_readme_is_that_of_the_results() -> None:
     assert block.splitlines() == lines, "README.md should have\n" + "\n".join(lines)
 
 
+@pytest.mark.parametrize(("name", "arm"), [("ztt-million", "ztt-input"), ("vanilla-million", "vanilla")])
+def test_the_cards_of_the_pair_have_the_figures_of_the_results(name: str, arm: str) -> None:
+    table = json.loads((exit_rules.ROOT / "results" / "evidence" / "million.json").read_text(encoding="utf-8"))
+    runs = {(row["arm"], row["rate"], row["seed"]): row["losses"] for row in table["rows"]}
+    own, vanilla = runs[arm, "1e-2", 0], runs["vanilla", "1e-2", 0]
+    card = (exit_rules.ROOT / "models" / name / "README.md").read_text(encoding="utf-8")
+    for text, title in (("validation", "validation"), ("wikitext2", "WikiText-2")):
+        losses = [*own[text], *(vanilla[text] if arm != "vanilla" else ())]
+        assert f"| {title} | {' | '.join(f'{loss:.4f}' for loss in losses)} |" in card
+
+
 def shortened(prompt: str) -> str:
     """The beginning of a long prompt, to the end of a word or sentence."""
     return prompt if len(prompt) < 24 else prompt[: prompt.rindex(" ", 0, 24)] + " ..."

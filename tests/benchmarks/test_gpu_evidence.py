@@ -1,5 +1,6 @@
 """The evidence that is made on a GPU within minutes, rehearsed on the CPU."""
 
+import shlex
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +14,9 @@ from gpu.evidence import main
 def test_a_rehearsal(plan_file: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = plan_file(rates={"1e-2": {"learning_rate": 1e-2}, "3e-3": {"learning_rate": 3e-3}}, sweep=1)
     places = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
-    assert (
-        main(
-            [
-                str(file),
-                *places,
-                "--rehearse",
-                "--at-once",
-                "2",
-                "--minutes",
-                "10",
-                "--keep",
-                "tiny/ztt/0",
-                "tiny/ztt/1",
-            ]
-        )
-        == 0
-    )
+    # two runs of four as one, so that an arm is twice nearly done
+    how = ["--rehearse", "--at-once", "2", "--together", "2", "--minutes", "10"]
+    assert main([str(file), *places, *how, "--keep", "tiny/ztt/0", "tiny/ztt/1"]) == 0
     table = read_table(tmp_path / "out" / "tiny.json")
     assert sorted(str(row.run) for row in table.rows) == [
         f"{arm}/{rate}/{seed}" for arm in ("vanilla", "ztt") for rate in ("1e-2", "3e-3") for seed in (0, 1)
@@ -40,10 +27,19 @@ def test_a_rehearsal(plan_file: Callable[..., Path], tmp_path: Path, capfd: pyte
     assert models == {f"tiny/ztt/{table.best_rate('ztt')}/{seed}" for seed in (0, 1)}
     assert "validation loss" in capfd.readouterr().err
 
+    # what stands beside a row makes it again
+    row = next(row for row in table.rows if row.arm == "ztt")
+    python, script, plan, *words = shlex.split(row.provenance["command"])
+    assert (python, script, plan) == ("python", "benchmarks/gpu/evidence.py", file.name)
+    again = ["--out", str(tmp_path / "again"), "--runs", str(tmp_path / "others"), "--rehearse"]
+    assert main([str(file), *words, *again]) == 0
+    rows = read_table(tmp_path / "again" / "tiny.json").rows
+    assert [found.loss for found in rows] == [found.loss for found in table.rows if found.arm == "ztt"]
+
 
 def test_some_arms_alone(plan_file: Callable[..., Path], tmp_path: Path) -> None:
     places = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
-    assert main([str(plan_file(seeds=[0])), *places, "--rehearse", "--arms", "ztt"]) == 0
+    assert main([str(plan_file(seeds=[0])), *places, "--rehearse", "--only", "ztt"]) == 0
     table = read_table(tmp_path / "out" / "tiny.json")
     assert [row.arm for row in table.rows] == ["ztt"]
     assert table.plan.baseline == "ztt"

@@ -18,6 +18,7 @@ from zerodraft.decoding.protocols import Target
 from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import LeanTarget
 from zerodraft.fast.packed import HalvesLinear
+from zerodraft.models.loading import default_device
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="is about CPUs")
 
@@ -101,4 +102,4 @@ def test_a_conversion_keeps_the_type(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_build_for_gpus_runs_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a build names its kind of accelerator whether there is one or not."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert loading.default_device() == torch.device("cpu")
+    assert default_device() == torch.device("cpu")

@@ -1,6 +1,5 @@
 """The figures of reports as PNG; needs matplotlib (the `train` extra)."""
 
-import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
@@ -9,7 +8,7 @@ from typing import Any
 from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, PARTS
 from zerodraft.bench.summary import speedup_interval
 from zerodraft.bench.tables import task_name
-from zerodraft.ztt.plot import check_matplotlib
+from zerodraft.ztt.plot import check_matplotlib, png_of
 
 Result = Mapping[str, Any]
 PALETTE = (
@@ -52,10 +51,8 @@ def kernel_plots(result: Result) -> dict[str, bytes]:
 def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
     check_matplotlib()
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    image = io.BytesIO()
     # names out of a file may hold dollar signs
     with rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(8.4, 3.8), dpi=140, layout="constrained")
@@ -64,8 +61,7 @@ def _png(draw: Callable[[Any, Any], None], measured: Any) -> bytes:
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+        return png_of(figure)
 
 
 def _bars(axes: Any, groups: list[str], bars: Mapping[str, Sequence[float]], errors: Mapping[str, Any]) -> None:

@@ -44,14 +44,13 @@ class Sketch:
 
 def overview(commands: dict[str, Sketch]) -> str:
     """The text of `zerodraft --help`."""
-    width = max(map(len, commands)) + 2
     lines = [
         "usage: zerodraft COMMAND [...]",
         "",
         "Zero Token Transformers (layers reused in cycles) and lossless decoding with drafts (DiffuSpec).",
         "",
         "commands",
-        *(f"  {name:<{width}}{command.summary}" for name, command in commands.items()),
+        *_summaries(commands),
         "",
         "  zerodraft COMMAND --help explains a command; zerodraft --version tells the version.",
         "",
@@ -64,15 +63,19 @@ def overview(commands: dict[str, Sketch]) -> str:
 
 def family_help(word: str, commands: dict[str, Sketch]) -> str:
     """The text of `zerodraft WORD --help` where commands of two words begin with it."""
-    width = max(map(len, commands)) + 2
     lines = [
         f"usage: zerodraft {word} {'|'.join(name.split()[1] for name in commands)} [...]",
         "",
-        *(f"  {name:<{width}}{command.summary}" for name, command in commands.items()),
+        *_summaries(commands),
         "",
         f"  zerodraft {word} COMMAND --help explains one of them.",
     ]
     return "\n".join(lines)
+
+
+def _summaries(commands: dict[str, Sketch]) -> list[str]:
+    width = max(map(len, commands)) + 2
+    return [f"  {name:<{width}}{command.summary}" for name, command in commands.items()]
 
 
 def command_help(name: str, cls: "type[Command]", *, complete: bool = False) -> str:

@@ -49,7 +49,7 @@ def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto", *, as_stored:
     """
     import torch
 
-    from zerodraft.models.loading import load_pretrained
+    from zerodraft.models.loading import default_device, load_pretrained
 
     model: Any = load_pretrained(auto_class, path, dtype=dtype)
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
@@ -91,19 +91,12 @@ def find_ztt(name: str) -> Path:
     return path
 
 
-def default_device() -> Any:
-    """The accelerator if there is one, else the CPU."""
-    import torch
-
-    # a CUDA build names its kind of accelerator on machines that have none, too
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
 def ready(model: Any, dtype: Dtype = "auto") -> Any:
     """A loaded model where and as it is run. On CPUs that is in float32 unless a type was asked for: exact, and several
     times as fast as in the 16 bits that most checkpoints are stored in."""
     import torch
+
+    from zerodraft.models.loading import default_device
 
     device = default_device()
     halves = model.dtype in (torch.bfloat16, torch.float16) and getattr(model, "hf_quantizer", None) is None

@@ -45,6 +45,8 @@ COMMANDS = {
 }
 """Each command lives in the module of its first word, with `_` for `-`."""
 
+HELP = {"-h", "--help", "--help-all"}
+
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 PLACES = (
@@ -95,9 +97,9 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
 
         sys.stdout.write(f"zerodraft {version('zerodraft')}\n")
         return OK
-    family = {name: _sketch(name) for name in COMMANDS if name.startswith(f"{words[0]} ")}
-    if family and set(words[1:2]) <= {"-h", "--help", "--help-all"}:
-        sys.stdout.write(family_help(words[0], family) + "\n")
+    family = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if family and set(words[1:2]) <= HELP:
+        sys.stdout.write(family_help(words[0], {name: _sketch(name) for name in family}) + "\n")
         return OK if words[1:] else BAD_INPUT
     name, rest = command_of(words)
     if name not in COMMANDS:
@@ -105,7 +107,7 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
         raise ZerodraftError(f"unknown {what} '{name}'{did_you_mean(name, COMMANDS)}")
     cls = _load(name)
     flags = rest[: rest.index("--")] if "--" in rest else rest
-    if {"-h", "--help", "--help-all"} & set(flags):
+    if HELP & set(flags):
         sys.stdout.write(command_help(name, cls, complete="--help-all" in flags) + "\n")
         return OK
     command = parse(cls, rest, name)

@@ -30,6 +30,13 @@ ROOM = 1 << 20
 """Parameters that may be missing from a checkpoint; the message then names them."""
 
 
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    # a CUDA build names its kind of accelerator on machines that have none, too
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def load_config(name: Name) -> PreTrainedConfig:
     """The configuration of a model.
 

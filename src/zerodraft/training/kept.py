@@ -38,14 +38,17 @@ def with_origin(results: dict[str, Any], recipe: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def new_model(folder: Path) -> Iterator[Path]:
-    """A place to write `model/` of a run's folder to, which then takes the place of what was there."""
+def new_model(folder: Path, first: bool = True) -> Iterator[Path]:
+    """A place to write `model/` of a run's folder to, which then takes the place of what was there; of several
+    processes the `first` one sees to that."""
     partial, final = folder / ".model", folder / "model"
-    shutil.rmtree(partial, ignore_errors=True)
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
     with writing(f"The model in '{folder}'"):
         yield partial
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        if first:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
 
 
 def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, adapters: bool = False) -> None:
@@ -53,21 +56,17 @@ def save_model(trainer: RecipeTrainer, folder: Path, tokenizer: Any = None, *, a
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     # the Trainer switches the cache off in the config; whoever loads the model will want to generate
     model.config.use_cache = True
-    partial, final = folder / ".model", folder / "model"
-    shutil.rmtree(partial, ignore_errors=True) if trainer.args.should_save else None
-    trainer.accelerator.wait_for_everyone()
-    with writing(f"The model in '{folder}'"):
-        if adapters:
-            trainer.save_model(str(partial / "adapter"))
-            if trainer.args.should_save:
-                (partial / "adapter" / "training_args.bin").unlink()
-                model.merge_and_unload().save_pretrained(partial)
-        else:
-            trainer.save_model(str(partial))
-        if trainer.args.should_save and tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    if trainer.args.should_save:
+    first = trainer.args.should_save
+    with new_model(folder, first) as partial:
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(partial / "adapter" if adapters else partial))
+        if not first:
+            return
         # a pickle of the Trainer's arguments, which nothing of ours reads
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        (partial / "adapter" / "training_args.bin" if adapters else partial / "training_args.bin").unlink(
+            missing_ok=True
+        )
+        if adapters:
+            model.merge_and_unload().save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)

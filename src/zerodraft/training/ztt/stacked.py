@@ -9,7 +9,6 @@ out as `pretrain` makes it, up to rounding.
 import hashlib
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +22,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import set_seed
 
 from zerodraft.common.errors import ZerodraftError, writing
-from zerodraft.common.outputs import write_json
+from zerodraft.common.outputs import new_file, write_json
 from zerodraft.fast.graphed import CudaGraphs
+from zerodraft.models.loading import default_device
 from zerodraft.training.base import LossNotFinite
 from zerodraft.training.callbacks import SECONDS_BETWEEN_LINES, JsonLog
 from zerodraft.training.data import PackedBlocks, build_data, read_documents
@@ -129,10 +129,7 @@ class _Runs:
 
     def __init__(self, recipes: Sequence[Recipe]) -> None:
         self.recipes, self.recipe = recipes, recipes[0]
-        accelerated = torch.accelerator.is_available() and not self.recipe.training.use_cpu
-        self.device = (
-            torch.device(torch.accelerator.current_accelerator() or "cpu") if accelerated else torch.device("cpu")
-        )
+        self.device = torch.device("cpu") if self.recipe.training.use_cpu else default_device()
         set_seed(self.recipe.seed)
         documents = read_documents(self.recipe.data.train, self.recipe.data)
         self.tokenizer = tokenizer_of(self.recipe, documents)
@@ -146,19 +143,17 @@ class _Runs:
         models = []
         for recipe in recipes:
             set_seed(recipe.seed)
-            models.append(build_from_scratch(recipe.model, self.tokenizer))
+            models.append(build_from_scratch(recipe.model, self.tokenizer).train())
         check_data(models[0], data, self.recipe, self.recipe.training.batch_size)
         self.rows = data.train.rows().to(self.device, torch.int32)
         self.cycle_loss = CycleLoss(self.recipe.loss, number_of_cycles(models[0]), self.recipe.seed)
-        self.model = models[0].to(self.device).train()
+        stacked, _ = stack_module_state(models)
+        self.parameters = {name: values.detach().to(self.device) for name, values in stacked.items()}
+        self.optimizer = StackedOptimizer(models, self.parameters, [recipe.training for recipe in recipes])
+        self.model = models[0].to(self.device)
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
                 vars(module)["forward"] = partial(_flat_linear, module)
-        self.parameters = {
-            name: torch.stack([dict(model.named_parameters())[name].detach().to(self.device) for model in models])
-            for name, _ in self.model.named_parameters()
-        }
-        self.optimizer = StackedOptimizer(models, self.parameters, [recipe.training for recipe in recipes])
         self.step = 0
         self.losses = torch.zeros(self.recipe.training.steps, len(recipes), device=self.device)
         self.ids = self.rows.new_zeros(len(recipes), self.recipe.training.batch_size, self.recipe.data.context_length)
@@ -315,10 +310,8 @@ class _Runs:
             "step": self.step, "losses": self.losses, "parameters": self.parameters,
             "optimizer": self.optimizer.state(), "runs": self._fingerprint(),
         }  # fmt: skip
-        partial = path.with_name(f".{path.name}")
-        with writing(f"The checkpoint '{path}'"):
+        with writing(f"The checkpoint '{path}'"), new_file(path) as partial:
             torch.save(state, partial)
-            os.replace(partial, path)
 
     def _load(self, path: Path) -> int:
         """Takes over a checkpoint, if there is one; the number of steps that it has made."""
