@@ -37,14 +37,14 @@ class Part:
 
 
 CHECKS = {
-    "facts": Part("checks", 40),
+    "facts": Part("checks_machine", 40),
     "weights": Part("speed", 100, needed=True),
-    "attention": Part("checks", 60),
-    "ztt": Part("checks", 80),
-    "drafters": Part("checks", 80),
-    "flex": Part("checks", 80),
-    "tests": Part("checks", 80),
-    "commands": Part("checks", 80),
+    "attention": Part("checks_attention", 60),
+    "ztt": Part("checks_looped", 80),
+    "drafters": Part("checks_decoding", 80),
+    "flex": Part("checks_attention", 80),
+    "tests": Part("checks_machine", 80),
+    "commands": Part("checks_machine", 80),
     "compiling": Part("speed", 80),
 }
 """They run together."""

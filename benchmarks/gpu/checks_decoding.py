@@ -1,0 +1,164 @@
+"""Whether decoding with drafts is exact on a GPU, on the tests' tiny models.
+
+Greedy tokens are those of plain `generate`; sampled ones have the enumerated distribution of plain sampling.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from report import Report
+
+from tests.decoding.test_engine import NEW, OPTIONS, PROMPT, Enumerator, V, distance, model_of, settings
+from tests.drafters import test_block_drafts, tiny_dflash
+from tests.ztt.tiny import left_padded, tiny, tiny_plain, tokens
+from zerodraft import AutoregressiveDrafter, DiffuSpec, FixedLength, PromptLookupDrafter
+from zerodraft.drafters.dflash import DFlashDrafter
+from zerodraft.drafters.masked import MaskedDrafter
+from zerodraft.drafters.masked_model import masked_from_target
+from zerodraft.fast import graphed
+from zerodraft.fast.best import best_target
+from zerodraft.fast.graphed import GraphedTarget
+
+
+def drafter_on(device: torch.device, kind: str) -> tuple[Any, Any]:
+    """A tiny target on the device, and a drafter of this kind for it. Random weights are drawn on the CPU."""
+    if kind.startswith("block"):
+        target = test_block_drafts.talkative()
+        model = test_block_drafts.drafter_for(target, 4 if kind == "block, coupled" else 0).model
+        return target.to(device), test_block_drafts.BlockDrafter(model, target.to(device), candidates=V)
+    if kind == "dflash":
+        target, model = tiny_dflash.make("qwen3")
+        return target.to(device), DFlashDrafter(model, target)
+    target = tiny_plain("qwen3")
+    if kind == "masked":
+        model: Any = masked_from_target(target, block_size=6, causal_prefix=True)
+        return target.to(device), MaskedDrafter(model.to(device), steps=2)
+    if kind == "autoregressive":
+        return target.to(device), AutoregressiveDrafter(tiny_plain("qwen3", seed=1).to(device))
+    return target.to(device), PromptLookupDrafter()
+
+
+KINDS = ("block", "block, coupled", "dflash", "masked", "autoregressive", "lookup")
+
+
+def check_greedy(device: torch.device, kind: str, new: int) -> dict[str, Any]:
+    """Tokens of `generate` with drafts and without, one row and a padded batch, both ways to run the target."""
+    target, drafter = drafter_on(device, kind)
+    size = min(int(target.config.vocab_size), 60)
+    draw = torch.Generator().manual_seed(3)
+    padded = left_padded([torch.randint(size, (n,), generator=draw) for n in (9, 4, 6)])
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found: dict[str, Any] = {}
+    for rows in (1, 3):
+        batch = {name: padded[name][:rows].to(device) for name in ("input_ids", "attention_mask")}
+        plain = target.generate(**batch, **options)
+        for make in ("auto", None):
+            for tree in (True, False):
+                spec = DiffuSpec(drafter, length=FixedLength(3), make_target=make, tree=tree)
+                ours = target.generate(**batch, custom_generate=spec, **options)
+                assert torch.equal(ours, plain), f"other tokens, {rows} rows, target {make}, tree {tree}"
+                assert spec.last_stats is not None
+                found[f"{rows} rows, target {make}, {'tree' if tree else 'path'}"] = spec.last_stats.mat
+    return found
+
+
+def plain_distribution(target: Any, options: dict[str, Any]) -> dict[tuple[int, ...], float]:
+    """That of plain sampling: transformers' own scores after every text."""
+    total: dict[tuple[int, ...], float] = {(): 1.0}
+    step = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 1}
+    for _ in range(NEW):
+        grown = {}
+        for text, chance in total.items():
+            ids = torch.cat([PROMPT, torch.tensor([text], dtype=torch.long)], 1).to(target.device)
+            p = target.generate(ids, **{**settings(options), **step}).scores[0][0].softmax(-1).tolist()
+            grown |= {(*text, token): chance * p[token] for token in range(V) if p[token] > 0}
+        total = grown
+    return total
+
+
+def check_sampling(device: torch.device, kind: str) -> dict[str, float]:
+    """Every sequence of random choices once: the distribution of four tokens is that of plain sampling."""
+    target, options = model_of(), OPTIONS["top_k"]
+    drafter = test_block_drafts.drafter_for(target, 4)
+    drafter = test_block_drafts.BlockDrafter(drafter.model, target.to(device), candidates=V)
+    enumerator, prompt = Enumerator(), PROMPT.to(device)
+
+    def outcome() -> tuple[int, ...]:
+        spec = DiffuSpec(drafter, dice=enumerator, length=FixedLength(1), **test_block_drafts.KINDS[kind])
+        out = target.generate(prompt, custom_generate=spec, **settings(options))
+        return tuple(out[0, prompt.shape[1] :].tolist())
+
+    apart = distance(enumerator.run(outcome), plain_distribution(target, options))
+    assert apart < 1e-5, apart
+    return {"apart": apart}
+
+
+def check_dice(device: torch.device, place: torch.device | None) -> dict[str, float]:
+    """Real dice, from a generator on either device or torch's own: chi-square over a batch of equal prompts."""
+    target, options, rows = model_of(), OPTIONS["top_k"], 160
+    drafter = test_block_drafts.drafter_for(target, 4)
+    drafter = test_block_drafts.BlockDrafter(drafter.model, target.to(device), candidates=V)
+    expected = plain_distribution(target, options)
+    torch.manual_seed(0)
+    generator = None if place is None else torch.Generator(place).manual_seed(0)
+    spec = DiffuSpec(drafter, length=FixedLength(3), generator=generator, **test_block_drafts.KINDS["sampled tree"])
+    out = target.generate(PROMPT.to(device), num_return_sequences=rows, custom_generate=spec, **settings(options))
+    counts = Counter(tuple(row) for row in out[:, PROMPT.shape[1] :].tolist())
+    assert set(counts) <= set(expected)
+    chi2 = sum((counts[key] - rows * chance) ** 2 / (rows * chance) for key, chance in expected.items())
+    assert chi2 < len(expected) + 5 * (2 * len(expected)) ** 0.5, chi2
+    return {"chi2": chi2, "outcomes": len(expected)}
+
+
+def check_drawn_drafts(device: torch.device) -> dict[str, float]:
+    """Drafts that a small model draws, with a generator on the device."""
+    target = tiny_plain("qwen3").to(device)
+    drafter = AutoregressiveDrafter(tiny_plain("qwen3", seed=1).to(device), temperature=1.0)
+    spec = DiffuSpec(
+        drafter, length=FixedLength(3), sample_drafts=True, generator=torch.Generator(device).manual_seed(0)
+    )
+    target.generate(tokens(1, 8).to(device), custom_generate=spec, do_sample=True, max_new_tokens=24, eos_token_id=None)
+    assert spec.last_stats is not None
+    return {"mat": spec.last_stats.mat}
+
+
+def check_choice(device: torch.device) -> dict[str, str]:
+    """What runs a model that nobody chose a target for."""
+    made = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_plain("llama").to(device, dtype)
+        target = best_target(model)
+        made[str(dtype)] = type(target).__name__
+        assert device.type != "cuda" or isinstance(target, GraphedTarget), made
+    looped: Any = tiny("llama")
+    made["ztt"] = type(best_target(looped.to(device))).__name__
+    return made
+
+
+def check_kept_recordings(device: torch.device) -> dict[str, int]:
+    """A model's second text replays what the first one recorded."""
+    model = tiny_plain("llama").to(device)
+    spec = DiffuSpec(PromptLookupDrafter(), length=FixedLength(2))
+    kept = []
+    for seed in (1, 2, 3):
+        model.generate(tokens(1, 8, seed=seed).to(device), custom_generate=spec, do_sample=False, max_new_tokens=8)
+        kept.append(graphed._idle.get(model))
+    if device.type == "cuda":
+        assert None not in kept, "not given back"
+        assert len(set(map(id, kept))) == 1, "recorded anew"
+    return {"recordings": len({id(one) for one in kept if one is not None})}
+
+
+def drafters(report: Report) -> None:
+    """Every kind of drafter: greedy tokens, distributions, dice."""
+    device = report.device
+    report.step("the target that is chosen", lambda: check_choice(device))
+    report.step("recordings are kept", lambda: check_kept_recordings(device))
+    for kind in KINDS:
+        report.step(f"greedy, {kind}", lambda kind=kind: check_greedy(device, kind, 10 if report.small else 40))
+    for kind in ("tree",) if report.small else test_block_drafts.KINDS:
+        report.step(f"enumerated, {kind}", lambda kind=kind: check_sampling(device, kind))
+    for place in (None, device, torch.device("cpu")):
+        report.step(f"dice of {place or 'torch'}", lambda place=place: check_dice(device, place))
+    report.step("drawn drafts", lambda: check_drawn_drafts(device))
