@@ -3,14 +3,12 @@
 Greedy tokens are those of plain `generate`; sampled ones have the enumerated distribution of plain sampling.
 """
 
-from collections import Counter
 from typing import Any
 
 import torch
 from report import Report
 
-from tests.decoding.test_engine import NEW, OPTIONS, PROMPT, Enumerator, V, distance, model_of, settings
-from tests.drafters import test_block_drafts, tiny_dflash
+from tests.drafters import four_tokens, tiny_dflash
 from tests.ztt.tiny import left_padded, tiny, tiny_plain, tokens
 from zerodraft import AutoregressiveDrafter, DiffuSpec, FixedLength, PromptLookupDrafter
 from zerodraft.drafters.dflash import DFlashDrafter
@@ -24,9 +22,8 @@ from zerodraft.fast.graphed import GraphedTarget
 def drafter_on(device: torch.device, kind: str) -> tuple[Any, Any]:
     """A tiny target on the device, and a drafter of this kind for it. Random weights are drawn on the CPU."""
     if kind.startswith("block"):
-        target = test_block_drafts.talkative()
-        model = test_block_drafts.drafter_for(target, 4 if kind == "block, coupled" else 0).model
-        return target.to(device), test_block_drafts.BlockDrafter(model, target.to(device), candidates=V)
+        target = four_tokens.talkative()
+        return target, four_tokens.drafter_for(target, 4 if kind == "block, coupled" else 0, device)
     if kind == "dflash":
         target, model = tiny_dflash.make("qwen3")
         return target.to(device), DFlashDrafter(model, target)
@@ -63,52 +60,10 @@ def check_greedy(device: torch.device, kind: str, new: int) -> dict[str, Any]:
     return found
 
 
-def plain_distribution(target: Any, options: dict[str, Any]) -> dict[tuple[int, ...], float]:
-    """That of plain sampling: transformers' own scores after every text."""
-    total: dict[tuple[int, ...], float] = {(): 1.0}
-    step = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 1}
-    for _ in range(NEW):
-        grown = {}
-        for text, chance in total.items():
-            ids = torch.cat([PROMPT, torch.tensor([text], dtype=torch.long)], 1).to(target.device)
-            p = target.generate(ids, **{**settings(options), **step}).scores[0][0].softmax(-1).tolist()
-            grown |= {(*text, token): chance * p[token] for token in range(V) if p[token] > 0}
-        total = grown
-    return total
-
-
-def check_sampling(device: torch.device, kind: str) -> dict[str, float]:
-    """Every sequence of random choices once: the distribution of four tokens is that of plain sampling."""
-    target, options = model_of(), OPTIONS["top_k"]
-    drafter = test_block_drafts.drafter_for(target, 4)
-    drafter = test_block_drafts.BlockDrafter(drafter.model, target.to(device), candidates=V)
-    enumerator, prompt = Enumerator(), PROMPT.to(device)
-
-    def outcome() -> tuple[int, ...]:
-        spec = DiffuSpec(drafter, dice=enumerator, length=FixedLength(1), **test_block_drafts.KINDS[kind])
-        out = target.generate(prompt, custom_generate=spec, **settings(options))
-        return tuple(out[0, prompt.shape[1] :].tolist())
-
-    apart = distance(enumerator.run(outcome), plain_distribution(target, options))
-    assert apart < 1e-5, apart
-    return {"apart": apart}
-
-
 def check_dice(device: torch.device, place: torch.device | None) -> dict[str, float]:
-    """Real dice, from a generator on either device or torch's own: chi-square over a batch of equal prompts."""
-    target, options, rows = model_of(), OPTIONS["top_k"], 160
-    drafter = test_block_drafts.drafter_for(target, 4)
-    drafter = test_block_drafts.BlockDrafter(drafter.model, target.to(device), candidates=V)
-    expected = plain_distribution(target, options)
-    torch.manual_seed(0)
+    """Real dice, from a generator on either device or torch's own."""
     generator = None if place is None else torch.Generator(place).manual_seed(0)
-    spec = DiffuSpec(drafter, length=FixedLength(3), generator=generator, **test_block_drafts.KINDS["sampled tree"])
-    out = target.generate(PROMPT.to(device), num_return_sequences=rows, custom_generate=spec, **settings(options))
-    counts = Counter(tuple(row) for row in out[:, PROMPT.shape[1] :].tolist())
-    assert set(counts) <= set(expected)
-    chi2 = sum((counts[key] - rows * chance) ** 2 / (rows * chance) for key, chance in expected.items())
-    assert chi2 < len(expected) + 5 * (2 * len(expected)) ** 0.5, chi2
-    return {"chi2": chi2, "outcomes": len(expected)}
+    return four_tokens.check_rolled("sampled tree", generator, device)
 
 
 def check_drawn_drafts(device: torch.device) -> dict[str, float]:
@@ -157,8 +112,8 @@ def drafters(report: Report) -> None:
     report.step("recordings are kept", lambda: check_kept_recordings(device))
     for kind in KINDS:
         report.step(f"greedy, {kind}", lambda kind=kind: check_greedy(device, kind, 10 if report.small else 40))
-    for kind in ("tree",) if report.small else test_block_drafts.KINDS:
-        report.step(f"enumerated, {kind}", lambda kind=kind: check_sampling(device, kind))
+    for kind in ("tree",) if report.small else four_tokens.KINDS:
+        report.step(f"enumerated, {kind}", lambda kind=kind: {"apart": four_tokens.check_enumerated(kind, 4, device)})
     for place in (None, device, torch.device("cpu")):
         report.step(f"dice of {place or 'torch'}", lambda place=place: check_dice(device, place))
     report.step("drawn drafts", lambda: check_drawn_drafts(device))

@@ -244,7 +244,7 @@ def decode(drafter: Any, clock: Clock, model: Any, rows: int, **options: Any) ->
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from tests.decoding.test_engine import model_of
+    from tests.decoding.enumerating import model_of
 
     return model_of()
 

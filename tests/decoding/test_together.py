@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.decoding.test_engine import NEW, OPTIONS, PROMPT, V, exact, model_of, settings
+from tests.decoding.enumerating import NEW, OPTIONS, PROMPT, V, exact, model_of, settings
 from tests.drafters.test_block import make
 from tests.ztt.tiny import left_padded
 from zerodraft import (
