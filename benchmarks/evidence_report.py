@@ -10,6 +10,7 @@ from typing import TypeVar
 import evidence_domain
 import evidence_exits
 import evidence_mechanism
+import evidence_tasks
 from evidence_domain import Domains
 from evidence_exits import ExitTable, draw_exits
 from evidence_figures import draw_curves, draw_losses
@@ -17,6 +18,7 @@ from evidence_mechanism import Mechanisms, draw_masses
 from evidence_plan import OfRun
 from evidence_statistics import Estimate, Verdict, estimate, paired, phi, size_of_equal, verdict
 from evidence_table import Look, Row, Table, read_result, read_table
+from evidence_tasks import TaskTable
 from evidence_text import grid, interval
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
@@ -79,7 +81,11 @@ CLAIMS = (
     ),
     Claim(text="better than the vanilla model of equal parameters trained for as many FLOPs", other="vanilla-longer"),
     Claim(text="early exit cuts compute and keeps the quality"),
-    Claim(text="pretrained models gain by fine-tuning as Zero Token Transformers"),
+    Claim(
+        text="pretrained models gain by fine-tuning as Zero Token Transformers",
+        arm="deepened",
+        other=evidence_tasks.BASELINE,
+    ),
 )
 
 NOT_MEASURED = "Not measured yet.\n"
@@ -112,6 +118,7 @@ class Looks:
     mechanisms: Sequence[Mechanisms] = ()
     domains: Sequence[Domains] = ()
     exits: Sequence[ExitTable] = ()
+    tasks: Sequence[TaskTable] = ()
 
 
 def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
@@ -128,7 +135,12 @@ def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
         kept = [replace(look, results=tuple(counting_results(look, tables.get(look.table)))) for look in looks]
         return [look for look in kept if look.results]
 
-    return Looks(mechanisms=counting(read(Mechanisms)), domains=counting(read(Domains)), exits=read(ExitTable))
+    return Looks(
+        mechanisms=counting(read(Mechanisms)),
+        domains=counting(read(Domains)),
+        exits=read(ExitTable),
+        tasks=read(TaskTable),
+    )
 
 
 def counting_results(look: Look, table: Table | None) -> Iterator[OfRun]:
@@ -144,7 +156,7 @@ def read_tables(folder: Path) -> dict[str, Table]:
     Raises:
         ZerodraftError: one is damaged, or is not called what its file is called.
     """
-    looks = {path for kind in (Mechanisms, Domains, ExitTable) for path in folder.glob(kind.file("*"))}
+    looks = {path for kind in (Mechanisms, Domains, ExitTable, TaskTable) for path in folder.glob(kind.file("*"))}
     tables = {path.stem: read_table(path) for path in sorted({*folder.glob("*.json")} - looks)}
     for name, table in tables.items():
         if table.plan.table != name:
@@ -168,6 +180,7 @@ def markdown(tables: Mapping[str, Table], looks: Looks) -> str:
         (evidence_mechanism.HEAD, [evidence_mechanism.section(found) for found in looks.mechanisms]),
         (evidence_domain.HEAD, [evidence_domain.section(found) for found in looks.domains]),
         (evidence_exits.HEAD, [evidence_exits.section(found) for found in looks.exits]),
+        (evidence_tasks.HEAD, [evidence_tasks.section(found) for found in looks.tasks]),
     ):
         parts += [head, *(chain.from_iterable(sections) if sections else [NOT_MEASURED])]
     return "\n".join(parts)

@@ -26,7 +26,7 @@ from zerodraft.training.recipe import Recipe
 from zerodraft.training.strict import from_mapping
 from zerodraft.training.ztt.losses import CycleLoss
 from zerodraft.training.ztt.models import number_of_cycles
-from zerodraft.training.ztt.run import pretrain
+from zerodraft.training.ztt.run import finetune, pretrain
 from zerodraft.training.ztt.stacked import StackedPaused, pretrain_stacked
 from zerodraft.ztt.flops import count_flops
 
@@ -84,7 +84,8 @@ def make_runs(
         only: Only runs of this name.
         minutes: Begin no run after this time, and stop one at a checkpoint.
         together: Train at most this many runs of an arm as one.
-        turn: Entered while runs are trained as one; their preparation is outside.
+        turn: Entered while runs are trained as one; their preparation is outside. Where there is one, others work
+            beside these runs: of those that are trained alone no seconds are kept.
         tell: Takes a line about what happens.
 
     Returns:
@@ -102,7 +103,7 @@ def make_runs(
         table = open_table(file, plan)
         asked = {*chosen(list(plan.runs()), only)}
         while left := [run for run in table.wanted() if run in asked - table.done()]:
-            alone = together == 1 or is_finished(plan, left[0], place)
+            alone = together == 1 or is_one_by_one(plan, left[0], place)
             group = left[:1] if alone else alike(plan, left, place)[:together]
             names = ", ".join(map(str, group))
             if time.monotonic() >= deadline:
@@ -119,7 +120,8 @@ def make_runs(
                 break
             for found in made:
                 if isinstance(found, Row):
-                    row = replace(found, provenance={**found.provenance, **source})
+                    seconds = None if alone and turn is not None else found.seconds
+                    row = replace(found, seconds=seconds, provenance={**found.provenance, **source})
                     table = replace(table, rows=(*table.rows, row))
                     tell(f"{found.run}: validation loss {found.loss:.4f} after {found.tokens:,} tokens")
                 else:
@@ -132,6 +134,11 @@ def make_runs(
 def alike(plan: Plan, left: Sequence[Run], place: Path) -> list[Run]:
     """The runs that can be trained with the first one: those of its arm whose folders hold no results yet."""
     return [run for run in left if run.arm == left[0].arm and not is_finished(plan, run, place)]
+
+
+def is_one_by_one(plan: Plan, run: Run, place: Path) -> bool:
+    """Whether a run cannot be trained as one with others: it is over, or begins with an existing model."""
+    return is_finished(plan, run, place) or plan.recipe_of(run, place).model.start is not None
 
 
 def is_finished(plan: Plan, run: Run, place: Path) -> bool:
@@ -182,7 +189,8 @@ def make_run(plan: Plan, run: Run, place: Path, words: Sequence[str], deadline: 
             results = finished(output / RESULTS, recipe)
         else:
             begun = (output / RECIPE).exists() or (output / LOCK).exists()
-            results = pretrain(recipe, resume=begun, callbacks=[ProgressBar(block), PauseAt(deadline)])
+            train = pretrain if recipe.model.start is None else finetune
+            results = train(recipe, resume=begun, callbacks=[ProgressBar(block), PauseAt(deadline)])
     except LossNotFinite as error:
         return Diverged(**run._asdict(), recipe=plan.changes_of(run), why=str(error))
     return row_of(plan, run, recipe, results, sizes_of(recipe), words)

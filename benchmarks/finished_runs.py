@@ -57,15 +57,19 @@ class FinishedRun:
         return build_data(data, tokenizer, read_documents(data.train, data))
 
 
-def finished_runs(folder: Path) -> list[FinishedRun]:
-    """All finished runs in the folder of a table, `ARM/RATE/SEED` below it.
+def finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
+    """All finished runs in the folders of a table, `ARM/RATE/SEED` below each.
 
     Raises:
-        ZerodraftError: there is none.
+        ZerodraftError: there is none, or the folders are not called the same.
     """
-    found = [path.parent for path in sorted(folder.glob(f"*/*/*/{RESULTS}")) if (path.parent / "model").is_dir()]
+    if other := [folder for folder in folders if folder.name != folders[0].name]:
+        raise ZerodraftError(f"'{folders[0]}' and '{other[0]}' are folders of two tables: name those of one")
+    found = [path.parent for folder in folders for path in sorted(folder.glob(f"*/*/*/{RESULTS}"))]
+    found = [path for path in found if (path / "model").is_dir()]
     if not found:
-        raise ZerodraftError(f"no finished run in '{folder}': expected ARM/RATE/SEED/{RESULTS} with a model beside it")
+        named = "', '".join(map(str, folders))
+        raise ZerodraftError(f"no finished run in '{named}': expected ARM/RATE/SEED/{RESULTS} with a model beside it")
     return [_finished_run(path) for path in found]
 
 
@@ -86,13 +90,17 @@ def check_same_text(runs: Sequence[FinishedRun]) -> None:
             raise ZerodraftError(f"{run.run} has another {what} than {runs[0].run}: these are runs of two tables")
 
 
-def look_arguments(description: str | None, *, blocks: int) -> argparse.ArgumentParser:
-    """The flags of every script that looks into the models of finished runs; `blocks` is a default."""
+def look_arguments(description: str | None, *, blocks: int | None = None) -> argparse.ArgumentParser:
+    """The flags of every script that looks into the models of finished runs; `blocks`: the default of a flag for those
+    that read text."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, metavar="RUNS/TABLE", help="folder with the runs of a table")
     parser.add_argument(
-        "--blocks", type=int, default=blocks, help=f"of each text, taken evenly; 0: all (default {blocks})"
+        "table", type=Path, nargs="+", metavar="RUNS/TABLE", help="folder with the runs of a table, or some of its arms"
     )
+    if blocks is not None:
+        parser.add_argument(
+            "--blocks", type=int, default=blocks, help=f"of each text, taken evenly; 0: all (default {blocks})"
+        )
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "evidence", help="folder for the result")
     return parser
 
@@ -120,6 +128,6 @@ def look(
         print(error, file=sys.stderr)
         return 2
     made = provenance(seed=0, words=["python", f"benchmarks/{kind.script}", *words])
-    result = kind(table=options.table.name, results=found, provenance=made)
+    result = kind(table=options.table[0].name, results=found, provenance=made)
     save_result(result, options.results / kind.file(result.table))
     return 0

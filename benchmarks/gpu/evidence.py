@@ -55,7 +55,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu-evidence"), help="folder for the runs")
     parser.add_argument("--together", type=int, default=16, metavar="N", help="train up to N runs of an arm as one")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="arms that are prepared at the same time")
-    parser.add_argument("--only", nargs="*", default=[], metavar="ARM", help="only these arms")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="NAME",
+        help="only these: ARM, ARM/RATE or ARM/RATE/SEED, behind TABLE: where several plans have the arm",
+    )  # fmt: skip
     parser.add_argument(
         "--keep", nargs="*", default=[], metavar="TABLE/ARM/SEED", help="models that are packed, at the arm's best rate"
     )
@@ -100,16 +103,33 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def changed(plan: Plan, options: argparse.Namespace) -> Plan:
-    """The plan as it is run here: how the device computes, and what the options leave of it."""
+    """The plan as it is run here: how the device computes, and what the options leave of it.
+
+    Raises:
+        ZerodraftError: nothing is left.
+    """
     training: dict[str, Any] = dict(REHEARSAL if options.rehearse else ON_GPU)
+    if plan.recipe_of(next(plan.runs()), Path("runs")).model.start is not None:
+        # compiling a model of some size takes as long as it saves
+        training["compile"] = False
     if options.steps:
         training["steps"] = options.steps
     arms = {arm: merge(changes, {"training": training}) for arm, changes in plan.arms.items()}
-    chosen = {arm: arms[arm] for arm in arms if not options.only or arm in options.only}
+    chosen = {arm: arms[arm] for arm in arms if not options.only or asked(plan.table, arm, options)}
+    if not chosen:
+        raise ZerodraftError(
+            f"--only {' '.join(options.only)} names no arm of '{plan.table}': it has {', '.join(arms)}"
+        )
     baseline = plan.baseline if plan.baseline in chosen else next(iter(chosen))
     bound = plan.bound if plan.bound in chosen else None
     # as one, all rates of all seeds cost hardly more than some of them
     return replace(plan, arms=chosen, baseline=baseline, bound=bound, sweep=0)
+
+
+def asked(table: str, arm: str, options: argparse.Namespace) -> str | None:
+    """What `--only` says of an arm, if anything, without the table's name."""
+    names = [name.rpartition(":") for name in options.only]
+    return next((name for of, _, name in names if of in ("", table) and name.split("/")[0] == arm), None)
 
 
 def fill_caches(plan: Plan) -> None:
@@ -132,7 +152,7 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
             part(plan, arm, options),
             options.runs / arm,
             words=["python", "benchmarks/gpu/evidence.py", path],
-            only=arm,
+            only=asked(plan.table, arm, options) or arm,
             minutes=(deadline - began) / 60,
             together=options.together,
             turn=turn,

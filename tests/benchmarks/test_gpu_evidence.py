@@ -9,6 +9,7 @@ import pytest
 
 from evidence_table import read_table
 from gpu.evidence import main
+from tests.saved import save_target
 
 
 def test_a_rehearsal(plan_file: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -49,3 +50,19 @@ def test_no_time_leaves_nothing_half_done(plan_file: Callable[..., Path], tmp_pa
     places = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
     assert main([str(plan_file(seeds=[0])), *places, "--rehearse", "--minutes", "0"]) == 0
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_models_that_exist_are_trained_one_by_one(plan_file: Callable[..., Path], tmp_path: Path) -> None:
+    start = save_target(tmp_path / "start")
+    model = {"start": str(start), "num_hidden_layers": 4, "cycles": 2}
+    file = plan_file(seeds=[0], arms={"vanilla": {"model": {"kind": "plain"}}}, recipe={"model": model})
+    places = ["--runs", str(tmp_path / "runs"), "--rehearse"]
+    assert main([str(file), "--out", str(tmp_path / "out"), *places]) == 0
+    rows = read_table(tmp_path / "out" / "tiny.json").rows
+    assert {row.arm: row.seconds for row in rows} == {"vanilla": None, "ztt": None}
+
+    row = rows[-1]
+    *_, only, name = shlex.split(row.provenance["command"])
+    again = ["--out", str(tmp_path / "again"), "--runs", str(tmp_path / "others"), "--rehearse"]
+    assert main([str(file), only, name, *again]) == 0
+    assert [one.losses for one in read_table(tmp_path / "again" / "tiny.json").rows] == [row.losses]

@@ -1,0 +1,160 @@
+"""Zero-shot tasks on finished runs: how often a model finds the answer, beside the model that the runs began with.
+
+    ZERODRAFT_DATA=DIR python benchmarks/tasks.py runs/evidence/retrofit
+
+Answers are scored as lm-evaluation-harness does, in its prompts. Writes `results/evidence/tasks-TABLE.json`, from which
+`python benchmarks/evidence.py report` makes a section of the page.
+"""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from evidence_plan import Run
+from evidence_tasks import START, TaskScore, TaskTable
+from finished_runs import FinishedRun, check_same_text, look, look_arguments
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.loading import default_device, load_pretrained
+from zerodraft.models.resolve import resolve
+
+TASKS = {
+    "lambada": "eval/lambada/lambada_openai.jsonl",
+    "piqa": "eval/piqa/piqa_valid_foundry.jsonl",
+    "arc-easy": "eval/arc/arc_easy_test.jsonl",
+}
+"""Files in `$ZERODRAFT_DATA`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """A question: a text, and what may follow it."""
+
+    context: str
+    choices: tuple[str, ...]
+    """One alone is a word to be guessed."""
+    gold: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """How likely a text is after another."""
+
+    log_p: float
+    """Sum over its tokens."""
+    is_greedy: bool
+    """Whether each of its tokens is the most likely one."""
+
+
+def read_items(task: str, limit: int) -> list[Item]:
+    """The questions of a task, taken evenly; 0: all.
+
+    Raises:
+        ZerodraftError: they are not there.
+    """
+    path = Path(os.environ.get("ZERODRAFT_DATA", "")) / TASKS[task]
+    if not path.is_file():
+        raise ZerodraftError(f"no questions at '{path}': set ZERODRAFT_DATA to the folder that holds '{TASKS[task]}'")
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    if 0 < limit < len(rows):
+        rows = [rows[at * len(rows) // limit] for at in range(limit)]
+    return [item_of(row) for row in rows]
+
+
+def item_of(row: dict[str, Any]) -> Item:
+    """A question from its line."""
+    if "continuation" in row:
+        return Item(context=row["context"], choices=(f" {row['continuation']}",))
+    choices = tuple(f" {choice}" for choice in row["choices"])
+    return Item(context=f"{row['query'].rstrip()}\nAnswer:", choices=choices, gold=row["gold"])
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Answer]:
+    """How likely the second text of each pair is after the first."""
+    encode: Callable[[str], list[int]] = partial(tokenizer.encode, add_special_tokens=False)
+    texts = [(len(encode(context)), encode(context + choice)) for context, choice in pairs]
+    found: dict[int, Answer] = {}
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index][1]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        # what follows the last token of a text changes nothing before it
+        ids = torch.zeros(len(batch), len(texts[batch[0]][1]), dtype=torch.long)
+        for row, index in enumerate(batch):
+            ids[row, : len(texts[index][1])] = torch.tensor(texts[index][1])
+        logits = model(ids.to(model.device), use_cache=False).logits
+        for row, index in enumerate(batch):
+            begin, tokens = texts[index]
+            found[index] = answer(logits[row, begin - 1 : len(tokens) - 1], ids[row, begin : len(tokens)])
+    return [found[index] for index in range(len(texts))]
+
+
+def answer(logits: Tensor, tokens: Tensor) -> Answer:
+    """From the logits `(t, vocabulary)` before each of `t` tokens."""
+    tokens = tokens.to(logits.device)
+    log_p = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).sum()
+    return Answer(log_p=float(log_p), is_greedy=bool((logits.argmax(-1) == tokens).all()))
+
+
+def score(run: Run, task: str, items: Sequence[Item], model: Any, tokenizer: Any, batch_size: int) -> TaskScore:
+    """One model on one task."""
+    pairs = [(item.context, choice) for item in items for choice in item.choices]
+    found = iter(answers(model, tokenizer, pairs, batch_size))
+    right, right_by_bytes, nats = 0, 0, 0.0
+    for item in items:
+        mine = [next(found) for _ in item.choices]
+        nats -= mine[item.gold].log_p
+        if len(mine) == 1:
+            right += mine[0].is_greedy
+            continue
+        sums = [one.log_p for one in mine]
+        sizes = [len(choice.encode()) - 1 for choice in item.choices]
+        right += sums.index(max(sums)) == item.gold
+        means = [value / max(size, 1) for value, size in zip(sums, sizes, strict=True)]
+        right_by_bytes += means.index(max(means)) == item.gold
+    has_choices = any(len(item.choices) > 1 for item in items)
+    return TaskScore(
+        **run._asdict(), task=task, items=len(items), accuracy=right / len(items),
+        accuracy_by_bytes=right_by_bytes / len(items) if has_choices else None, nats=nats / len(items),
+    )  # fmt: skip
+
+
+def measure(runs: list[FinishedRun], options: Namespace) -> Iterator[TaskScore]:
+    """The model that the runs began with, if there is one, and all runs.
+
+    Raises:
+        ZerodraftError: questions are missing, or the runs are not of one table.
+    """
+    check_same_text(runs)
+    tasks = {task: read_items(task, options.items) for task in TASKS}
+    start = runs[0].recipe.model.start
+    folders = {finished.run: finished.folder / "model" for finished in runs}
+    if start is not None:
+        folders = {Run(START, "-", 0): resolve(start), **folders}
+    tokenizer = runs[0].tokenizer()
+    for run, folder in folders.items():
+        model: Any = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32)
+        model = model.eval().to(default_device())
+        for task, items in tasks.items():
+            yield score(run, task, items, model, tokenizer, options.batch)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measures; returns the exit status."""
+    parser = look_arguments(__doc__)
+    parser.add_argument("--items", type=int, default=0, help="of each task, taken evenly; 0: all (default 0)")
+    parser.add_argument("--batch", type=int, default=64, help="texts in a pass (default 64)")
+    return look(TaskTable, measure, parser, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
