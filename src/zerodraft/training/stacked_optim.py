@@ -147,7 +147,8 @@ class _Muon:
 
     def step(self, gradients: dict[str, Tensor], scale: Tensor) -> None:
         stacked = torch.stack([gradients.get(n, torch.zeros_like(p)) for n, p in self.parameters.items()])
-        used = stacked.new_tensor([float(name in gradients) for name in self.parameters])
+        # filled, not copied from the host, which a graph cannot hold
+        used = torch.stack([stacked.new_full((), float(name in gradients)) for name in self.parameters])
         self.momentum.lerp_(stacked, (1 - self.beta) * _like(used, stacked))
         ahead = stacked.lerp(self.momentum, self.beta).flatten(0, 1)
         directions = vmap(orthogonalise)(ahead).view_as(stacked)

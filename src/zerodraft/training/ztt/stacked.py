@@ -1,7 +1,7 @@
 """Several models trained as one: runs from scratch that differ in their seeds and learning rates alone.
 
 A model of a few million parameters leaves most of a GPU idle. Here the weights of all runs are stacked and
-`torch.func.vmap` maps the library's own model over them, so that every kernel does the work of all; on CUDA a whole
+`torch.func.vmap` maps the library's own model over them, so that every kernel does the work of all; on CUDA a compiled
 step is one graph. Each run keeps its own weights, order of blocks, learning rates, gradient norm and loss, and comes
 out as `pretrain` makes it, up to rounding.
 """
@@ -158,7 +158,9 @@ class _Runs:
         self.losses = torch.zeros(self.recipe.training.steps, len(recipes), device=self.device)
         self.ids = self.rows.new_zeros(len(recipes), self.recipe.training.batch_size, self.recipe.data.context_length)
         self._steps: dict[tuple[tuple[str, Any], ...], Callable[[], Tensor]] = {}
-        self._graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
+        # steps that are not compiled ask for numbers on the way, which no graph can hold
+        recorded = self.device.type == "cuda" and self.recipe.training.compile
+        self._graphs = CudaGraphs(self.device) if recorded else None
 
     # -- training -------------------------------------------------------------------------------------------------
 
