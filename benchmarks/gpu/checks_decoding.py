@@ -111,9 +111,9 @@ def drafters(report: Report) -> None:
     report.step("the target that is chosen", lambda: check_choice(device))
     report.step("recordings are kept", lambda: check_kept_recordings(device))
     for kind in KINDS:
-        report.step(f"greedy, {kind}", lambda kind=kind: check_greedy(device, kind, 10 if report.small else 40))
+        report.step(f"greedy, {kind}", lambda kind=kind: check_greedy(device, kind, 5 if report.small else 40))
     for kind in ("tree",) if report.small else four_tokens.KINDS:
         report.step(f"enumerated, {kind}", lambda kind=kind: {"apart": four_tokens.check_enumerated(kind, 4, device)})
-    for place in (None, device, torch.device("cpu")):
+    for place in dict.fromkeys((None, device, torch.device("cpu"))):
         report.step(f"dice of {place or 'torch'}", lambda place=place: check_dice(device, place))
     report.step("drawn drafts", lambda: check_drawn_drafts(device))

