@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, TypeVar
@@ -215,6 +215,23 @@ def open_table(path: Path, plan: Plan) -> Table:
         if found.arm in plan.arms and found.rate in plan.rates:
             check_same(found, plan, path)
     return Table(plan=plan, rows=table.rows, diverged=table.diverged)
+
+
+def joined(table: Table, other: Table) -> Table:
+    """A table with the results of another one, which was made elsewhere of the same plan or of some of its arms.
+
+    Raises:
+        ZerodraftError: both have a run, or they are of two tables.
+    """
+    if table.plan.table != other.plan.table:
+        raise ZerodraftError(f"these are two tables, '{table.plan.table}' and '{other.plan.table}': join parts of one")
+    if twice := table.done() & other.done():
+        raise ZerodraftError(f"both parts hold {min(twice)}: take it out of one of them")
+    arms = {**other.plan.arms, **table.plan.arms}
+    return Table(
+        plan=replace(table.plan, arms=arms), rows=(*table.rows, *other.rows),
+        diverged=(*table.diverged, *other.diverged),
+    )  # fmt: skip
 
 
 def check_same(found: Row | Diverged, plan: Plan, path: Path) -> None:

@@ -63,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--keep", nargs="*", default=[], metavar="TABLE/ARM/SEED", help="models that are packed, at the arm's best rate"
     )
     parser.add_argument("--steps", type=int, help="make this many steps instead: for a trial of the speed")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: many layers take minutes to compile")
     parser.add_argument("--rehearse", action="store_true", help="four steps on the CPU, to see that all parts run")
     options = parser.parse_args(words)
     deadline = time.monotonic() + 60 * options.minutes
@@ -109,8 +110,7 @@ def changed(plan: Plan, options: argparse.Namespace) -> Plan:
         ZerodraftError: nothing is left.
     """
     training: dict[str, Any] = dict(REHEARSAL if options.rehearse else ON_GPU)
-    if plan.recipe_of(next(plan.runs()), Path("runs")).model.start is not None:
-        # compiling a model of some size takes as long as it saves
+    if options.eager:
         training["compile"] = False
     if options.steps:
         training["steps"] = options.steps
@@ -146,12 +146,14 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
     cores = os.cpu_count() or 1
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // options.at_once)))
     began = time.monotonic()
+    words = ["python", "benchmarks/gpu/evidence.py", path, *["--eager"] * options.eager]
+    words += ["--steps", str(options.steps)] if options.steps else []
     try:
         make_runs(
             plan,
             part(plan, arm, options),
             options.runs / arm,
-            words=["python", "benchmarks/gpu/evidence.py", path],
+            words=words,
             only=asked(plan.table, arm, options) or arm,
             minutes=(deadline - began) / 60,
             together=options.together,

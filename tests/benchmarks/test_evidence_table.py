@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from evidence import main
 from evidence_plan import Plan, Run, chosen, read_plan
-from evidence_table import Diverged, Table, open_table, read_table, save_result
+from evidence_table import Diverged, Table, joined, open_table, read_table, save_result
 from tests.benchmarks.made import made_row
 from zerodraft.common.errors import ZerodraftError
 
@@ -89,6 +90,22 @@ def test_a_table_comes_back_as_it_was_written(make_plan: Callable[..., Plan], tm
     save_result(table, tmp_path / "results" / "tiny.json")
     assert read_table(tmp_path / "results" / "tiny.json") == table
     assert open_table(tmp_path / "none.json", plan) == Table(plan=plan)
+
+
+def test_parts_of_a_table_are_joined(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    plan, results = make_plan(), tmp_path / "results"
+    first = Table(plan=plan, rows=(made_row(plan, "vanilla", 0, 3.0),))
+    second = Table(plan=make_plan(arms={"new": {}}, baseline="new"), rows=(made_row(plan, "ztt", 0, 2.0),))
+    for part, name in ((first, "first.json"), (second, "second.json")):
+        save_result(part, tmp_path / name)
+        assert main(["join", str(tmp_path / name), "--results", str(results)]) == 0
+    found = read_table(results / "tiny.json")
+    assert found.rows == (*first.rows, *second.rows)
+    assert (found.plan.baseline, {*found.plan.arms}) == ("vanilla", {"vanilla", "ztt", "new"})
+    assert main(["join", str(tmp_path / "second.json"), "--results", str(results)]) == 2
+    assert read_table(results / "tiny.json") == found
+    with pytest.raises(ZerodraftError, match="'tiny' and 'other'"):
+        joined(found, Table(plan=make_plan(table="other")))
 
 
 def damage(text: str, how: str) -> str:
