@@ -11,6 +11,7 @@ import evidence_domain
 import evidence_exits
 import evidence_mechanism
 import evidence_tasks
+import evidence_windows
 from evidence_domain import Domains
 from evidence_exits import ExitTable, draw_exits
 from evidence_figures import draw_curves, draw_losses
@@ -20,6 +21,7 @@ from evidence_statistics import Estimate, Verdict, estimate, paired, phi, size_o
 from evidence_table import Look, Row, Table, read_result, read_table
 from evidence_tasks import TaskTable
 from evidence_text import grid, interval
+from evidence_windows import WindowTable
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
 from zerodraft.training.recipe import ModelRecipe
@@ -91,6 +93,7 @@ CLAIMS = (
 NOT_MEASURED = "Not measured yet.\n"
 
 L = TypeVar("L", bound=Look)
+F = TypeVar("F", Mechanisms, Domains, ExitTable, TaskTable, WindowTable)
 
 
 def write_report(folder: Path, page: Path) -> None:
@@ -119,6 +122,7 @@ class Looks:
     domains: Sequence[Domains] = ()
     exits: Sequence[ExitTable] = ()
     tasks: Sequence[TaskTable] = ()
+    windows: Sequence[WindowTable] = ()
 
 
 def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
@@ -128,7 +132,7 @@ def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
         ZerodraftError: one is damaged.
     """
 
-    def read(kind: type[L]) -> list[L]:
+    def read(kind: type[F]) -> list[F]:
         return [read_result(kind, path) for path in sorted(folder.glob(kind.file("*")))]
 
     def counting(looks: list[L]) -> list[L]:
@@ -140,6 +144,7 @@ def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
         domains=counting(read(Domains)),
         exits=read(ExitTable),
         tasks=read(TaskTable),
+        windows=read(WindowTable),
     )
 
 
@@ -156,7 +161,11 @@ def read_tables(folder: Path) -> dict[str, Table]:
     Raises:
         ZerodraftError: one is damaged, or is not called what its file is called.
     """
-    looks = {path for kind in (Mechanisms, Domains, ExitTable, TaskTable) for path in folder.glob(kind.file("*"))}
+    looks = {
+        path
+        for kind in (Mechanisms, Domains, ExitTable, TaskTable, WindowTable)
+        for path in folder.glob(kind.file("*"))
+    }
     tables = {path.stem: read_table(path) for path in sorted({*folder.glob("*.json")} - looks)}
     for name, table in tables.items():
         if table.plan.table != name:
@@ -180,6 +189,7 @@ def markdown(tables: Mapping[str, Table], looks: Looks) -> str:
         (evidence_mechanism.HEAD, [evidence_mechanism.section(found) for found in looks.mechanisms]),
         (evidence_domain.HEAD, [evidence_domain.section(found) for found in looks.domains]),
         (evidence_exits.HEAD, [evidence_exits.section(found) for found in looks.exits]),
+        (evidence_windows.HEAD, [evidence_windows.section(found) for found in looks.windows]),
         (evidence_tasks.HEAD, [evidence_tasks.section(found) for found in looks.tasks]),
     ):
         parts += [head, *(chain.from_iterable(sections) if sections else [NOT_MEASURED])]

@@ -188,9 +188,9 @@ def test_the_page_says_what_the_results_say() -> None:
     arms = {row["arm"]: [other for other in rows if other["arm"] == row["arm"]] for row in rows}
     seconds = [of[0]["seconds"] for of in arms.values()]
     speeds = [sum(row["tokens"] for row in of) / of[0]["seconds"] / 1e6 for of in arms.values()]
+    tokens = " or ".join(f"{count / 1e6:.1f}" for count in sorted({row["tokens"] for row in rows}))
     said = (
-        f"{len(rows)} runs of {' or '.join(f'{tokens / 1e6:.1f}' for tokens in sorted({row['tokens'] for row in rows}))} "
-        "million tokens each. Nine runs of an arm were trained as "
+        f"{len(rows)} runs of {tokens} million tokens each. Nine runs of an arm were trained as "
         f"one, in {min(seconds):.0f} to {max(seconds):.0f} seconds, at {min(speeds):.1f} to {max(speeds):.1f} million "
         "tokens a second"
     )
