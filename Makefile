@@ -3,6 +3,9 @@ PYTHON ?= python3
 TORCH ?= cpu
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)/python
+# in two processes, as a test itself starts up to two; a file's tests stay together, as they share what it sets up
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 # What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
 CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
@@ -16,11 +19,11 @@ demo: env
 	@$(RUN) examples/demo.py
 
 test: env
-	@$(RUN) -m pytest
+	@$(RUN) $(PYTEST)
 
 # the newest releases of transformers, TRL, PEFT and lm-eval, in an environment of their own
 test-newest: env-newest
-	@.venv-newest/$(BIN)/python -m pytest $(CORE)
+	@.venv-newest/$(BIN)/python $(PYTEST) $(CORE)
 
 quality: env
 	@$(RUN) -m ruff check .
