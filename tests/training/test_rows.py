@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerodraft.common.errors import ZerodraftError
@@ -79,6 +79,7 @@ def test_a_conversation_that_is_a_prompt_is_not_learned(tokenizer):
     assert marked_text(ids, learned, tokenizer).count("{") == 1
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12), st.text(min_size=1, max_size=12))
 def test_of_a_pair_the_completion_and_its_end_are_learned(tokenizer, prompt, completion):
     ids, learned = tokens_of(Pair(prompt, completion), tokenizer)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ztt.tiny import tiny, tokens
@@ -11,6 +11,7 @@ from zerodraft.ztt.compare import Comparison, Interval, best_line, compare, incr
 from zerodraft.ztt.tradeoff import Point, Ruler
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=30), st.floats(-3, 3))
 def test_an_interval_holds_its_mean_and_moves_with_the_values(values: list[float], shift: float) -> None:
     numbers = torch.tensor(values, dtype=torch.float64)
