@@ -260,187 +260,235 @@ void linear_of(const float* x, const W* w, const float* bias, const float* other
   });
 }
 
+// One thread's part in a pass: its buffers, and what it does in each layer. The steps of a layer share no data within a
+// barrier but what each thread writes for all.
+template <typename W>
+struct Worker {
+  const Shape& s;
+  const Pass& p;
+  const int64_t n, d, group, slots, qkv_heads, qkv_width, width;
+  // of all threads
+  float *const qkv, *const attended, *const inner;
+  // its own: a factor a row, (D, 16), (S, 16), (N, H)
+  float *const factors, *const queries, *const scores, *const scaled;
+  // the first row that goes through the whole layer
+  int64_t live;
+  // the stream times a gain, if there is one
+  const float* stream;
+  Sums sums;
+
+  Worker(const Shape* shape, const Pass* pass)
+      : s(*shape), p(*pass), n(p.sequences * p.tokens), d(s.head_dim), group(s.heads / s.kv_heads),
+        slots(p.past + p.tokens), qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d),
+        qkv(p.scratch), attended(qkv + n * qkv_width), inner(attended + n * width),
+        factors(inner + n * s.inner + omp_get_thread_num() * thread_floats(shape, pass)),
+        queries(factors + (n + kPanel - 1) / kPanel * kPanel), scores(queries + kPanel * d),
+        scaled(scores + kPanel * slots), live(p.context), stream(p.x) {}
+
+  // Where the keys of a head (or, counted on from them, its values) of a layer begin.
+  float* kept(int64_t layer, int64_t sequence, int64_t head) const {
+    return p.kv + ((layer * p.sequences + sequence) * 2 * s.kv_heads + head) * p.capacity * d;
+  }
+
+  void tap(float* to) const {
+    const Range mine = share(n * s.hidden);
+    std::copy(p.x + mine.first, p.x + mine.end, to + mine.first);
+  }
+
+  void feed(const float* from) const {
+    const Range mine = share(p.context);
+    for (int64_t row = mine.first; row < mine.end; row++)
+      std::copy_n(from + row * p.feed_step, s.hidden, p.x + row * s.hidden);
+  }
+
+  // Every thread for itself: cheaper than waiting for each other.
+  void norm(int64_t first, const float* gain) {
+    for (int64_t row = first; row < n; row++) {
+      const float* const x = p.x + row * s.hidden;
+      factors[row] = 1.0f / std::sqrt(sum_of_squares(x, s.hidden) + s.floor * s.floor);
+      if (gain)
+        for (int64_t i = 0; i < s.hidden; i++) scaled[row * s.hidden + i] = x[i] * gain[i];
+    }
+    stream = gain ? scaled : p.x;
+  }
+
+  // The normed stream from a row on by a weight, with its bias; `done(place in the result, value)`.
+  template <typename Done>
+  void from_stream(int64_t from, const W* w, const float* bias, int64_t outputs, Done done) const {
+    const float* const x = stream + from * s.hidden;
+    product(x, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+      const float factor = factors[from + row];
+      each(values, count, [&](int64_t i, auto value) {
+        value *= factor;
+        if (bias) value += at(bias, first + i, value);
+        done((from + row) * outputs + first + i, value);
+      });
+    });
+  }
+
+  // x's live rows by a weight, with its bias, added to the stream.
+  void onto_stream(const float* x, int64_t k, const W* w, const float* bias) const {
+    const int64_t outputs = s.hidden;
+    const float* const rows = x + live * k;
+    product(rows, n - live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+      float* const to = p.x + (live + row) * outputs + first;
+      each(values, count, [&](int64_t i, auto value) {
+        if (bias) value += at(bias, first + i, value);
+        put(to, i, value + at(to, i, value));
+      });
+    });
+  }
+
+  // Queries and keys are normed and turned, keys and values go to the cache.
+  void turn_and_keep(int64_t index, const float* qk_gain) const {
+    const Range heads = share(n * qkv_heads);
+    for (int64_t piece = heads.first; piece < heads.end; piece++) {
+      const int64_t row = piece / qkv_heads, head = piece % qkv_heads;
+      float* const x = qkv + row * qkv_width + head * d;
+      float* to = x;
+      if (head >= s.heads) to = kept(index, row / p.tokens, head - s.heads) + (p.past + row % p.tokens) * d;
+      if (head >= s.heads + s.kv_heads) {
+        std::copy(x, x + d, to);
+        continue;
+      }
+      if (qk_gain) {
+        const float factor = 1.0f / std::sqrt(sum_of_squares(x, d) + s.head_floor * s.head_floor);
+        for (int64_t i = 0; i < d; i++) x[i] *= factor * qk_gain[head * d + i];
+      }
+      const float* const turn = p.turns + row * d;
+      for (int64_t i = 0; i < d; i += 2) {
+        const float real = x[i], imaginary = x[i + 1];
+        to[i] = real * turn[i] - imaginary * turn[i + 1];
+        to[i + 1] = real * turn[i + 1] + imaginary * turn[i];
+      }
+    }
+  }
+
+  // Some queries that share a head of keys: they are the lanes, slots are the rows.
+  struct Block {
+    int64_t sequence, kv_head, first, count, group, tokens, live;
+    int64_t token_of(int64_t query) const { return live + (first + query) / group; }
+    int64_t head_of(int64_t query) const { return kv_head * group + (first + query) % group; }
+    int64_t row_of(int64_t query) const { return sequence * tokens + token_of(query); }
+  };
+
+  void attend(int64_t index, const float* mask) {
+    const int64_t all = (p.tokens - live) * group;
+    const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
+    const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
+    for (int64_t piece = omp_get_thread_num(); piece < pieces; piece += threads) {
+      const int64_t first = piece % blocks * block;
+      const Block b{piece / (s.kv_heads * blocks), piece / blocks % s.kv_heads, first, std::min(block, all - first),
+                    group, p.tokens, live};
+      if (b.count <= 0) continue;
+      const float* const keys = kept(index, b.sequence, b.kv_head);
+      const int64_t seen = p.causal ? p.past + b.token_of(b.count - 1) + 1 : slots;
+      score(b, keys, seen);
+      hide(b, mask, seen);
+      Vector inverse[kVectors];
+      soften(seen, inverse);
+      gather(b, keys + s.kv_heads * p.capacity * d, seen, inverse);
+    }
+  }
+
+  // Scores of a block's queries at the slots that they may see.
+  void score(const Block& b, const float* keys, int64_t seen) {
+    std::fill(queries, queries + kPanel * d, 0.0f);
+    for (int64_t query = 0; query < b.count; query++) {
+      const float* const from = qkv + b.row_of(query) * qkv_width + b.head_of(query) * d;
+      for (int64_t i = 0; i < d; i++) queries[i * kPanel + query] = from[i] * s.scale;
+    }
+    for (int64_t slot = 0; slot < seen; slot += kRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kRows, seen - slot));
+      // a tile asks for its weights, which are the queries here; keys come from memory
+      for (int64_t i = 0; i < rows * d; i += 16) __builtin_prefetch(keys + (slot + 2 * kRows) * d + i, 0, 2);
+      tile_of<1>(rows, 1, keys + slot * d, d, 1, queries, 0, kPanel, d, sums);
+      for (int m = 0; m < rows; m++)
+        for (int v = 0; v < kVectors; v++) store(scores + (slot + m) * kPanel + v * kLanes, sums[m][0][v]);
+    }
+  }
+
+  // The mask is added, or what comes after a causal query is hidden.
+  void hide(const Block& b, const float* mask, int64_t seen) const {
+    for (int64_t query = 0; query < b.count; query++) {
+      float* const column = scores + query;
+      if (mask) {
+        const float* const row = mask + b.row_of(query) * slots;
+        for (int64_t slot = p.masked_from; slot < seen; slot++) column[slot * kPanel] += row[slot];
+      } else if (p.causal) {
+        for (int64_t slot = p.past + b.token_of(query) + 1; slot < seen; slot++) column[slot * kPanel] = -INFINITY;
+      }
+    }
+  }
+
+  // Scores become chances but for a factor, `inverse`.
+  void soften(int64_t seen, Vector* inverse) const {
+    for (int v = 0; v < kVectors; v++) {
+      float* const column = scores + v * kLanes;
+      Vector most = load(column), total{};
+      for (int64_t slot = 1; slot < seen; slot++) {
+        const Vector score = load(column + slot * kPanel);
+        most = score > most ? score : most;
+      }
+      for (int64_t slot = 0; slot < seen; slot++) {
+        const Vector chance = exp(load(column + slot * kPanel) - most);
+        total += chance;
+        store(column + slot * kPanel, chance);
+      }
+      inverse[v] = 1.0f / total;
+    }
+  }
+
+  // Chances (queries, S) by values (S, D).
+  void gather(const Block& b, const float* values, int64_t seen, const Vector* inverse) {
+    for (int64_t query = 0; query < b.count; query += kRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kRows, b.count - query));
+      for (int64_t i = 0; i < d; i += kPanel) {
+        tile_of<1>(rows, 1, scores + query, 1, kPanel, values + i, 0, d, seen, sums);
+        for (int m = 0; m < rows; m++) {
+          const int64_t lane = query + m;
+          const float factor = inverse[lane / kLanes][lane % kLanes];
+          float* const to = attended + b.row_of(lane) * width + b.head_of(lane) * d + i;
+          for (int v = 0; v < kVectors; v++) store(to + v * kLanes, sums[m][0][v] * factor);
+        }
+      }
+    }
+  }
+};
+
 // All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets the layer's input, or null;
 // `feeds[layer]` is what the context is at the layer.
 template <typename W>
 void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, const float* const* masks,
                 float* const* taps, const float* const* feeds) {
-  const Shape& s = *shape;
-  const Pass& p = *pass;
-  const int64_t n = p.sequences * p.tokens, d = s.head_dim, group = s.heads / s.kv_heads, slots = p.past + p.tokens;
-  const int64_t qkv_heads = s.heads + 2 * s.kv_heads, qkv_width = qkv_heads * d, width = s.heads * d;
-  float* const qkv = p.scratch;
-  float* const attended = qkv + n * qkv_width;
-  float* const inner = attended + n * width;
-  float* const own = inner + n * s.inner;
-  const int64_t own_floats = thread_floats(shape, pass);
-
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(pass->threads)
   {
-    float* const factors = own + omp_get_thread_num() * own_floats;
-    float* const queries = factors + (n + kPanel - 1) / kPanel * kPanel;  // (D, 16)
-    float* const scores = queries + kPanel * d;                          // (S, 16)
-    float* const scaled = scores + kPanel * slots;                       // (N, H)
-    Sums sums;
-
-    // the first row that goes through the whole layer
-    int64_t live = p.context;
-    // the stream times a gain, if there is one
-    const float* stream = p.x;
-    // every thread for itself: cheaper than waiting for each other
-    const auto norms = [&](int64_t first, const float* gain) {
-      for (int64_t row = first; row < n; row++) {
-        const float* const x = p.x + row * s.hidden;
-        factors[row] = 1.0f / std::sqrt(sum_of_squares(x, s.hidden) + s.floor * s.floor);
-        if (gain)
-          for (int64_t i = 0; i < s.hidden; i++) scaled[row * s.hidden + i] = x[i] * gain[i];
-      }
-      stream = gain ? scaled : p.x;
-    };
-    // the normed stream from a row on by a weight, with its bias; `done(place in the result, value)`
-    const auto from_stream = [&](int64_t from, const W* w, const float* bias, int64_t outputs, auto done) {
-      const float* const x = stream + from * s.hidden;
-      product(x, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-        const float factor = factors[from + row];
-        each(values, count, [&](int64_t i, auto value) {
-          value *= factor;
-          if (bias) value += at(bias, first + i, value);
-          done((from + row) * outputs + first + i, value);
-        });
-      });
-    };
-    // x's live rows by a weight, with its bias, added to the stream
-    const auto onto_stream = [&](const float* x, int64_t k, const W* w, const float* bias) {
-      const int64_t outputs = s.hidden;
-      const float* const rows = x + live * k;
-      product(rows, n - live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-        float* const to = p.x + (live + row) * outputs + first;
-        each(values, count, [&](int64_t i, auto value) {
-          if (bias) value += at(bias, first + i, value);
-          put(to, i, value + at(to, i, value));
-        });
-      });
-    };
-
-    for (int64_t index = 0; index < s.layers; index++) {
+    Worker<W> me(shape, pass);
+    for (int64_t index = 0; index < shape->layers; index++) {
       const Layer<W>& layer = layers[index];
-      if (taps[index]) {
-        const Range mine = share(n * s.hidden);
-        std::copy(p.x + mine.first, p.x + mine.end, taps[index] + mine.first);
-      }
-      if (index + 1 == s.layers) live = p.last_from;
-      if (p.context) {
-        const Range mine = share(p.context);
-        for (int64_t row = mine.first; row < mine.end; row++)
-          std::copy_n(feeds[index] + row * p.feed_step, s.hidden, p.x + row * s.hidden);
+      if (taps[index]) me.tap(taps[index]);
+      if (index + 1 == shape->layers) me.live = pass->last_from;
+      if (pass->context) {
+        me.feed(feeds[index]);
 #pragma omp barrier
       }
-      norms(0, layer.before);
-      from_stream(0, layer.qkv, layer.qkv_bias, qkv_width, [&](int64_t i, auto value) { put(qkv, i, value); });
+      me.norm(0, layer.before);
+      me.from_stream(0, layer.qkv, layer.qkv_bias, me.qkv_width, [&](int64_t i, auto value) { put(me.qkv, i, value); });
 #pragma omp barrier
-      // queries and keys are normed and turned, keys and values go to the cache
-      const Range heads = share(n * qkv_heads);
-      for (int64_t piece = heads.first; piece < heads.end; piece++) {
-        const int64_t row = piece / qkv_heads, head = piece % qkv_heads;
-        const int64_t sequence = row / p.tokens, token = row % p.tokens;
-        float* const x = qkv + row * qkv_width + head * d;
-        float* to = x;
-        if (head >= s.heads)
-          to = p.kv + (((index * p.sequences + sequence) * 2 * s.kv_heads + head - s.heads) * p.capacity + p.past + token) * d;
-        if (head >= s.heads + s.kv_heads) {
-          std::copy(x, x + d, to);
-          continue;
-        }
-        if (layer.qk_gain) {
-          const float factor = 1.0f / std::sqrt(sum_of_squares(x, d) + s.head_floor * s.head_floor);
-          for (int64_t i = 0; i < d; i++) x[i] *= factor * layer.qk_gain[head * d + i];
-        }
-        const float* const turn = p.turns + row * d;
-        for (int64_t i = 0; i < d; i += 2) {
-          const float real = x[i], imaginary = x[i + 1];
-          to[i] = real * turn[i] - imaginary * turn[i + 1];
-          to[i + 1] = real * turn[i + 1] + imaginary * turn[i];
-        }
-      }
+      me.turn_and_keep(index, layer.qk_gain);
 #pragma omp barrier
-      // Attention: 16 queries that share a head of keys are the lanes, slots are the rows.
-      const int64_t all = (p.tokens - live) * group;
-      const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
-      const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
-      for (int64_t piece = omp_get_thread_num(); piece < pieces; piece += threads) {
-        const int64_t sequence = piece / (s.kv_heads * blocks), kv_head = piece / blocks % s.kv_heads;
-        const int64_t first = piece % blocks * block, count = std::min(block, all - first);
-        if (count <= 0) continue;
-        const float* const keys =
-            p.kv + ((index * p.sequences + sequence) * 2 * s.kv_heads + kv_head) * p.capacity * d;
-        const float* const values = keys + s.kv_heads * p.capacity * d;
-        const auto token_of = [&](int64_t query) { return live + (first + query) / group; };
-        const auto head_of = [&](int64_t query) { return kv_head * group + (first + query) % group; };
-        const auto row_of = [&](int64_t query) { return sequence * p.tokens + token_of(query); };
-        const int64_t seen = p.causal ? p.past + token_of(count - 1) + 1 : slots;
-
-        std::fill(queries, queries + kPanel * d, 0.0f);
-        for (int64_t query = 0; query < count; query++) {
-          const float* const from = qkv + row_of(query) * qkv_width + head_of(query) * d;
-          for (int64_t i = 0; i < d; i++) queries[i * kPanel + query] = from[i] * s.scale;
-        }
-        for (int64_t slot = 0; slot < seen; slot += kRows) {
-          const int rows = static_cast<int>(std::min<int64_t>(kRows, seen - slot));
-          // a tile asks for its weights, which are the queries here; keys come from memory
-          for (int64_t i = 0; i < rows * d; i += 16) __builtin_prefetch(keys + (slot + 2 * kRows) * d + i, 0, 2);
-          tile_of<1>(rows, 1, keys + slot * d, d, 1, queries, 0, kPanel, d, sums);
-          for (int m = 0; m < rows; m++)
-            for (int v = 0; v < kVectors; v++) store(scores + (slot + m) * kPanel + v * kLanes, sums[m][0][v]);
-        }
-        for (int64_t query = 0; query < count; query++) {
-          float* const column = scores + query;
-          if (masks[index]) {
-            const float* const mask = masks[index] + row_of(query) * slots;
-            for (int64_t slot = p.masked_from; slot < seen; slot++) column[slot * kPanel] += mask[slot];
-          } else if (p.causal) {
-            for (int64_t slot = p.past + token_of(query) + 1; slot < seen; slot++) column[slot * kPanel] = -INFINITY;
-          }
-        }
-        Vector inverse[kVectors];
-        for (int v = 0; v < kVectors; v++) {
-          float* const column = scores + v * kLanes;
-          Vector most = load(column), total{};
-          for (int64_t slot = 1; slot < seen; slot++) {
-            const Vector score = load(column + slot * kPanel);
-            most = score > most ? score : most;
-          }
-          for (int64_t slot = 0; slot < seen; slot++) {
-            const Vector chance = exp(load(column + slot * kPanel) - most);
-            total += chance;
-            store(column + slot * kPanel, chance);
-          }
-          inverse[v] = 1.0f / total;
-        }
-        // (queries, S) by (S, D)
-        for (int64_t query = 0; query < count; query += kRows) {
-          const int rows = static_cast<int>(std::min<int64_t>(kRows, count - query));
-          for (int64_t i = 0; i < d; i += kPanel) {
-            tile_of<1>(rows, 1, scores + query, 1, kPanel, values + i, 0, d, seen, sums);
-            for (int m = 0; m < rows; m++) {
-              const int64_t lane = query + m;
-              const float factor = inverse[lane / kLanes][lane % kLanes];
-              float* const to = attended + row_of(lane) * width + head_of(lane) * d + i;
-              for (int v = 0; v < kVectors; v++) store(to + v * kLanes, sums[m][0][v] * factor);
-            }
-          }
-        }
-      }
+      me.attend(index, masks[index]);
 #pragma omp barrier
-      onto_stream(attended, width, layer.out, layer.out_bias);
+      me.onto_stream(me.attended, me.width, layer.out, layer.out_bias);
 #pragma omp barrier
-      norms(live, layer.after);
-      from_stream(live, layer.gate, layer.gate_bias, s.inner,
-                  [&](int64_t i, auto value) { put(inner, i, silu(value)); });
+      me.norm(me.live, layer.after);
+      me.from_stream(me.live, layer.gate, layer.gate_bias, shape->inner,
+                     [&](int64_t i, auto value) { put(me.inner, i, silu(value)); });
       // the same thread has the same panels again
-      from_stream(live, layer.up, layer.up_bias, s.inner,
-                  [&](int64_t i, auto value) { put(inner, i, value * at(inner, i, value)); });
+      me.from_stream(me.live, layer.up, layer.up_bias, shape->inner,
+                     [&](int64_t i, auto value) { put(me.inner, i, value * at(me.inner, i, value)); });
 #pragma omp barrier
-      onto_stream(inner, s.inner, layer.down, layer.down_bias);
+      me.onto_stream(me.inner, shape->inner, layer.down, layer.down_bias);
 #pragma omp barrier
     }
   }
