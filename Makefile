@@ -3,9 +3,10 @@ PYTHON ?= python3
 TORCH ?= cpu
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)/python
-# in two processes, as a test itself starts up to two; a file's tests stay together, as they share what it sets up
+# In two processes, as a test itself starts up to two. A file's tests stay together, as they share what it sets up; the
+# order stays, as else files of one long test would come last and leave the other process idle.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
 CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
