@@ -11,7 +11,6 @@ Where something that is called for tokens may remember, they go in step instead 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from zerodraft.decoding.choice import TokenChoice
-from zerodraft.decoding.fallback import UNLIMITED, Fallback
+from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.kept import Kept, Origin
 from zerodraft.decoding.lattice import Lattice
@@ -34,6 +33,7 @@ from zerodraft.decoding.stopping import Stopping
 from zerodraft.decoding.text import Text
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.decoding.verify import Randomness, Verdict, greedy, point_mass, sampled, walk
+from zerodraft.decoding.watch import Watch
 
 NOTHING = DraftTree.path([])
 
@@ -90,72 +90,62 @@ class Engine:
 
     def run(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Iterator[Step]:
         """Decode; yields what each pass of the target brought. `texts` and `stats` are up to date at every yield."""
-        start = perf_counter()
         real = mask.sum(1).tolist()
         self.texts = [Text(prompt, n) for prompt, n in zip(prompts, real, strict=True)]
         known = len(self.kept.tokens) if self.kept else 0
         reused = int(mask[:, : known + self.held].sum())
         self.stats = DecodeStats(len(real), sum(real), reused, trace=[] if self.trace else None)
         self._lengths = [self.length.fresh() for _ in real]
+        self._watch = Watch(self.stats, self._lengths[0], self.fallback, self.target.device)
         self._proxies = [self.proxy.start() if self.proxy else None for _ in real]
         if self.kept:
             self.session = self.kept.session
             self._tell_proxies([self.kept.tokens])
         else:
             self.session = self.drafter.start(len(real), self.target.device, self.generator)
-        clock = self._clock = self.fallback.timer(self.target.device) if self.fallback else perf_counter
-        if self.fallback:
-            self.fallback.begin()
+        yield self._read(prompts[:, known:], mask[:, known:])
+        while any(self._goes_on(text) for text in self.texts):
+            yield self._step()
+
+    def _read(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Step:
+        """The prompts' pass, which brings every row its first token."""
         with self.stats.timed("prefill"):
-            out = self._prefill(prompts[:, known:].to(self.target.device), mask[:, known:].to(self.target.device))
-            step, _ = self._settle(out, [NOTHING] * len(real))
-        self._finish(step, [0] * len(real), start, draft=False)
-        yield step
+            out = self._prefill(prompts.to(self.target.device), mask.to(self.target.device))
+            step, _ = self._settle(out, [NOTHING] * len(prompts))
+        self._finish(step, [0] * len(prompts), draft=False)
         self._untold = [
             [Progress(torch.cat([prompt[own], prompt.new_tensor(row.tokens)]), None if out.taps is None else taps[own])]
-            for prompt, own, row, taps in zip(
-                prompts[:, known:], mask[:, known:], step.rows, _rows(out.taps, len(real)), strict=True
-            )
+            for prompt, own, row, taps in zip(prompts, mask, step.rows, _rows(out.taps, len(prompts)), strict=True)
             if row is not None
         ]
-        while any(self._goes_on(text) for text in self.texts):
-            watching = self.fallback is not None and self.fallback.watching
-            began = clock() if watching else 0.0
-            lattices, asked, unread = self._draft()
-            # a rest is to cost nothing, and its steps say nothing new
-            timed = any(asked) or self.fallback is None or not self.fallback.resting
-            drafted = clock() if timed else 0.0
-            with self.stats.timed("search"):
-                drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
-                drafts = self._filled_up(drafts)
-            with self.stats.timed("verify"):
-                trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
-                depths = [tree.depths() for tree in trees]
-                ids, depth, visible = self._inputs(trees, depths)
-                out = self.target.score(ids, depth, visible, self.drafter.taps)
-                step, kept = self._settle(out, drafts)
-                self.target.keep(kept)
-            if timed:
-                seconds = clock() - drafted
-                self._lengths[0].observe_cost("verify", max(asked), seconds)
-                self._lengths[0].observe_cost("score", max(len(tree) for tree in trees), seconds)
-            for at, row in enumerate(step.rows):
-                if row is not None and asked[at]:
-                    filled = _generated(lattices[at], self.stopping.eos_ids)
-                    self._lengths[at].update(asked[at], filled, len(row.accepted))
-            for untold, news in zip(self._untold, self._news(step, kept, out.taps), strict=True):
-                untold.append(news)
-            if any(asked):
-                self._tell()
-            self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], start, draft=True)
-            self.stats.plain_steps += not any(asked)
-            if self.fallback:
-                brought = [len(row.tokens) for row in step.rows if row is not None]
-                taken = clock() - began if watching else None
-                self.fallback.learn(max(asked), sum(brought) / len(brought), taken, unread)
-                if any(asked) and self.fallback.resting:
-                    self.stats.fallback = self.fallback.why()
-            yield step
+        return step
+
+    def _step(self) -> Step:
+        """Draft, search, verify, and tell everyone what came of it."""
+        self._watch.begin()
+        lattices, asked, unread = self._draft()
+        self._watch.drafted(max(asked))
+        with self.stats.timed("search"):
+            drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
+            drafts = self._filled_up(drafts)
+        with self.stats.timed("verify"):
+            trees = [draft if isinstance(draft, DraftTree) else draft.tree for draft in drafts]
+            depths = [tree.depths() for tree in trees]
+            out = self.target.score(*self._inputs(trees, depths), self.drafter.taps)
+            step, kept = self._settle(out, drafts)
+            self.target.keep(kept)
+        self._watch.verified(max(asked), max(len(tree) for tree in trees))
+        for at, row in enumerate(step.rows):
+            if row is not None and asked[at]:
+                filled = _generated(lattices[at], self.stopping.eos_ids)
+                self._lengths[at].update(asked[at], filled, len(row.accepted))
+        for untold, news in zip(self._untold, self._news(step, kept, out.taps), strict=True):
+            untold.append(news)
+        if any(asked):
+            self._tell()
+        self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], draft=True)
+        self._watch.learn(step, max(asked), unread)
+        return step
 
     def keep(self, origin: Origin) -> Kept | None:
         """What the text, which is over, leaves for the next one; None where the target cannot go on from it."""
@@ -202,17 +192,15 @@ class Engine:
     def _draft(self) -> tuple[Sequence[Lattice], list[int], int]:
         """A lattice for every row, how many positions it was asked for, and how many tokens of a row the drafter had to
         read before."""
-        longest = self.fallback.longest() if self.fallback else UNLIMITED
+        longest = self._watch.longest()
         asked = [self._room(at, longest) for at in range(len(self.texts))]
         if not any(asked):
             return [Lattice.empty()] * len(asked), asked, 0
         unread = max(sum(len(news.tokens) for news in untold) for untold in self._untold)
         if any(self._untold):
             self._tell()
-        began = self._clock()
-        with self.stats.timed("draft"):
+        with self._watch.drafting(max(asked)):
             lattices = self.session.propose(asked)
-        self._lengths[0].observe_cost("draft", max(asked), self._clock() - began)
         return lattices, asked, unread
 
     def _room(self, at: int, longest: int) -> int:
@@ -342,8 +330,8 @@ class Engine:
         goal = max(end for end in ends if end is not None) if None not in ends else self.stopping.max_length
         return goal is None or text.length < goal
 
-    def _finish(self, step: Step, depths: list[int], start: float, *, draft: bool) -> None:
-        """Count a step, and look at the clock."""
+    def _finish(self, step: Step, depths: list[int], *, draft: bool) -> None:
+        """Count a step, and end all texts if a criterion says that the time is up."""
         if self.in_step is None and self.stopping.time_is_up(self.texts[0]):
             # The others may still come up to the longest row, so that all have the same length.
             limit = self.width()
@@ -351,8 +339,7 @@ class Engine:
             for text in self.texts:
                 if text.stopped_at is None and text.length >= limit:
                     text.stopped_at = text.length
-        self.stats.count(step, depths, draft=draft)
-        self.stats.total_seconds = perf_counter() - start
+        self._watch.count(step, depths, draft=draft)
 
     def _news(self, step: Step, kept: list[list[int]], taps: Tensor | None) -> list[Progress]:
         device = self.target.device
