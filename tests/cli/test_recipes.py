@@ -146,6 +146,7 @@ def test_the_deepening_recipe_runs_on_files_of_ones_own(
     (tmp_path / "notes.txt").write_text("the little fox sat on the mat and could not sleep. " * 90, encoding="utf-8")
     shipped = Path(__file__).parents[2] / "recipes" / "smollm2-deepen.yaml"
     words = ["--model.start", str(plain_dir), "--data.train", str(tmp_path / "notes.txt"), "--training.steps", "2"]
+    words += ["--model.head-layers", "1", "--model.tail-layers", "1"]
     more = ["--data.context-length", "32", "--data.cache", str(tmp_path / "cache"), "--training.no-tensorboard"]
     assert main(["finetune", str(shipped), *words, *more, "--output", str(tmp_path / "run")]) == 0
     evaluation = json.loads((tmp_path / "run" / "results.json").read_text("utf-8"))["evaluation"]
