@@ -4,15 +4,16 @@ TORCH ?= cpu
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := .venv/$(BIN)/python
 # In two processes, as a test itself starts up to two. A file's tests stay together, as they share what it sets up; the
-# order stays, as else files of one long test would come last and leave the other process idle.
+# order stays, otherwise files with one long test come last and leave the other process idle.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST_FLAGS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
 CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \
 	tests/fast/test_caches.py tests/generate/test_huggingface_door.py tests/drafters/test_block.py \
 	tests/fast/test_best.py tests/fast/test_lean.py tests/fast/test_lean_ztt.py tests/training/ztt/test_run.py \
-	tests/training/ztt/test_adapters.py tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py
+	tests/training/ztt/test_adapters.py tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py \
+	tests/benchmarks/test_tasks.py
 
 .PHONY: demo test test-newest quality docs format env env-newest clean
 
@@ -20,11 +21,11 @@ demo: env
 	@$(RUN) examples/demo.py
 
 test: env
-	@$(RUN) $(PYTEST)
+	@$(RUN) -m pytest $(PYTEST_FLAGS)
 
 # the newest releases of transformers, TRL, PEFT and lm-eval, in an environment of their own
 test-newest: env-newest
-	@.venv-newest/$(BIN)/python $(PYTEST) $(CORE)
+	@.venv-newest/$(BIN)/python -m pytest $(PYTEST_FLAGS) $(CORE)
 
 quality: env
 	@$(RUN) -m ruff check .

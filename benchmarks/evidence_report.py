@@ -116,7 +116,7 @@ def write_report(folder: Path, page: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Looks:
-    """What was found by looking into the models of finished runs."""
+    """What was measured on models, beside their training."""
 
     mechanisms: Sequence[Mechanisms] = ()
     domains: Sequence[Domains] = ()
@@ -281,7 +281,7 @@ def setting(table: Table) -> str:
     return (
         f"Hidden size {recipe.model.hidden_size}, vocabulary {recipe.tokenizer.vocab_size:,}, context "
         f"{recipe.data.context_length}, batch {training.batch_size * training.accumulation}, {training.optimizer}; "
-        f"{first.tokens:,} tokens in the first run, {first.tokens / first.parameters:.0f} a stored parameter. Results "
+        f"{first.tokens:,} tokens in the first run, {first.tokens / first.parameters:.2g} a stored parameter. Results "
         f"of {len(table.rows)} runs with {len(seeds)} of the {len(table.plan.seeds)} planned seeds, {swept}.\n"
     )
 

@@ -51,7 +51,7 @@ def save_result(result: Result, path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look(Result):
-    """What was found by looking into the models of a table's finished runs."""
+    """What was measured on the models of a table's finished runs."""
 
     table: str
     results: tuple[OfRun, ...]
@@ -221,17 +221,24 @@ def joined(table: Table, other: Table) -> Table:
     """A table with the results of another one, which was made elsewhere of the same plan or of some of its arms.
 
     Raises:
-        ZerodraftError: both have a run, or they are of two tables.
+        ZerodraftError: both have a run, or their plans say different things.
     """
-    if table.plan.table != other.plan.table:
-        raise ZerodraftError(f"these are two tables, '{table.plan.table}' and '{other.plan.table}': join parts of one")
+    plan, more = table.plan, other.plan
+    if plan.table != more.table:
+        raise ZerodraftError(f"these are two tables, '{plan.table}' and '{more.table}': join parts of one")
+    changed = [arm for arm in plan.arms.keys() & more.arms.keys() if plan.arms[arm] != more.arms[arm]]
+    changed += [key for key in ("recipe", "rates") if getattr(plan, key) != getattr(more, key)]
+    if changed:
+        raise ZerodraftError(f"the plans of the two parts differ in {min(changed)}: runs of both cannot be compared")
     if twice := table.done() & other.done():
         raise ZerodraftError(f"both parts hold {min(twice)}: take it out of one of them")
-    arms = {**other.plan.arms, **table.plan.arms}
-    return Table(
-        plan=replace(table.plan, arms=arms), rows=(*table.rows, *other.rows),
-        diverged=(*table.diverged, *other.diverged),
-    )  # fmt: skip
+    whole = replace(
+        plan,
+        arms={**plan.arms, **more.arms},
+        seeds=tuple(dict.fromkeys((*plan.seeds, *more.seeds))),
+        bound=plan.bound or more.bound,
+    )
+    return Table(plan=whole, rows=(*table.rows, *other.rows), diverged=(*table.diverged, *other.diverged))
 
 
 def check_same(found: Row | Diverged, plan: Plan, path: Path) -> None:

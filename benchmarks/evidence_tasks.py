@@ -10,8 +10,8 @@ from evidence_table import Look
 from evidence_text import grid, interval
 
 BASELINE = "fine-tuned"
-START = "start"
-"""Stands for the arm of the model that all runs began with."""
+START = "(start)"
+"""Arm name of the model before training."""
 
 HEAD = """## Tasks
 

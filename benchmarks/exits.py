@@ -96,7 +96,8 @@ def measure(runs: list[FinishedRun], options: Namespace) -> Iterator[Exits]:
     asked = [run for run in runs if not options.seeds or run.run.seed in options.seeds]
     looped = [run for run in asked if run.recipe.model.cycles > 1]
     if not looped:
-        raise ZerodraftError(f"no finished run in '{options.table[0]}' that was asked for has more than one cycle")
+        named = "', '".join(map(str, options.table))
+        raise ZerodraftError(f"no finished run in '{named}' that was asked for has more than one cycle")
     for run in looped:
         yield measure_run(run, options.blocks)
 

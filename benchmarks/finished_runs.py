@@ -3,6 +3,7 @@ command line of such a look."""
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,10 @@ def finished_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     if not found:
         named = "', '".join(map(str, folders))
         raise ZerodraftError(f"no finished run in '{named}': expected ARM/RATE/SEED/{RESULTS} with a model beside it")
-    return [_finished_run(path) for path in found]
+    runs = [_finished_run(path) for path in found]
+    if twice := [run for run, times in Counter(one.run for one in runs).items() if times > 1]:
+        raise ZerodraftError(f"two of the folders hold {twice[0]}: name one of them")
+    return runs
 
 
 def _finished_run(folder: Path) -> FinishedRun:
@@ -122,12 +126,16 @@ def look(
     words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
     quiet_transformers()
+    made = provenance(seed=0, words=["python", f"benchmarks/{kind.script}", *words])
+    found: list[OfRun] = []
     try:
-        found = tuple(measure(finished_runs(options.table), options))
+        for one in measure(finished_runs(options.table), options):
+            found.append(one)
+            print(f"{one.run}: measured", file=sys.stderr, flush=True)
+            # whatever stops the rest, this stays
+            result = kind(table=options.table[0].name, results=tuple(found), provenance=made)
+            save_result(result, options.results / kind.file(result.table))
     except ZerodraftError as error:
         print(error, file=sys.stderr)
         return 2
-    made = provenance(seed=0, words=["python", f"benchmarks/{kind.script}", *words])
-    result = kind(table=options.table[0].name, results=found, provenance=made)
-    save_result(result, options.results / kind.file(result.table))
     return 0

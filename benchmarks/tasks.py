@@ -2,8 +2,8 @@
 
     ZERODRAFT_DATA=DIR python benchmarks/tasks.py runs/evidence/retrofit
 
-Answers are scored as lm-evaluation-harness does, in its prompts. Writes `results/evidence/tasks-TABLE.json`, from which
-`python benchmarks/evidence.py report` makes a section of the page.
+Sums of log probabilities are those of lm-evaluation-harness, as are the prompts. Writes
+`results/evidence/tasks-TABLE.json`, from which `python benchmarks/evidence.py report` makes a section of the page.
 """
 
 import json
@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def read_items(task: str, limit: int) -> list[Item]:
     if not path.is_file():
         raise ZerodraftError(f"no questions at '{path}': set ZERODRAFT_DATA to the folder that holds '{TASKS[task]}'")
     rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    if not rows:
+        raise ZerodraftError(f"'{path}' holds no questions: expected a JSON object in every line")
     if 0 < limit < len(rows):
         rows = [rows[at * len(rows) // limit] for at in range(limit)]
     return [item_of(row) for row in rows]
@@ -111,7 +114,7 @@ def score(run: Run, task: str, items: Sequence[Item], model: Any, tokenizer: Any
     found = iter(answers(model, tokenizer, pairs, batch_size))
     right, right_by_bytes, nats = 0, 0, 0.0
     for item in items:
-        mine = [next(found) for _ in item.choices]
+        mine = list(islice(found, len(item.choices)))
         nats -= mine[item.gold].log_p
         if len(mine) == 1:
             right += mine[0].is_greedy
@@ -132,9 +135,15 @@ def measure(runs: list[FinishedRun], options: Namespace) -> Iterator[TaskScore]:
     """The model that the runs began with, if there is one, and all runs.
 
     Raises:
-        ZerodraftError: questions are missing, or the runs are not of one table.
+        ZerodraftError: questions are missing, or the runs are not of one table with one rate and one start.
     """
     check_same_text(runs)
+    for what, values in (
+        ("rates", {one.run.rate for one in runs}),
+        ("starts", {one.recipe.model.start for one in runs}),
+    ):
+        if len(values) > 1:
+            raise ZerodraftError(f"the runs have several {what}, {', '.join(map(str, values))}: name folders with one")
     tasks = {task: read_items(task, options.items) for task in TASKS}
     start = runs[0].recipe.model.start
     folders = {finished.run: finished.folder / "model" for finished in runs}

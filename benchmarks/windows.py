@@ -1,4 +1,4 @@
-"""Which layers of a pretrained model bear a second run, before any training: held-out loss of every window.
+"""Which layers of a pretrained model can run twice before any training: held-out loss of every window.
 
     ZERODRAFT_DATA=DIR python benchmarks/windows.py recipes/evidence/retrofit.yaml
 
@@ -60,13 +60,16 @@ def sweep(
         widths: Layers of a window.
         firsts: Layers before it.
         gates: Of its second run.
+
+    Raises:
+        ZerodraftError: there is no such window.
     """
     own = {name: block_losses(model, ids) for name, ids in texts.items()}
     depth, windows = model.config.num_hidden_layers, []
     for width in widths:
         for first in firsts:
             tail = depth - first - width
-            if tail < 1:
+            if first < 1 or tail < 1:
                 continue
             looped = ZttForCausalLM.from_base(
                 model, head_layers=first, tail_layers=tail, cycles=2, zero_tokens=False
@@ -78,6 +81,8 @@ def sweep(
                 windows.append(Window(first=first, layers=width, gate=gate, increase=increase))
                 told = ", ".join(f"{name} {one}" for name, one in increase.items())
                 print(f"layers {first + 1} to {first + width}, gate {gate:g}: {told}", file=sys.stderr, flush=True)
+    if not windows:
+        raise ZerodraftError(f"no window leaves a layer on either side: the model has {depth} layers")
     return {name: float(losses.mean()) for name, losses in own.items()}, tuple(windows)
 
 
@@ -89,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--widths", type=int, nargs="+", default=[3, 4, 6], help="layers of a window")
     parser.add_argument("--firsts", type=int, nargs="+", default=[6, 9, 12, 15, 18], help="layers before it")
     parser.add_argument("--gates", type=float, nargs="+", default=[0.25, 0.5], help="of its second run")
-    parser.add_argument("--blocks", type=int, default=6, help="of each text, taken evenly (default 6)")
+    parser.add_argument("--blocks", type=int, default=4, help="of each text, taken evenly (default 4)")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "evidence", help="folder for the result")
     options = parser.parse_args(words)
     quiet_transformers()

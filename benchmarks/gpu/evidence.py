@@ -3,7 +3,8 @@
     ZERODRAFT_DATA=DIR python benchmarks/gpu/evidence.py recipes/evidence/million.yaml --minutes 8 --out OUT
 
 Every arm is a process of its own. Some (`--at-once`) read and compile at the same time; they train in turn, so that
-seconds can be compared. Tables are written after every arm, and models named by `--keep` are packed beside them, into
+seconds can be compared. Runs that begin with an existing model are trained one by one and take no turns: give their
+plan a call of its own. Tables are written after every arm, and models named by `--keep` are packed beside them, into
 archives of 15 MB. What a run that is cut off has finished stays.
 """
 
@@ -16,8 +17,9 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import reduce
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,10 @@ import torch
 
 from evidence_plan import Plan, read_plan
 from evidence_runs import make_runs
-from evidence_table import Table, read_table, save_result
+from evidence_table import joined, read_table, save_result
 from harness import quiet_transformers
 from zerodraft.cli.main import log_to_stderr
-from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.errors import ZerodraftError, did_you_mean
 from zerodraft.training.data import build_data, read_documents
 from zerodraft.training.recipe import merge
 from zerodraft.training.ztt.run import tokenizer_of
@@ -70,7 +72,10 @@ def main(words: Sequence[str] | None = None) -> int:
     log_to_stderr(logging.INFO)
     quiet_transformers()
     try:
-        plans = [changed(read_plan(path), options) for path in options.plans]
+        read = {str(path): read_plan(path) for path in options.plans}
+        check_asked(read.values(), options)
+        paths = [path for path, plan in read.items() if chosen_arms(plan, options)]
+        plans = [changed(read[path], options) for path in paths]
         for plan in plans:
             fill_caches(plan)
     except ZerodraftError as error:
@@ -80,8 +85,8 @@ def main(words: Sequence[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     turn = context.Lock()
     waiting: list[tuple[Plan, BaseProcess]] = [
-        (plan, context.Process(target=make_arm, args=(plan, str(path), arm, options, deadline, turn), name=arm))
-        for plan, path in zip(plans, options.plans, strict=True)
+        (plan, context.Process(target=make_arm, args=(plan, path, arm, options, deadline, turn), name=arm))
+        for plan, path in zip(plans, paths, strict=True)
         for arm in plan.arms
     ]
     running: list[tuple[Plan, BaseProcess]] = []
@@ -104,32 +109,40 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def changed(plan: Plan, options: argparse.Namespace) -> Plan:
-    """The plan as it is run here: how the device computes, and what the options leave of it.
-
-    Raises:
-        ZerodraftError: nothing is left.
-    """
+    """The plan as it is run here: how the device computes, and what the options leave of it."""
     training: dict[str, Any] = dict(REHEARSAL if options.rehearse else ON_GPU)
     if options.eager:
         training["compile"] = False
     if options.steps:
         training["steps"] = options.steps
-    arms = {arm: merge(changes, {"training": training}) for arm, changes in plan.arms.items()}
-    chosen = {arm: arms[arm] for arm in arms if not options.only or asked(plan.table, arm, options)}
-    if not chosen:
-        raise ZerodraftError(
-            f"--only {' '.join(options.only)} names no arm of '{plan.table}': it has {', '.join(arms)}"
-        )
+    chosen = {arm: merge(plan.arms[arm], {"training": training}) for arm in chosen_arms(plan, options)}
     baseline = plan.baseline if plan.baseline in chosen else next(iter(chosen))
     bound = plan.bound if plan.bound in chosen else None
     # as one, all rates of all seeds cost hardly more than some of them
     return replace(plan, arms=chosen, baseline=baseline, bound=bound, sweep=0)
 
 
-def asked(table: str, arm: str, options: argparse.Namespace) -> str | None:
-    """What `--only` says of an arm, if anything, without the table's name."""
+def chosen_arms(plan: Plan, options: argparse.Namespace) -> list[str]:
+    """The arms that are asked for: all without `--only`."""
+    return [arm for arm in plan.arms if not options.only or asked(plan, arm, options)]
+
+
+def asked(plan: Plan, arm: str, options: argparse.Namespace) -> list[str]:
+    """The names in `--only` that mean an arm of a plan or runs of it, without the table's."""
     names = [name.rpartition(":") for name in options.only]
-    return next((name for of, _, name in names if of in ("", table) and name.split("/")[0] == arm), None)
+    return [name for table, _, name in names if table in ("", plan.table) and name.split("/")[0] == arm]
+
+
+def check_asked(plans: Collection[Plan], options: argparse.Namespace) -> None:
+    """Raise `ZerodraftError` where a name in `--only` means nothing, or two mean the same arm."""
+    meant = {(plan.table, arm): asked(plan, arm, options) for plan in plans for arm in plan.arms}
+    known = {name for names in meant.values() for name in names}
+    for name in options.only:
+        if name.rpartition(":")[2] not in known:
+            raise ZerodraftError(f"--only '{name}' names no arm{did_you_mean(name, {arm for _, arm in meant})}")
+    for (table, arm), names in meant.items():
+        if len(names) > 1:
+            raise ZerodraftError(f"--only names '{arm}' of '{table}' {len(names)} times: name it once")
 
 
 def fill_caches(plan: Plan) -> None:
@@ -154,7 +167,7 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
             part(plan, arm, options),
             options.runs / arm,
             words=words,
-            only=asked(plan.table, arm, options) or arm,
+            only=next(iter(asked(plan, arm, options)), arm),
             minutes=(deadline - began) / 60,
             together=options.together,
             turn=turn,
@@ -185,11 +198,7 @@ def gather(plan: Plan, options: argparse.Namespace, packed: set[str]) -> None:
     found = {arm: read_table(part(plan, arm, options)) for arm in plan.arms if part(plan, arm, options).exists()}
     if not found:
         return
-    table = Table(
-        plan=plan,
-        rows=tuple(row for one in found.values() for row in one.rows),
-        diverged=tuple(lost for one in found.values() for lost in one.diverged),
-    )
+    table = reduce(joined, found.values())
     save_result(table, options.out / f"{plan.table}.json")
     open_arms = {run.arm for run in {*plan.runs()} - table.done()}
     for arm in found.keys() - open_arms:

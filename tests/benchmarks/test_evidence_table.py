@@ -17,7 +17,7 @@ RATES = {"1e-2": {"learning_rate": 1e-2}, "1e-3": {"learning_rate": 1e-3}}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/evidence/*.yaml")), ids=lambda path: path.stem)
-def test_the_plans_that_come_along_are_whole(path: Path, tmp_path: Path) -> None:
+def test_shipped_plans_are_valid(path: Path, tmp_path: Path) -> None:
     plan = read_plan(path)
     assert plan.table == path.stem
     models = [plan.recipe_of(run, tmp_path).model for run in plan.runs()]
@@ -105,6 +105,9 @@ def test_parts_of_a_table_are_joined(make_plan: Callable[..., Plan], tmp_path: P
     assert (found.plan.baseline, {*found.plan.arms}) == ("vanilla", {"vanilla", "ztt", "new"})
     assert main(["join", str(tmp_path / "second.json"), "--results", str(results)]) == 2
     assert read_table(results / "tiny.json") == found
+    for changes, what in (({"recipe": {"training": {"steps": 7}}}, "recipe"), ({"arms": {"ztt": {"seed": 1}}}, "ztt")):
+        with pytest.raises(ZerodraftError, match=f"differ in {what}"):
+            joined(found, Table(plan=make_plan(**changes)))
     with pytest.raises(ZerodraftError, match="'tiny' and 'other'"):
         joined(found, Table(plan=make_plan(table="other")))
 

@@ -46,6 +46,21 @@ def test_some_arms_alone(plan_file: Callable[..., Path], tmp_path: Path) -> None
     assert table.plan.baseline == "ztt"
 
 
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["ztt", "vanila"], "'vanila' names no arm; did you mean 'vanilla'?"),
+        (["other:ztt"], "'other:ztt' names no arm"),
+        (["ztt/1e-2/0", "tiny:ztt"], "names 'ztt' of 'tiny' 2 times"),
+    ],
+)
+def test_names_that_cannot_be_meant(
+    plan_file: Callable[..., Path], capsys: pytest.CaptureFixture[str], only: list[str], message: str
+) -> None:
+    assert main([str(plan_file()), "--rehearse", "--only", *only]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_no_time_leaves_nothing_half_done(plan_file: Callable[..., Path], tmp_path: Path) -> None:
     places = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
     assert main([str(plan_file(seeds=[0])), *places, "--rehearse", "--minutes", "0"]) == 0

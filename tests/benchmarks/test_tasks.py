@@ -10,7 +10,7 @@ import torch
 from evidence_plan import Plan, Run
 from evidence_runs import make_runs
 from evidence_table import read_result
-from evidence_tasks import TaskScore, TaskTable, section
+from evidence_tasks import START, TaskScore, TaskTable, section
 from tasks import TASKS, Item, answers, item_of, main, score
 from tests.saved import save_target, tiny_tokenizer
 from tests.ztt.tiny import tiny_plain
@@ -58,6 +58,21 @@ def test_the_highest_sum_is_chosen_and_once_more_by_bytes() -> None:
     assert found.nats == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_word_is_right_if_it_is_the_most_likely_one() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_plain(vocab_size=len(tokenizer))
+    (token,) = tokenizer.encode(" the", add_special_tokens=False)
+    ids = tokenizer("the cat", add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        state = model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        head = model.get_output_embeddings().weight
+        head.zero_()
+        head[token] = state
+    items = [Item(context="the cat", choices=(word,)) for word in (" the", " fox", " mat", " sat")]
+    found = score(Run("a", "b", 0), "some", items, model, tokenizer, batch_size=8)
+    assert (found.accuracy, found.accuracy_by_bytes) == (0.25, None)
+
+
 def test_prompts() -> None:
     assert item_of({"context": "a b", "continuation": "c"}) == Item(context="a b", choices=(" c",))
     asked = item_of({"query": "Question: why?\n", "choices": ["x", "y"], "gold": 1})
@@ -81,7 +96,9 @@ def test_from_runs_to_the_page(
         (tmp_path / TASKS[task]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main([*words, "--items", "2"]) == 0
     found = read_result(TaskTable, tmp_path / "tasks-tiny.json")
-    assert [one.arm for one in found.results if one.task == "piqa"] == ["start", "vanilla", "ztt"]
+    assert [one.arm for one in found.results if one.task == "piqa"] == ["(start)", "vanilla", "ztt"]
+    page = "\n".join(section(found))
+    assert "| piqa | 2 | (start) | 1 |" in page
     assert {one.items for one in found.results} == {2}
     assert main([str(tmp_path / "runs" / "other"), *words]) == 2
     assert "folders of two tables" in capsys.readouterr().err
@@ -94,8 +111,8 @@ def test_differences_are_paired_by_seed() -> None:
         )
 
     results = (
-        made("start", 0, 0.5), made("fine-tuned", 0, 0.25), made("deepened", 0, 0.75), made("deepened", 1, 0.75),
+        made(START, 0, 0.5), made("fine-tuned", 0, 0.25), made("deepened", 0, 0.75), made("deepened", 1, 0.75),
     )  # fmt: skip
     page = "\n".join(section(TaskTable(table="tiny", results=results, provenance={})))
-    assert "| lambada | 9 | start | 1 | 0.5000 | - | - | - | 2.0000 | - |" in page
+    assert "| lambada | 9 | (start) | 1 | 0.5000 | - | - | - | 2.0000 | - |" in page
     assert "| lambada | 9 | deepened | 2 | 0.7500 [0.7500, 0.7500] | 0.5000 | - | - |" in page

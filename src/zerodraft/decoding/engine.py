@@ -124,7 +124,8 @@ class Engine:
         """Draft, search, verify, and tell everyone what came of it."""
         self._watch.begin()
         lattices, asked, unread = self._draft()
-        self._watch.drafted(max(asked))
+        most = max(asked)
+        self._watch.drafted(most)
         with self.stats.timed("search"):
             drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
             drafts = self._filled_up(drafts)
@@ -134,17 +135,17 @@ class Engine:
             out = self.target.score(*self._inputs(trees, depths), self.drafter.taps)
             step, kept = self._settle(out, drafts)
             self.target.keep(kept)
-        self._watch.verified(max(asked), max(len(tree) for tree in trees))
+        self._watch.verified(most, max(len(tree) for tree in trees))
         for at, row in enumerate(step.rows):
             if row is not None and asked[at]:
                 filled = _generated(lattices[at], self.stopping.eos_ids)
                 self._lengths[at].update(asked[at], filled, len(row.accepted))
         for untold, news in zip(self._untold, self._news(step, kept, out.taps), strict=True):
             untold.append(news)
-        if any(asked):
+        if most:
             self._tell()
         self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], draft=True)
-        self._watch.learn(step, max(asked), unread)
+        self._watch.learn(step, most, unread)
         return step
 
     def keep(self, origin: Origin) -> Kept | None:

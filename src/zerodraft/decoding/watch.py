@@ -1,9 +1,9 @@
 """The clocks around a decoding loop, and who learns from them: statistics, draft lengths and the fallback.
 
-What they decide changes how fast a text comes, never what it is, so the loop itself (`engine.py`) knows no time.
+What they decide changes how fast a text comes, never what it is; the loop (`engine.py`) only says what begins and ends.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -75,7 +75,7 @@ class Watch:
         self.stats.plain_steps += not positions
         if self.fallback is None:
             return
-        brought: Sequence[int] = [len(row.tokens) for row in step.rows if row is not None]
+        brought = [len(row.tokens) for row in step.rows if row is not None]
         taken = None if self._began is None else self._clock() - self._began
         self.fallback.learn(positions, sum(brought) / len(brought), taken, unread)
         if positions and self.fallback.resting:

@@ -260,8 +260,8 @@ void linear_of(const float* x, const W* w, const float* bias, const float* other
   });
 }
 
-// One thread's part in a pass: its buffers, and what it does in each layer. The steps of a layer share no data within a
-// barrier but what each thread writes for all.
+// One thread's part in a pass: its buffers, and what it does in each layer. Between two barriers no thread reads what
+// another one writes.
 template <typename W>
 struct Worker {
   const Shape& s;
@@ -463,32 +463,33 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
                 float* const* taps, const float* const* feeds) {
 #pragma omp parallel num_threads(pass->threads)
   {
-    Worker<W> me(shape, pass);
+    Worker<W> worker(shape, pass);
     for (int64_t index = 0; index < shape->layers; index++) {
       const Layer<W>& layer = layers[index];
-      if (taps[index]) me.tap(taps[index]);
-      if (index + 1 == shape->layers) me.live = pass->last_from;
+      if (taps[index]) worker.tap(taps[index]);
+      if (index + 1 == shape->layers) worker.live = pass->last_from;
       if (pass->context) {
-        me.feed(feeds[index]);
+        worker.feed(feeds[index]);
 #pragma omp barrier
       }
-      me.norm(0, layer.before);
-      me.from_stream(0, layer.qkv, layer.qkv_bias, me.qkv_width, [&](int64_t i, auto value) { put(me.qkv, i, value); });
+      worker.norm(0, layer.before);
+      worker.from_stream(0, layer.qkv, layer.qkv_bias, worker.qkv_width,
+                         [&](int64_t i, auto value) { put(worker.qkv, i, value); });
 #pragma omp barrier
-      me.turn_and_keep(index, layer.qk_gain);
+      worker.turn_and_keep(index, layer.qk_gain);
 #pragma omp barrier
-      me.attend(index, masks[index]);
+      worker.attend(index, masks[index]);
 #pragma omp barrier
-      me.onto_stream(me.attended, me.width, layer.out, layer.out_bias);
+      worker.onto_stream(worker.attended, worker.width, layer.out, layer.out_bias);
 #pragma omp barrier
-      me.norm(me.live, layer.after);
-      me.from_stream(me.live, layer.gate, layer.gate_bias, shape->inner,
-                     [&](int64_t i, auto value) { put(me.inner, i, silu(value)); });
+      worker.norm(worker.live, layer.after);
+      worker.from_stream(worker.live, layer.gate, layer.gate_bias, shape->inner,
+                         [&](int64_t i, auto value) { put(worker.inner, i, silu(value)); });
       // the same thread has the same panels again
-      me.from_stream(me.live, layer.up, layer.up_bias, shape->inner,
-                     [&](int64_t i, auto value) { put(me.inner, i, value * at(me.inner, i, value)); });
+      worker.from_stream(worker.live, layer.up, layer.up_bias, shape->inner,
+                         [&](int64_t i, auto value) { put(worker.inner, i, value * at(worker.inner, i, value)); });
 #pragma omp barrier
-      me.onto_stream(me.inner, shape->inner, layer.down, layer.down_bias);
+      worker.onto_stream(worker.inner, shape->inner, layer.down, layer.down_bias);
 #pragma omp barrier
     }
   }
