@@ -20,12 +20,13 @@ SOME_WINDOWS = {"sliding_window": 4, "layer_types": ["full_attention", "sliding_
 
 
 def over(family: str, changes: dict[str, Any] | None = None, **options: Any) -> ZttForCausalLM:
-    return tiny(family, base=base_config(family, **(changes or {})), **options)
+    # the kernels take heads of 16, 32, ...
+    return tiny(family, base=base_config(family, head_dim=16, **(changes or {})), **options)
 
 
 def converted(family: str, *, trained: bool, **options: Any) -> ZttForCausalLM:
     """A converted plain model: as `from_base` makes it, or with gates, zero tokens and weights moved."""
-    model = from_base(tiny_plain(family), **options)
+    model = from_base(tiny_plain(family, head_dim=16), **options)
     if trained:
         randomise(model, seed=3)
     return model
@@ -52,6 +53,9 @@ CYCLED: dict[str, Callable[[], ZttForCausalLM]] = {
     "cycled llama, fed again": lambda: over("llama", input_injection=True),
     "cycled qwen3, fed again and scaled, gates": lambda: over(
         "qwen3", input_injection=True, cycle_scales=True, cycle_gates=True, ffn_gate=True
+    ),
+    "cycled llama, fed again and scaled, gates, keys turned": lambda: over(
+        "llama", input_injection=True, cycle_scales=True, cycle_gates=True, zero_rope="none"
     ),
     "cycled qwen2, fed again and scaled, no head and tail": lambda: over(
         "qwen2", input_injection=True, cycle_scales=True, zero_tokens=False, head_layers=0, tail_layers=0

@@ -40,14 +40,20 @@ class LayerPointers(ctypes.Structure):
     _fields_ = [
         (name, _Pointer)
         for name in ("qkv", "qkv_bias", "out", "out_bias", "gate", "gate_bias", "up", "up_bias", "down", "down_bias")
-    ] + [(name, _Pointer) for name in ("qk_gain", "before", "after")]
+    ] + [
+        *((name, _Pointer) for name in ("qk_gain", "before", "after", "zero")),
+        ("zero_turns", _Int),
+        *((name, ctypes.c_float) for name in ("share", "injection", "scale")),
+    ]
 
 
 class Shape(ctypes.Structure):
     """`Shape` of kernels.cpp."""
 
-    _fields_ = [(name, _Int) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim", "narrow")] + [
-        (name, ctypes.c_float) for name in ("floor", "head_floor", "scale")
+    _fields_ = [
+        *((name, _Int) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim", "narrow")),
+        *((name, _Int) for name in ("head_layers", "shared")),
+        *((name, ctypes.c_float) for name in ("floor", "head_floor", "scale")),
     ]
 
 

@@ -205,12 +205,20 @@ struct Layer {
   const float* qk_gain;
   // gains of the norms before qkv and before gate and up, where they are not in the weights
   const float *before, *after;
+  // What a run of a layer has in a Zero Token Transformer: the zero token's key, (kv heads, D); whether it turns with
+  // each query; how much of what the layer adds counts; how much of the head's output is added before it; what the
+  // stream is multiplied by after it.
+  const float* zero;
+  int64_t zero_turns;
+  float share, injection, scale;
 };
 
 struct Shape {
   int64_t layers, hidden, inner, heads, kv_heads, head_dim;
   // Weights are bfloat16.
   int64_t narrow;
+  // Layers whose output is the head's, if a later one is fed with it, else -1; whether a layer's share is not 1.
+  int64_t head_layers, shared;
   float floor, head_floor, scale;
 };
 
@@ -234,7 +242,8 @@ struct Pass {
 
 int64_t row_floats(const Shape* shape) {
   const Shape& s = *shape;
-  return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner;
+  const int64_t streams = (s.head_layers >= 0) + s.shared;
+  return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner + streams * s.hidden;
 }
 
 int64_t thread_floats(const Shape* shape, const Pass* pass) {
@@ -268,7 +277,7 @@ struct Worker {
   const Pass& p;
   const int64_t n, d, group, slots, qkv_heads, qkv_width, width;
   // of all threads
-  float *const qkv, *const attended, *const inner;
+  float *const qkv, *const attended, *const inner, *const head_output, *const earlier;
   // its own: a factor a row, (D, 16), (S, 16), (N, H)
   float *const factors, *const queries, *const scores, *const scaled;
   // the first row that goes through the whole layer
@@ -280,8 +289,9 @@ struct Worker {
   Worker(const Shape* shape, const Pass* pass)
       : s(*shape), p(*pass), n(p.sequences * p.tokens), d(s.head_dim), group(s.heads / s.kv_heads),
         slots(p.past + p.tokens), qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d),
-        qkv(p.scratch), attended(qkv + n * qkv_width), inner(attended + n * width),
-        factors(inner + n * s.inner + omp_get_thread_num() * thread_floats(shape, pass)),
+        qkv(p.scratch), attended(qkv + n * qkv_width), inner(attended + n * width), head_output(inner + n * s.inner),
+        earlier(head_output + (s.head_layers >= 0) * n * s.hidden),
+        factors(p.scratch + n * row_floats(shape) + omp_get_thread_num() * thread_floats(shape, pass)),
         queries(factors + (n + kPanel - 1) / kPanel * kPanel), scores(queries + kPanel * d),
         scaled(scores + kPanel * slots), live(p.context), stream(p.x) {}
 
@@ -290,9 +300,24 @@ struct Worker {
     return p.kv + ((layer * p.sequences + sequence) * 2 * s.kv_heads + head) * p.capacity * d;
   }
 
-  void tap(float* to) const {
+  // This thread's part of the stream, elsewhere.
+  void copy_stream(float* to) const {
     const Range mine = share(n * s.hidden);
     std::copy(p.x + mine.first, p.x + mine.end, to + mine.first);
+  }
+
+  void inject(float factor) const {
+    const Range mine = share(n * s.hidden);
+    for (int64_t i = mine.first; i < mine.end; i++) p.x[i] += factor * head_output[i];
+  }
+
+  // The stream between what it was before the layer and what it is, times a factor.
+  void settle(float part, float factor) const {
+    const Range mine = share(n * s.hidden);
+    if (part != 1)
+      for (int64_t i = mine.first; i < mine.end; i++) p.x[i] = earlier[i] + part * (p.x[i] - earlier[i]);
+    if (factor != 1)
+      for (int64_t i = mine.first; i < mine.end; i++) p.x[i] *= factor;
   }
 
   void feed(const float* from) const {
@@ -372,7 +397,7 @@ struct Worker {
     int64_t row_of(int64_t query) const { return sequence * tokens + token_of(query); }
   };
 
-  void attend(int64_t index, const float* mask) {
+  void attend(int64_t index, const Layer<W>& layer, const float* mask) {
     const int64_t all = (p.tokens - live) * group;
     const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
     const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
@@ -385,8 +410,10 @@ struct Worker {
       const int64_t seen = p.causal ? p.past + b.token_of(b.count - 1) + 1 : slots;
       score(b, keys, seen);
       hide(b, mask, seen);
-      Vector inverse[kVectors];
-      soften(seen, inverse);
+      Vector zero[kVectors], inverse[kVectors];
+      for (int v = 0; v < kVectors; v++) zero[v] = Vector{} - INFINITY;
+      if (layer.zero) score_zero(b, layer.zero + b.kv_head * d, layer.zero_turns, zero);
+      soften(seen, zero, inverse);
       gather(b, keys + s.kv_heads * p.capacity * d, seen, inverse);
     }
   }
@@ -408,6 +435,23 @@ struct Worker {
     }
   }
 
+  // The scores of the zero token, whose value is zero: it takes part in the softmax and adds nothing.
+  void score_zero(const Block& b, const float* key, int64_t turns, Vector* zero) const {
+    float products[kPanel] = {};
+    for (int64_t query = 0; query < b.count; query++) {
+      const float* const turn = p.turns + b.row_of(query) * d;
+      for (int64_t i = 0; i < d; i += 2) {
+        float real = key[i], imaginary = key[i + 1];
+        if (turns) {
+          real = key[i] * turn[i] - key[i + 1] * turn[i + 1];
+          imaginary = key[i] * turn[i + 1] + key[i + 1] * turn[i];
+        }
+        products[query] += queries[i * kPanel + query] * real + queries[(i + 1) * kPanel + query] * imaginary;
+      }
+    }
+    for (int v = 0; v < kVectors; v++) zero[v] = load(products + v * kLanes);
+  }
+
   // The mask is added, or what comes after a causal query is hidden.
   void hide(const Block& b, const float* mask, int64_t seen) const {
     for (int64_t query = 0; query < b.count; query++) {
@@ -421,15 +465,16 @@ struct Worker {
     }
   }
 
-  // Scores become chances but for a factor, `inverse`.
-  void soften(int64_t seen, Vector* inverse) const {
+  // Scores become chances but for a factor, `inverse`; `zero` are those of the zero token, minus infinity without one.
+  void soften(int64_t seen, const Vector* zero, Vector* inverse) const {
     for (int v = 0; v < kVectors; v++) {
       float* const column = scores + v * kLanes;
-      Vector most = load(column), total{};
-      for (int64_t slot = 1; slot < seen; slot++) {
+      Vector most = zero[v];
+      for (int64_t slot = 0; slot < seen; slot++) {
         const Vector score = load(column + slot * kPanel);
         most = score > most ? score : most;
       }
+      Vector total = exp(zero[v] - most);
       for (int64_t slot = 0; slot < seen; slot++) {
         const Vector chance = exp(load(column + slot * kPanel) - most);
         total += chance;
@@ -456,7 +501,8 @@ struct Worker {
   }
 };
 
-// All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets the layer's input, or null;
+// All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets what the layer before it
+// left, without its share and scale, or null;
 // `feeds[layer]` is what the context is at the layer.
 template <typename W>
 void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, const float* const* masks,
@@ -464,21 +510,27 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
 #pragma omp parallel num_threads(pass->threads)
   {
     Worker<W> worker(shape, pass);
+    if (taps[0]) worker.copy_stream(taps[0]);
     for (int64_t index = 0; index < shape->layers; index++) {
       const Layer<W>& layer = layers[index];
-      if (taps[index]) worker.tap(taps[index]);
       if (index + 1 == shape->layers) worker.live = pass->last_from;
       if (pass->context) {
         worker.feed(feeds[index]);
 #pragma omp barrier
       }
+      if (index == shape->head_layers) worker.copy_stream(worker.head_output);
+      if (layer.injection != 0) {
+        worker.inject(layer.injection);
+#pragma omp barrier
+      }
+      if (layer.share != 1) worker.copy_stream(worker.earlier);
       worker.norm(0, layer.before);
       worker.from_stream(0, layer.qkv, layer.qkv_bias, worker.qkv_width,
                          [&](int64_t i, auto value) { put(worker.qkv, i, value); });
 #pragma omp barrier
       worker.turn_and_keep(index, layer.qk_gain);
 #pragma omp barrier
-      worker.attend(index, masks[index]);
+      worker.attend(index, layer, masks[index]);
 #pragma omp barrier
       worker.onto_stream(worker.attended, worker.width, layer.out, layer.out_bias);
 #pragma omp barrier
@@ -491,6 +543,11 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
 #pragma omp barrier
       worker.onto_stream(worker.inner, shape->inner, layer.down, layer.down_bias);
 #pragma omp barrier
+      if (index + 1 < shape->layers && taps[index + 1]) worker.copy_stream(taps[index + 1]);
+      if (layer.share != 1 || layer.scale != 1) {
+        worker.settle(layer.share, layer.scale);
+#pragma omp barrier
+      }
     }
   }
 }

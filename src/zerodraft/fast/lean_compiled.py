@@ -6,7 +6,7 @@ hold the two together.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -31,9 +31,16 @@ class CompiledLayers:
 
     @staticmethod
     def of(
-        layers: Sequence["LeanLayer"], *, heads: int, kv_heads: int, head_dim: int, eps: float, scale: float
+        layers: Sequence["LeanLayer"],
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        scale: float,
+        head_layers: int = 0,
     ) -> "CompiledLayers | None":
-        """None where there are no kernels, or for layers that they do not compute.
+        """None where there are no kernels, or for layers that they do not compute: FFNs that a zero token's mass gates.
 
         Args:
             layers: in the order in which they run.
@@ -42,9 +49,11 @@ class CompiledLayers:
             head_dim: size of a head.
             eps: of the norms.
             scale: multiplies the attention scores.
+            head_layers: those whose output a Zero Token Transformer feeds in again.
         """
         functions = kernels()
-        if functions is None or head_dim % PANEL or any(layer.zero is not None for layer in layers):
+        zeros = [layer.zero for layer in layers if layer.zero is not None]
+        if functions is None or head_dim % PANEL or any(zero.gates_ffn and zero.key is not None for zero in zeros):
             return None
         first = layers[0]
         hidden, inner, attended = first.qkv.in_features, first.gate.out_features, heads * head_dim
@@ -68,6 +77,8 @@ class CompiledLayers:
             kv_heads=kv_heads,
             head_dim=head_dim,
             narrow=first.qkv.panel_dtype == torch.bfloat16,
+            head_layers=head_layers if any(zero.injection for zero in zeros) else -1,
+            shared=any(zero.gate is not None for zero in zeros),
             floor=math.sqrt(first.qkv.in_features * eps),
             head_floor=math.sqrt(head_dim * eps),
             scale=scale,
@@ -142,6 +153,12 @@ def _pointers(layer: "LeanLayer", shape: Shape) -> LayerPointers:
     pointers = {name: None if gain is None else address(gain, (shape.hidden,)) for name, gain in gains.items()}
     if layer.qk_gain is not None:
         pointers["qk_gain"] = address(layer.qk_gain, (shape.heads + shape.kv_heads, shape.head_dim))
+    run: dict[str, Any] = {"share": 1.0, "scale": 1.0}
+    if (zero := layer.zero) is not None:
+        given = {"share": zero.gate, "injection": zero.injection, "scale": zero.scale}
+        run |= {name: value for name, value in given.items() if value is not None}
+        if zero.key is not None:
+            run |= {"zero": address(zero.key, (shape.kv_heads, shape.head_dim)), "zero_turns": zero.turned}
     dtype = torch.bfloat16 if shape.narrow else torch.float32
     for name in PRODUCTS:
         product: PackedLinear = getattr(layer, name)
@@ -149,4 +166,4 @@ def _pointers(layer: "LeanLayer", shape: Shape) -> LayerPointers:
         assert panels is not None
         pointers[name] = address(panels, (-(-outputs // PANEL), product.in_features, PANEL), dtype)
         pointers[f"{name}_bias"] = None if bias is None else address(bias, (outputs,))
-    return LayerPointers(**pointers)
+    return LayerPointers(**pointers, **run)

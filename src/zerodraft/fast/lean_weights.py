@@ -281,7 +281,13 @@ def _pack(model: Any, settings: LeanSettings) -> LeanWeights:
         packed = [replace(packed[step.layer], zero=zero) for step, zero in executions(model, frequencies)]
     heads, kv_heads = (len(part.weight) // head_dim for part in (first.q_proj, first.k_proj))
     compiled = CompiledLayers.of(
-        packed, heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=eps, scale=settings.score_scale
+        packed,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        eps=eps,
+        scale=settings.score_scale,
+        head_layers=0 if settings.plan is None else settings.plan.head_layers,
     )
     return LeanWeights(
         embedding=decoder.embed_tokens.weight.detach(),
