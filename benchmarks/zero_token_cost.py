@@ -1,15 +1,18 @@
-"""What the zero token costs: the same cycled model with and without it, one decoding step and one training step.
+"""What the zero token costs: the same cycled model with and without it, decoding steps and a training step.
 
 python benchmarks/zero_token_cost.py --output results/zero-token-cost.json
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from harness import Case, added_cost, arguments, emit
 from zerodraft import ZttConfig, ZttForCausalLM
+from zerodraft.fast.lean import lean_target
 
 MODELS = {
     # The shape of models/ztt-tiny, and the layers of SmolLM2-135M (12 stored instead of 30, to fit the time).
@@ -49,6 +52,15 @@ def decoding_step(model: ZttForCausalLM, context: int) -> Case:
     return step
 
 
+def lean_pass(model: ZttForCausalLM, context: int, tokens: int) -> Case:
+    """Some tokens in one pass of the lean path after a context."""
+    target, ids = lean_target(model.eval()), torch.randint(0, 4096, (1, context))
+    assert target is not None
+    target.prefill(ids, ids >= 0, ())
+    depth, visible = torch.arange(tokens)[None], torch.ones(1, tokens, tokens, dtype=torch.bool).tril()
+    return lambda: target.score(ids[:, :tokens], depth, visible, ())
+
+
 def training_step(model: ZttForCausalLM, tokens: int, length: int) -> Case:
     """Forward and backward over `tokens` tokens in rows of `length`."""
     ids = torch.randint(0, 4096, (tokens // length, length))
@@ -67,14 +79,22 @@ def main() -> None:
     result = {}
     for name, base in MODELS.items():
         models = {on: ZttForCausalLM(ZttConfig(base_config=base, cycles=2, zero_tokens=on)) for on in (False, True)}
-        measured = {}
-        for kind, repeats in (("decode", 5 * options.repeats), ("train", max(options.repeats // 3, 1))):
-            make = decoding_step if kind == "decode" else training_step
-            sizes = (options.context,) if kind == "decode" else (options.tokens, options.length)
-            without, having = (make(models[on], *sizes) for on in (False, True))
-            measured[kind] = added_cost(without, having, repeats=repeats)
-            print(f"{name}, {kind}: {measured[kind]['ratio']['median']:.3f}x with zero tokens", file=sys.stderr)
-        result[name] = measured
+        often = 5 * options.repeats
+        kinds: dict[str, tuple[Callable[[ZttForCausalLM], Case], int]] = {
+            "decode": (partial(decoding_step, context=options.context), often),
+            "lean, 1 token": (partial(lean_pass, context=options.context, tokens=1), often),
+            "lean, 4 tokens": (partial(lean_pass, context=options.context, tokens=4), often),
+            "lean, 12 tokens": (partial(lean_pass, context=options.context, tokens=12), often),
+            "train": (
+                partial(training_step, tokens=options.tokens, length=options.length),
+                max(options.repeats // 3, 1),
+            ),
+        }
+        result[name] = {}
+        for kind, (make, repeats) in kinds.items():
+            measured = added_cost(make(models[False]), make(models[True]), repeats=repeats)
+            print(f"{name}, {kind}: {measured['ratio']['median']:.3f}x with zero tokens", file=sys.stderr)
+            result[name][kind] = measured
     emit({"benchmark": "zero_token_cost", "results": result}, options)
 
 

@@ -32,6 +32,8 @@ SMALLER = (
     (r"distill .*--invent", "--invent=2"),
     (r"calibrate\b", "--blocks=2 --block-length=16"),
     (r"(pretrain|finetune|train-drafter)\b", "--training.steps=2 --training.warmup-steps=1"),
+    # what stands for SmolLM2 has fewer layers
+    (r"finetune recipes/smollm2-deepen", "--model.head-layers=1 --model.tail-layers=1"),
     (r"train-drafter\b", "--held-back.sequences=2"),
     (r"train-drafter (?!.*--kind)", "--drafter.layers=1 --drafter.draft-vocab=0"),
     (r"train-drafter --kind dflash", "--drafter.layers=1"),
