@@ -114,8 +114,9 @@ def mass_rows(arm: str, seeds: Sequence[Mechanism]) -> Iterator[list[str]]:
         yield [arm, execution, numbers(zero, 3) if any(zero) else "-", numbers(first, 3)]
 
 
-def draw_masses(found: Mechanisms, path: Path) -> None:
-    """The masses on the zero token and on the first token by execution: mean over heads and seeds, and each head."""
+def draw_masses(found: Mechanisms, page: Path) -> None:
+    """The masses on the zero token and on the first token by execution, beside the page: mean over heads and seeds, and
+    each head."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -133,7 +134,7 @@ def draw_masses(found: Mechanisms, path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
     drawn.axes[1].legend(fontsize=8, frameon=False)
-    save_figure(path, drawn)
+    save_figure(page.parent / figure(found.table), drawn)
 
 
 def figure(table: str) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean
+from zerodraft.training.data import TextData, build_data, read_documents
 from zerodraft.training.folder import WITHOUT_EFFECT, differences
 from zerodraft.training.recipe import Recipe, merge, read_recipe
 from zerodraft.training.strict import check_least, from_mapping, to_mapping
+from zerodraft.training.ztt.run import tokenizer_of
 
 EQUAL_FOR_ALL = ("output", "seed", "tokenizer", "data")
 """Keys of the recipe that no arm may change: its runs would read other text, or in another order."""
@@ -122,6 +124,17 @@ def read_plan(path: str | Path) -> Plan:
         ZerodraftError: no such file, or what is in it is no plan.
     """
     return read_recipe(Plan, path, ())
+
+
+def read_data(plan: Plan) -> TextData:
+    """The text of all runs, in tokens; kept for the next who ask.
+
+    Raises:
+        ZerodraftError: it is not there, or does not fit the recipe.
+    """
+    recipe = plan.recipe_of(next(plan.runs()), Path("runs"))
+    documents = read_documents(recipe.data.train, recipe.data)
+    return build_data(recipe.data, tokenizer_of(recipe, documents), documents)
 
 
 def chosen(runs: Sequence[Run], only: str | None) -> list[Run]:

@@ -1,27 +1,15 @@
 """The page of evidence: every word and figure on it comes from the tables' files, verdicts included."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
 
-import evidence_domain
-import evidence_exits
-import evidence_mechanism
-import evidence_tasks
-import evidence_windows
-from evidence_domain import Domains
-from evidence_exits import ExitTable, draw_exits
+from evidence_beside import Found, draw, files_beside, read_beside, sections
+from evidence_claims import CLAIMS, claims
 from evidence_figures import draw_curves, draw_losses
-from evidence_mechanism import Mechanisms, draw_masses
-from evidence_plan import OfRun
-from evidence_statistics import Estimate, Verdict, estimate, paired, phi, size_of_equal, verdict
-from evidence_table import Look, Row, Table, read_result, read_table
-from evidence_tasks import TaskTable
+from evidence_statistics import Estimate, estimate, paired, phi, size_of_equal
+from evidence_table import Row, Table, difference, final_losses, read_table, texts_of
 from evidence_text import grid, interval
-from evidence_windows import WindowTable
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
 from zerodraft.training.recipe import ModelRecipe
@@ -56,46 +44,6 @@ Between {arms} the loss is taken to be linear in the logarithm of the parameters
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Claim:
-    """What is said about the method: that an arm has a lower loss than the other; no other where no table can tell."""
-
-    text: str
-    other: str | None = None
-    arm: str = "ztt"
-    options: bool = True
-    """Whether arms with further options (`ztt-...`) are a test of it too."""
-
-    def arms(self, table: Table) -> list[str]:
-        """The arms of a table that test it."""
-        return [arm for arm in table.arms() if arm == self.arm or (self.options and arm.startswith(f"{self.arm}-"))]
-
-
-CLAIMS = (
-    Claim(text="better than the vanilla model of equal parameters", other="vanilla"),
-    Claim(text="better than basic cycling", other="basic"),
-    Claim(text="better than head-tail cycling: zero tokens help", other="head-tail", options=False),
-    Claim(
-        text="better than head-tail cycling where both are fed the head's output again: zero tokens help",
-        arm="ztt-input",
-        other="head-tail-input",
-        options=False,
-    ),
-    Claim(text="better than the vanilla model of equal parameters trained for as many FLOPs", other="vanilla-longer"),
-    Claim(text="early exit cuts compute and keeps the quality"),
-    Claim(
-        text="pretrained models gain by fine-tuning as Zero Token Transformers",
-        arm="deepened",
-        other=evidence_tasks.BASELINE,
-    ),
-)
-
-NOT_MEASURED = "Not measured yet.\n"
-
-L = TypeVar("L", bound=Look)
-F = TypeVar("F", Mechanisms, Domains, ExitTable, TaskTable, WindowTable)
-
-
 def write_report(folder: Path, page: Path) -> None:
     """Writes the page and its figures, which lie in `figures/` beside it.
 
@@ -104,55 +52,11 @@ def write_report(folder: Path, page: Path) -> None:
     """
     tables = read_tables(folder)
     for name, table in tables.items():
-        for what, draw in (("losses", draw_losses), ("curves", draw_curves)):
-            draw(table, page.parent / figure(name, what))
-    looks = read_looks(folder, tables)
-    for found in looks.mechanisms:
-        draw_masses(found, page.parent / evidence_mechanism.figure(found.table))
-    for found in looks.exits:
-        draw_exits(found, page)
-    write_whole(page, markdown(tables, looks))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Looks:
-    """What was measured on models, beside their training."""
-
-    mechanisms: Sequence[Mechanisms] = ()
-    domains: Sequence[Domains] = ()
-    exits: Sequence[ExitTable] = ()
-    tasks: Sequence[TaskTable] = ()
-    windows: Sequence[WindowTable] = ()
-
-
-def read_looks(folder: Path, tables: Mapping[str, Table]) -> Looks:
-    """All such results in a folder; where best rates are shown, without those that lost a run of the arm.
-
-    Raises:
-        ZerodraftError: one is damaged.
-    """
-
-    def read(kind: type[F]) -> list[F]:
-        return [read_result(kind, path) for path in sorted(folder.glob(kind.file("*")))]
-
-    def counting(looks: list[L]) -> list[L]:
-        kept = [replace(look, results=tuple(counting_results(look, tables.get(look.table)))) for look in looks]
-        return [look for look in kept if look.results]
-
-    return Looks(
-        mechanisms=counting(read(Mechanisms)),
-        domains=counting(read(Domains)),
-        exits=read(ExitTable),
-        tasks=read(TaskTable),
-        windows=read(WindowTable),
-    )
-
-
-def counting_results(look: Look, table: Table | None) -> Iterator[OfRun]:
-    """What was found in runs at rates that an arm may be shown at."""
-    for found in look.results:
-        if table is None or found.rate not in table.rates_lost(found.arm):
-            yield found
+        for what, draw_table in (("losses", draw_losses), ("curves", draw_curves)):
+            draw_table(table, page.parent / figure(name, what))
+    beside = read_beside(folder, tables)
+    draw(beside, page)
+    write_whole(page, markdown(tables, beside))
 
 
 def read_tables(folder: Path) -> dict[str, Table]:
@@ -161,12 +65,7 @@ def read_tables(folder: Path) -> dict[str, Table]:
     Raises:
         ZerodraftError: one is damaged, or is not called what its file is called.
     """
-    looks = {
-        path
-        for kind in (Mechanisms, Domains, ExitTable, TaskTable, WindowTable)
-        for path in folder.glob(kind.file("*"))
-    }
-    tables = {path.stem: read_table(path) for path in sorted({*folder.glob("*.json")} - looks)}
+    tables = {path.stem: read_table(path) for path in sorted({*folder.glob("*.json")} - files_beside(folder))}
     for name, table in tables.items():
         if table.plan.table != name:
             raise ZerodraftError(
@@ -180,66 +79,12 @@ def figure(name: str, what: str) -> str:
     return f"figures/evidence-{name}-{what}.png"
 
 
-def markdown(tables: Mapping[str, Table], looks: Looks) -> str:
+def markdown(tables: Mapping[str, Table], beside: Found) -> str:
     """The page."""
     parts = [HEAD, "## The claims\n", *claims(tables)]
     for name, table in tables.items():
         parts += section(name, table)
-    for head, sections in (
-        (evidence_mechanism.HEAD, [evidence_mechanism.section(found) for found in looks.mechanisms]),
-        (evidence_domain.HEAD, [evidence_domain.section(found) for found in looks.domains]),
-        (evidence_exits.HEAD, [evidence_exits.section(found) for found in looks.exits]),
-        (evidence_windows.HEAD, [evidence_windows.section(found) for found in looks.windows]),
-        (evidence_tasks.HEAD, [evidence_tasks.section(found) for found in looks.tasks]),
-    ):
-        parts += [head, *(chain.from_iterable(sections) if sections else [NOT_MEASURED])]
-    return "\n".join(parts)
-
-
-# --- claims ---
-
-
-def claims(tables: Mapping[str, Table]) -> Iterator[str]:
-    """A row for each claim and each table that tests it."""
-    yield (
-        "What is said of Zero Token Transformers. A claim holds where the whole interval of the difference in the\n"
-        "validation loss lies below 0. Parameters and FLOPs are those of the first arm in times of the second's.\n"
-    )
-    header = ["claim", "table", "arms", "validation loss", "other texts", "parameters, FLOPs", "pairs", "verdict"]
-    rows = []
-    for claim in CLAIMS:
-        found = [row for name, table in tables.items() for row in tested(claim, name, table)]
-        rows += found or [[claim.text, *["-"] * (len(header) - 2), bold(verdict(None))]]
-    yield grid(header, rows)
-
-
-def tested(claim: Claim, name: str, table: Table) -> Iterator[list[str]]:
-    """A claim's rows out of one table."""
-    for arm in claim.arms(table) if claim.other else ():
-        value = difference(table, arm, claim.other or "")
-        if value is not None:
-            of, over = (next(iter(table.best_rows(which).values())) for which in (arm, claim.other or ""))
-            others = [f"{text} {interval(difference(table, arm, over.arm, text))}" for text in texts_of(table)[1:]]
-            yield [
-                claim.text,
-                f"[{name}](#{name})",
-                f"{arm}, {over.arm}",
-                interval(value),
-                "; ".join(others) or "-",
-                f"{of.parameters / over.parameters:.3f}x, {of.flops / over.flops:.2f}x",
-                str(value.count),
-                bold(verdict(value)),
-            ]
-
-
-def difference(table: Table, arm: str, other: str, text: str = "validation") -> Estimate | None:
-    """The loss of an arm minus that of another, paired by seed, each at its best rate of those that both have tried."""
-    return paired(final_losses(table, arm, text, [other]), final_losses(table, other, text, [arm]))
-
-
-def final_losses(table: Table, arm: str, text: str, beside: Sequence[str] = ()) -> dict[int, float]:
-    """An arm's losses after the last cycle, by seed, at its best rate of those that the arms `beside` it have tried."""
-    return {seed: row.losses[text][-1] for seed, row in table.best_rows(arm, beside).items() if text in row.losses}
+    return "\n".join([*parts, *sections(beside)])
 
 
 # --- a table ---
@@ -434,11 +279,6 @@ def provenance(table: Table) -> str:
     return "; ".join(", ".join(sorted(values)) for values in (versions, machines, commits))
 
 
-def texts_of(table: Table) -> list[str]:
-    """Names of the texts that losses were measured on, the validation text first."""
-    return list(dict.fromkeys(["validation", *(text for row in table.rows for text in row.losses)]))
-
-
 def layers(model: ModelRecipe) -> str:
     """Layers in the order in which they run."""
     if model.kind != "ztt" or model.cycles == 1:
@@ -463,8 +303,3 @@ def by_cycle(losses: Sequence[float]) -> str:
 def over(value: float, base: float | None) -> str:
     """How many times the baseline's."""
     return f" ({value / base:.2f}x)" if base else ""
-
-
-def bold(text: Verdict) -> str:
-    """A verdict as it stands out."""
-    return f"**{text}**"

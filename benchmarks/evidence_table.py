@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, ClassVar, TypeVar
 
 from evidence_plan import OfRun, Plan, Run, other_keys
+from evidence_statistics import Estimate, paired
 from zerodraft.bench.measure import write_result
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import read_json
@@ -50,17 +51,23 @@ def save_result(result: Result, path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Look(Result):
-    """What was measured on the models of a table's finished runs."""
+class Beside(Result):
+    """What was measured beside the runs of a table."""
 
     table: str
-    results: tuple[OfRun, ...]
     provenance: dict[str, Any]
 
     @classmethod
     def file(cls, table: str) -> str:
         """The name of the file with a table's results."""
         return f"{cls.benchmark}-{table}.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look(Beside):
+    """What was measured on the models of a table's finished runs."""
+
+    results: tuple[OfRun, ...]
 
 
 def best_rate(losses: Iterable[tuple[Run, float]], arm: str) -> str | None:
@@ -248,3 +255,18 @@ def check_same(found: Row | Diverged, plan: Plan, path: Path) -> None:
         raise ZerodraftError(
             f"'{path}' holds {found.run} with another {', '.join(changed)}: give the table, or the arm, another name"
         )
+
+
+def difference(table: Table, arm: str, other: str, text: str = "validation") -> Estimate | None:
+    """The loss of an arm minus that of another, paired by seed, each at its best rate of those that both have tried."""
+    return paired(final_losses(table, arm, text, [other]), final_losses(table, other, text, [arm]))
+
+
+def final_losses(table: Table, arm: str, text: str, beside: Sequence[str] = ()) -> dict[int, float]:
+    """An arm's losses after the last cycle, by seed, at its best rate of those that the arms `beside` it have tried."""
+    return {seed: row.losses[text][-1] for seed, row in table.best_rows(arm, beside).items() if text in row.losses}
+
+
+def texts_of(table: Table) -> list[str]:
+    """Names of the texts that losses were measured on, the validation text first."""
+    return list(dict.fromkeys(["validation", *(text for row in table.rows for text in row.losses)]))

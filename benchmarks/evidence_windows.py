@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from evidence_table import Result
+from evidence_table import Beside
 from evidence_text import grid
 from zerodraft.ztt.compare import Interval
 
@@ -30,25 +30,17 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WindowTable(Result):
-    """All windows of a model."""
+class WindowTable(Beside):
+    """All windows of the model that the runs of a plan begin with, on their text."""
 
     benchmark: ClassVar[str] = "windows"
     script: ClassVar[str] = "windows.py"
 
-    table: str
-    """Of the plan whose model and text were taken."""
     start: str
     """The model."""
     losses: dict[str, float]
     """Its own, by text."""
     results: tuple[Window, ...]
-    provenance: dict[str, Any]
-
-    @classmethod
-    def file(cls, table: str) -> str:
-        """The name of the file with a plan's windows."""
-        return f"{cls.benchmark}-{table}.json"
 
 
 def section(found: WindowTable) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
     ZERODRAFT_DATA=DIR python benchmarks/tasks.py runs/evidence/retrofit
 
-Sums of log probabilities are those of lm-evaluation-harness, as are the prompts. Writes
+Sums of log probabilities are those of lm-evaluation-harness, as are the prompts; it is not used itself, since it is
+not on bare machines with a GPU and takes its questions from the hub. Writes
 `results/evidence/tasks-TABLE.json`, from which `python benchmarks/evidence.py report` makes a section of the page.
 """
 

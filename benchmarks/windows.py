@@ -8,17 +8,17 @@ Model and text are those of the plan. Writes `results/evidence/windows-TABLE.jso
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from evidence_plan import read_plan
+from evidence_plan import read_data, read_plan
 from evidence_table import save_result
 from evidence_windows import Window, WindowTable
 from harness import quiet_transformers
@@ -27,8 +27,7 @@ from zerodraft.bench.measure import provenance
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
-from zerodraft.training.data import build_data, read_documents
-from zerodraft.training.ztt.run import evaluation_sets, tokenizer_of
+from zerodraft.training.ztt.run import evaluation_sets
 from zerodraft.ztt.compare import interval
 
 ROOT = Path(__file__).parent.parent
@@ -37,26 +36,24 @@ ROOT = Path(__file__).parent.parent
 @torch.no_grad()
 def block_losses(model: Any, ids: Int[Tensor, "rows t"]) -> Float[Tensor, " rows"]:
     """The mean loss of each block."""
-    losses = []
-    for row in ids.split(1):
-        logits = model(row, use_cache=False).logits[0, :-1].float()
-        losses.append(functional.cross_entropy(logits, row[0, 1:]))
-    return torch.stack(losses)
+    return torch.stack([model(row, labels=row, use_cache=False).loss for row in ids.split(1)])
 
 
 def sweep(
     model: Any,
     texts: Mapping[str, Int[Tensor, "rows t"]],
+    own: Mapping[str, Float[Tensor, " rows"]],
     *,
     widths: Sequence[int],
     firsts: Sequence[int],
     gates: Sequence[float],
-) -> tuple[dict[str, float], tuple[Window, ...]]:
-    """The losses of a model by text, and every window that leaves a layer on either side.
+) -> Iterator[Window]:
+    """Every window that leaves a layer on either side.
 
     Args:
         model: A plain causal language model.
         texts: Blocks by name.
+        own: Its `block_losses` on them.
         widths: Layers of a window.
         firsts: Layers before it.
         gates: Of its second run.
@@ -64,26 +61,19 @@ def sweep(
     Raises:
         ZerodraftError: there is no such window.
     """
-    own = {name: block_losses(model, ids) for name, ids in texts.items()}
-    depth, windows = model.config.num_hidden_layers, []
-    for width in widths:
-        for first in firsts:
-            tail = depth - first - width
-            if first < 1 or tail < 1:
-                continue
-            looped = ZttForCausalLM.from_base(
-                model, head_layers=first, tail_layers=tail, cycles=2, zero_tokens=False
-            ).eval()
-            assert looped.cycle_gates is not None
-            for gate in gates:
-                nn.init.constant_(looped.cycle_gates.weight, gate)
-                increase = {name: interval(block_losses(looped, ids) - own[name]) for name, ids in texts.items()}
-                windows.append(Window(first=first, layers=width, gate=gate, increase=increase))
-                told = ", ".join(f"{name} {one}" for name, one in increase.items())
-                print(f"layers {first + 1} to {first + width}, gate {gate:g}: {told}", file=sys.stderr, flush=True)
-    if not windows:
+    depth = model.config.num_hidden_layers
+    places = [(first, width) for width in widths for first in firsts if 0 < first < depth - width]
+    if not places:
         raise ZerodraftError(f"no window leaves a layer on either side: the model has {depth} layers")
-    return {name: float(losses.mean()) for name, losses in own.items()}, tuple(windows)
+    for first, width in places:
+        looped = ZttForCausalLM.from_base(
+            model, head_layers=first, tail_layers=depth - first - width, cycles=2, zero_tokens=False
+        ).eval()
+        assert looped.cycle_gates is not None
+        for gate in gates:
+            nn.init.constant_(looped.cycle_gates.weight, gate)
+            increase = {name: interval(block_losses(looped, ids) - own[name]) for name, ids in texts.items()}
+            yield Window(first=first, layers=width, gate=gate, increase=increase)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -103,17 +93,26 @@ def main(words: Sequence[str] | None = None) -> int:
         recipe = plan.recipe_of(next(plan.runs()), Path("runs"))
         if recipe.model.start is None:
             raise ZerodraftError(f"'{options.plan}' has no model.start: windows are those of an existing model")
-        documents = read_documents(recipe.data.train, recipe.data)
-        data = build_data(recipe.data, tokenizer_of(recipe, documents), documents)
-        texts = {name: blocks.rows(options.blocks) for name, blocks in evaluation_sets(data).items()}
+        texts = {name: blocks.rows(options.blocks) for name, blocks in evaluation_sets(read_data(plan)).items()}
         model = load_pretrained(AutoModelForCausalLM, resolve(recipe.model.start), dtype=torch.float32).eval()
-        losses, windows = sweep(model, texts, widths=options.widths, firsts=options.firsts, gates=options.gates)
+        own = {name: block_losses(model, ids) for name, ids in texts.items()}
+        found = WindowTable(
+            table=plan.table,
+            start=recipe.model.start,
+            losses={name: float(losses.mean()) for name, losses in own.items()},
+            results=(),
+            provenance=provenance(seed=0, words=["python", f"benchmarks/{WindowTable.script}", *words]),
+        )
+        for window in sweep(model, texts, own, widths=options.widths, firsts=options.firsts, gates=options.gates):
+            found = replace(found, results=(*found.results, window))
+            # whatever stops the rest, this stays
+            save_result(found, options.results / found.file(found.table))
+            told = ", ".join(f"{name} {one}" for name, one in window.increase.items())
+            last = window.first + window.layers
+            print(f"layers {window.first + 1} to {last}, gate {window.gate:g}: {told}", file=sys.stderr, flush=True)
     except ZerodraftError as error:
         print(error, file=sys.stderr)
         return 2
-    made = provenance(seed=0, words=["python", f"benchmarks/{WindowTable.script}", *words])
-    found = WindowTable(table=plan.table, start=recipe.model.start, losses=losses, results=windows, provenance=made)
-    save_result(found, options.results / WindowTable.file(plan.table))
     return 0
 
 

@@ -48,14 +48,7 @@ PIECE = 1 << 20
 """Bytes of a piece at the most."""
 SHARES = {"weights-a": 27, "weights-b": None}
 """Pieces in each folder; None: what is left."""
-TEXT = (
-    "text/openstax",
-    "text/standard_ebooks",
-    "text/wikitext2/valid.txt",
-    "eval/lambada/lambada_openai.jsonl",
-    "eval/piqa/piqa_valid_foundry.jsonl",
-    "eval/arc/arc_easy_test.jsonl",
-)
+CORPORA = ("text/openstax", "text/standard_ebooks", "text/wikitext2/valid.txt")
 """In `$ZERODRAFT_DATA`."""
 PROMPTS = 48
 LIST = "pieces.json"
@@ -152,9 +145,12 @@ def write_prompts(folder: Path, count: int) -> None:
 
 def write_text(folder: Path) -> None:
     """Corpora and questions, as `text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from tasks import TASKS
+
     folder.mkdir(parents=True)
     with tarfile.open(folder / "text.tar.xz", "w:xz") as tar:
-        for name in TEXT:
+        for name in (*CORPORA, *TASKS.values()):
             tar.add(Path(os.environ["ZERODRAFT_DATA"]) / name, arcname=name)
 
 

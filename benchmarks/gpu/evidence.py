@@ -28,15 +28,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from evidence_plan import Plan, read_plan
+from evidence_plan import Plan, read_data, read_plan
 from evidence_runs import make_runs
 from evidence_table import joined, read_table, save_result
 from harness import quiet_transformers
 from zerodraft.cli.main import log_to_stderr
 from zerodraft.common.errors import ZerodraftError, did_you_mean
-from zerodraft.training.data import build_data, read_documents
 from zerodraft.training.recipe import merge
-from zerodraft.training.ztt.run import tokenizer_of
 
 ON_GPU = {"bf16": True, "compile": True, "save_every": 0}
 REHEARSAL = {"steps": 4, "warmup_steps": 1, "save_every": 2, "use_cpu": True}
@@ -77,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
         paths = [path for path, plan in read.items() if chosen_arms(plan, options)]
         plans = [changed(read[path], options) for path in paths]
         for plan in plans:
-            fill_caches(plan)
+            read_data(plan)  # tokenizer and tokens, before all arms ask for them at once
     except ZerodraftError as error:
         print(error, file=sys.stderr)
         return 2
@@ -127,29 +125,26 @@ def chosen_arms(plan: Plan, options: argparse.Namespace) -> list[str]:
     return [arm for arm in plan.arms if not options.only or asked(plan, arm, options)]
 
 
-def asked(plan: Plan, arm: str, options: argparse.Namespace) -> list[str]:
-    """The names in `--only` that mean an arm of a plan or runs of it, without the table's."""
-    names = [name.rpartition(":") for name in options.only]
-    return [name for table, _, name in names if table in ("", plan.table) and name.split("/")[0] == arm]
+def asked(plan: Plan, arm: str, options: argparse.Namespace) -> str | None:
+    """The name in `--only` that means an arm of a plan or runs of it, without the table's."""
+    return next((name.rpartition(":")[2] for name in options.only if means(name, plan, arm)), None)
+
+
+def means(name: str, plan: Plan, arm: str) -> bool:
+    """Whether a name, perhaps behind its table's, is that of an arm or of runs of it."""
+    table, _, run = name.rpartition(":")
+    return table in ("", plan.table) and run.split("/")[0] == arm
 
 
 def check_asked(plans: Collection[Plan], options: argparse.Namespace) -> None:
     """Raise `ZerodraftError` where a name in `--only` means nothing, or two mean the same arm."""
-    meant = {(plan.table, arm): asked(plan, arm, options) for plan in plans for arm in plan.arms}
-    known = {name for names in meant.values() for name in names}
+    arms = [(plan, arm) for plan in plans for arm in plan.arms]
     for name in options.only:
-        if name.rpartition(":")[2] not in known:
-            raise ZerodraftError(f"--only '{name}' names no arm{did_you_mean(name, {arm for _, arm in meant})}")
-    for (table, arm), names in meant.items():
-        if len(names) > 1:
-            raise ZerodraftError(f"--only names '{arm}' of '{table}' {len(names)} times: name it once")
-
-
-def fill_caches(plan: Plan) -> None:
-    """Makes tokenizer and tokens before all arms ask for them at once."""
-    recipe = plan.recipe_of(next(plan.runs()), Path("runs"))
-    documents = read_documents(recipe.data.train, recipe.data)
-    build_data(recipe.data, tokenizer_of(recipe, documents), documents)
+        if not any(means(name, plan, arm) for plan, arm in arms):
+            raise ZerodraftError(f"--only '{name}' names no arm{did_you_mean(name, {arm for _, arm in arms})}")
+    for plan, arm in arms:
+        if (count := sum(means(name, plan, arm) for name in options.only)) > 1:
+            raise ZerodraftError(f"--only names '{arm}' of '{plan.table}' {count} times: name it once")
 
 
 def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadline: float, turn: Any) -> None:
@@ -167,7 +162,7 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
             part(plan, arm, options),
             options.runs / arm,
             words=words,
-            only=next(iter(asked(plan, arm, options)), arm),
+            only=asked(plan, arm, options) or arm,
             minutes=(deadline - began) / 60,
             together=options.together,
             turn=turn,

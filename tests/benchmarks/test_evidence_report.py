@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from evidence_beside import read_beside
 from evidence_domain import Domain, Domains, Part
 from evidence_plan import Plan
-from evidence_report import HEAD, Looks, difference, phi_of, read_looks, read_tables, write_report
+from evidence_report import HEAD, phi_of, read_tables, write_report
 from evidence_report import markdown as whole_page
-from evidence_table import Diverged, Table, save_result
+from evidence_table import Diverged, Table, difference, save_result
 from tests.benchmarks.made import made_row
 from zerodraft.common.errors import ZerodraftError
 
@@ -37,7 +38,7 @@ def table(make_plan: Callable[..., Plan]) -> Table:
 
 
 def markdown(tables: dict[str, Table]) -> str:
-    return whole_page(tables, Looks())
+    return whole_page(tables, {})
 
 
 def row_of(page: str, *beginning: str) -> list[str]:
@@ -185,9 +186,9 @@ def test_a_rate_that_lost_a_run_is_no_arms_best_in_any_section(table: Table, tmp
     )  # fmt: skip
     found = Domains(table="tiny", results=results, provenance={})
     save_result(found, tmp_path / Domains.file("tiny"))
-    assert read_looks(tmp_path, {"tiny": table}).domains == [found]
+    assert read_beside(tmp_path, {"tiny": table})[Domains] == [found]
     lost = replace(table, diverged=(Diverged(arm="ztt", rate="1e-3", seed=1, recipe={}, why="nan"),))
-    (kept,) = read_looks(tmp_path, {"tiny": lost}).domains
+    (kept,) = read_beside(tmp_path, {"tiny": lost})[Domains]
     assert [str(one.run) for one in kept.results] == ["ztt/1e-2/0", "vanilla/1e-3/0"]
 
 
@@ -208,5 +209,5 @@ def test_a_file_with_another_tables_results_is_refused(table: Table, tmp_path: P
 def test_the_page_in_docs_is_that_of_the_committed_results() -> None:
     tables = read_tables(ROOT / "results" / "evidence")
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert page == whole_page(tables, read_looks(ROOT / "results" / "evidence", tables))
+    assert page == whole_page(tables, read_beside(ROOT / "results" / "evidence", tables))
     assert all((ROOT / "docs" / "figures" / f"evidence-{name}-losses.png").is_file() for name in tables)

@@ -50,7 +50,7 @@ def test_some_arms_alone(plan_file: Callable[..., Path], tmp_path: Path) -> None
     ("only", "message"),
     [
         (["ztt", "vanila"], "'vanila' names no arm (did you mean 'vanilla'?)"),
-        (["other:ztt"], "'other:ztt' names no arm"),
+        (["ztt", "other:ztt"], "'other:ztt' names no arm"),
         (["ztt/1e-2/0", "tiny:ztt"], "names 'ztt' of 'tiny' 2 times"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from evidence_mechanism import Mechanism, Mechanisms, draw_masses, section
+from evidence_mechanism import Mechanism, Mechanisms, draw_masses, figure, section
 from evidence_plan import Plan
 from evidence_runs import make_runs
 from evidence_table import read_result
@@ -97,8 +97,8 @@ def test_from_runs_to_the_page(make_plan: Callable[..., Plan], tmp_path: Path) -
     assert ztt.without[NO_ZERO_TOKEN] != ztt.losses[-1]
     page = "\n".join(section(found))
     assert f"| validation | ztt | 1 | {ztt.losses[0]:.4f}, {ztt.losses[1]:.4f} |" in page
-    draw_masses(found, tmp_path / "figures" / "masses.png")
-    assert (tmp_path / "figures" / "masses.png").stat().st_size > 1000
+    draw_masses(found, tmp_path / "page.md")
+    assert (tmp_path / figure(found.table)).stat().st_size > 1000
 
 
 def test_whole_loss_is_that_of_all_rows() -> None:

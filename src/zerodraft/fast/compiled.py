@@ -43,7 +43,7 @@ class LayerPointers(ctypes.Structure):
     ] + [
         *((name, _Pointer) for name in ("qk_gain", "before", "after", "zero")),
         ("zero_turns", _Int),
-        *((name, ctypes.c_float) for name in ("share", "injection", "scale")),
+        *((name, ctypes.c_float) for name in ("cycle_gate", "injection", "scale")),
     ]
 
 
@@ -52,7 +52,7 @@ class Shape(ctypes.Structure):
 
     _fields_ = [
         *((name, _Int) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim", "narrow")),
-        *((name, _Int) for name in ("head_layers", "shared")),
+        *((name, _Int) for name in ("head_layers", "gated")),
         *((name, ctypes.c_float) for name in ("floor", "head_floor", "scale")),
     ]
 

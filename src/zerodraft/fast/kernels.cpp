@@ -206,19 +206,19 @@ struct Layer {
   // gains of the norms before qkv and before gate and up, where they are not in the weights
   const float *before, *after;
   // What a run of a layer has in a Zero Token Transformer: the zero token's key, (kv heads, D); whether it turns with
-  // each query; how much of what the layer adds counts; how much of the head's output is added before it; what the
-  // stream is multiplied by after it.
+  // each query; the gate on what the layer adds; how much of the head's output is added before it; what the stream is
+  // multiplied by after it.
   const float* zero;
   int64_t zero_turns;
-  float share, injection, scale;
+  float cycle_gate, injection, scale;
 };
 
 struct Shape {
   int64_t layers, hidden, inner, heads, kv_heads, head_dim;
   // Weights are bfloat16.
   int64_t narrow;
-  // Layers whose output is the head's, if a later one is fed with it, else -1; whether a layer's share is not 1.
-  int64_t head_layers, shared;
+  // Layers whose output is the head's, if a later one is fed with it, else -1; whether layers have gates.
+  int64_t head_layers, gated;
   float floor, head_floor, scale;
 };
 
@@ -242,7 +242,7 @@ struct Pass {
 
 int64_t row_floats(const Shape* shape) {
   const Shape& s = *shape;
-  const int64_t streams = (s.head_layers >= 0) + s.shared;
+  const int64_t streams = (s.head_layers >= 0) + s.gated;
   return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner + streams * s.hidden;
 }
 
@@ -312,10 +312,10 @@ struct Worker {
   }
 
   // The stream between what it was before the layer and what it is, times a factor.
-  void settle(float part, float factor) const {
+  void gate_and_scale(float gate, float factor) const {
     const Range mine = share(n * s.hidden);
-    if (part != 1)
-      for (int64_t i = mine.first; i < mine.end; i++) p.x[i] = earlier[i] + part * (p.x[i] - earlier[i]);
+    if (gate != 1)
+      for (int64_t i = mine.first; i < mine.end; i++) p.x[i] = earlier[i] + gate * (p.x[i] - earlier[i]);
     if (factor != 1)
       for (int64_t i = mine.first; i < mine.end; i++) p.x[i] *= factor;
   }
@@ -502,7 +502,7 @@ struct Worker {
 };
 
 // All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets what the layer before it
-// left, without its share and scale, or null;
+// left, before its gate and scale, or null;
 // `feeds[layer]` is what the context is at the layer.
 template <typename W>
 void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, const float* const* masks,
@@ -523,7 +523,7 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
         worker.inject(layer.injection);
 #pragma omp barrier
       }
-      if (layer.share != 1) worker.copy_stream(worker.earlier);
+      if (layer.cycle_gate != 1) worker.copy_stream(worker.earlier);
       worker.norm(0, layer.before);
       worker.from_stream(0, layer.qkv, layer.qkv_bias, worker.qkv_width,
                          [&](int64_t i, auto value) { put(worker.qkv, i, value); });
@@ -544,8 +544,8 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
       worker.onto_stream(worker.inner, shape->inner, layer.down, layer.down_bias);
 #pragma omp barrier
       if (index + 1 < shape->layers && taps[index + 1]) worker.copy_stream(taps[index + 1]);
-      if (layer.share != 1 || layer.scale != 1) {
-        worker.settle(layer.share, layer.scale);
+      if (layer.cycle_gate != 1 || layer.scale != 1) {
+        worker.gate_and_scale(layer.cycle_gate, layer.scale);
 #pragma omp barrier
       }
     }

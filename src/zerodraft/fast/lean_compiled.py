@@ -78,7 +78,7 @@ class CompiledLayers:
             head_dim=head_dim,
             narrow=first.qkv.panel_dtype == torch.bfloat16,
             head_layers=head_layers if any(zero.injection for zero in zeros) else -1,
-            shared=any(zero.gate is not None for zero in zeros),
+            gated=any(zero.gate is not None for zero in zeros),
             floor=math.sqrt(first.qkv.in_features * eps),
             head_floor=math.sqrt(head_dim * eps),
             scale=scale,
@@ -153,9 +153,9 @@ def _pointers(layer: "LeanLayer", shape: Shape) -> LayerPointers:
     pointers = {name: None if gain is None else address(gain, (shape.hidden,)) for name, gain in gains.items()}
     if layer.qk_gain is not None:
         pointers["qk_gain"] = address(layer.qk_gain, (shape.heads + shape.kv_heads, shape.head_dim))
-    run: dict[str, Any] = {"share": 1.0, "scale": 1.0}
+    run: dict[str, Any] = {"cycle_gate": 1.0, "scale": 1.0}
     if (zero := layer.zero) is not None:
-        given = {"share": zero.gate, "injection": zero.injection, "scale": zero.scale}
+        given = {"cycle_gate": zero.gate, "injection": zero.injection, "scale": zero.scale}
         run |= {name: value for name, value in given.items() if value is not None}
         if zero.key is not None:
             run |= {"zero": address(zero.key, (shape.kv_heads, shape.head_dim)), "zero_turns": zero.turned}
