@@ -6,7 +6,7 @@ RUN := .venv/$(BIN)/python
 # In two processes, as a test itself starts up to two. A file's tests stay together, as they share what it sets up; the
 # order stays, otherwise files with one long test come last and leave the other process idle.
 WORKERS ?= 2
-PYTEST_FLAGS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST_FLAGS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=8
 
 # What a release of another library can break: names of arguments, doors, families, the lean path, a training step.
 CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_cache.py tests/ztt/test_as_a_transformers_model.py \

@@ -92,6 +92,7 @@ def test_capped_scores_are_refused() -> None:
         ),
         ({"input_ids": tokens(), "labels": tokens(), "cycle_weights": [1, 1]}, "needs labels and one weight for each"),
         ({"input_ids": tokens(), "cycle_weights": [1, 1, 1]}, "needs labels and one weight for each"),
+        ({"input_ids": tokens(), "labels": tokens(), "distil_cycles": True}, "distil_cycles=True needs cycle_weights"),
     ],
 )
 def test_forward(inputs: dict[str, Any], complaint: str, model: ZttForCausalLM) -> None:

@@ -225,6 +225,29 @@ def test_weighted_losses_are_those_of_each_depth(family: str, options: dict[str,
         assert gap(ours[name], grad) <= 1e-5 * (1 + grad.abs().max()), name
 
 
+def test_readouts_learn_the_distribution_of_the_last() -> None:
+    model, ids, weights = tiny("llama").train(), tokens(2, 8), [1.0, 2.0, 5.0]
+    labels = ids.clone()
+    labels[0, :3] = -100
+    counted = (labels != -100)[:, 1:]
+    out = model(ids, labels=labels, cycle_weights=weights, distil_cycles=True)
+    readouts = [model(ids, cycles=cycle).logits[:, :-1][counted] for cycle in (1, 2, 3)]
+    taught = [torch.nn.functional.cross_entropy(x, readouts[-1].detach().softmax(-1)) for x in readouts[:-1]]
+    assert gap(out.cycle_losses[:2], torch.stack(taught)) <= 1e-5
+    alone = model(ids, labels=labels).loss
+    assert abs(out.cycle_losses[2] - alone) <= 1e-5
+    # the last readout gets no gradient from what it teaches
+    out.loss.backward()
+    ours = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    ((taught[0] + 2 * taught[1] + 5 * alone) / 8).backward()
+    for name, grad in gradients(model).items():
+        assert gap(ours[name], grad) <= 1e-5 * (1 + grad.abs().max()), name
+    counted = model(ids, labels=ids, num_items_in_batch=28, cycle_weights=weights, distil_cycles=True).cycle_losses
+    mean = model(ids, labels=ids, cycle_weights=weights, distil_cycles=True).cycle_losses
+    assert gap(counted, mean / 2) <= 1e-5
+
+
 def test_weighted_losses_without_shared_layers() -> None:
     model, ids = tiny("llama", head_layers=3, tail_layers=1, cycles=1).train(), tokens(2, 8)
     out = model(ids, labels=ids, cycle_weights=[3.0])

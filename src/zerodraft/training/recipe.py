@@ -149,6 +149,8 @@ class LossRecipe:
     """Share of the training from which on each cycle but the first runs, such as 0.4 0.65; empty: all at once."""
     exits_from: float = 0.0
     """`weighted`, `sampled`: share of the training until which only the last cycle's loss counts."""
+    exit_targets: Literal["labels", "last"] = "labels"
+    """`weighted`: what exits before the last cycle learn, the text's tokens or the last cycle's own distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
@@ -179,6 +180,7 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cycles: int | None = None,
         cycle_weights: Sequence[float] | None = None,
+        distil_cycles: bool = False,
         exit_depth: Int[Tensor, "b t"] | None = None,
         exit_rule: ExitRule | None = None,
         exit_policy: ExitPolicy = "propagate",
@@ -200,6 +202,8 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             cycles: Run only this many cycles, for every token.
             cycle_weights: One weight per cycle; the loss is the weighted mean over the readouts after each cycle (each
                 through the tail), the logits are those of the last.
+            distil_cycles: With `cycle_weights`: every readout but the last learns the last one's distribution, which is
+                held fixed, instead of the labels (self-distillation, Zhang et al. 2019, arXiv:1905.08094).
             exit_depth: Cycles of each token (from 1); every layer is run and the result selected. Differentiable.
             exit_rule: Early exit, decided after each cycle; see `zerodraft.ztt.exits`.
             exit_policy: Keys and values of exited tokens in deeper cycles: from the frozen state (`propagate`), or
@@ -211,6 +215,8 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         Raises:
             ZerodraftError: options that exclude each other, an empty prompt, a cache that does not fit.
         """
+        if distil_cycles and cycle_weights is None:
+            raise ZerodraftError("distil_cycles=True needs cycle_weights, which say how the readouts count.")
         if cycle_weights is not None and (labels is None or len(cycle_weights) != (cycles or self.config.cycles)):
             raise ZerodraftError(f"cycle_weights={list(cycle_weights)} needs labels and one weight for each cycle run.")
         loss_kwargs = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
@@ -239,6 +245,8 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             readouts = [*self._shallower_logits(run, logits_to_keep), logits]
             losses = [self.loss_function(x, labels, vocabulary, **loss_kwargs, **kwargs) for x in readouts]
             logits, loss = readouts[-1], losses[-1]
+            if distil_cycles:
+                losses = [*(soft_loss(x, logits, labels, **loss_kwargs) for x in readouts[:-1]), loss]
             if cycle_weights is not None:
                 stacked = torch.stack(losses)
                 weights = stacked.new_tensor(cycle_weights)
@@ -298,3 +306,22 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             text = out if isinstance(out, Tensor) else out.sequences
             self.last_exit = self.last_exit[:, : text.shape[1] - 1]
         return out
+
+
+def soft_loss(
+    logits: Float[Tensor, "b t v"],
+    teacher: Float[Tensor, "b t v"],
+    labels: Int[Tensor, "b t"],
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Int[Tensor, "b t"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean cross entropy of readouts with a teacher's distribution, which gets no gradient, at the positions where
+    transformers' causal loss counts a label; the arguments are that loss's."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    counted = shift_labels != ignore_index
+    probabilities = teacher.detach().float().softmax(-1)
+    losses = -(probabilities * logits.float().log_softmax(-1)).sum(-1)
+    return losses.where(counted, 0).sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -85,6 +85,12 @@ def test_exits_of_the_open_cycles():
     assert arguments(only_last, progress=0.5) == {"cycles": 2}
 
 
+def test_exits_learn_from_the_last_cycle():
+    loss = CycleLoss(LossRecipe(kind="weighted", exits_from=0.5, exit_targets="last"), 2, 0)
+    assert arguments(loss, progress=0.4) == {}
+    assert arguments(loss, progress=0.6) == {"distil_cycles": True, "cycle_weights": (0.5, 0.5)}
+
+
 @pytest.mark.parametrize("kind", ["weighted", "sampled"])
 def test_exits_begin_late(kind):
     late, early = (CycleLoss(LossRecipe(kind=kind, exits_from=share), 3, 0) for share in (0.8, 0.0))
@@ -104,6 +110,7 @@ def test_exits_begin_late(kind):
         (LossRecipe(cycles_from=(-0.1, 0.5)), r"ascending shares"),
         (LossRecipe(cycles_from=(0.1, float("nan"))), r"ascending shares"),
         (LossRecipe(exits_from=0.5), r"loss\.exits_from needs loss\.kind 'weighted' or 'sampled'"),
+        (LossRecipe(exit_targets="last"), r"loss\.exit_targets 'last' needs loss\.kind 'weighted', got 'last'"),
         (LossRecipe(kind="weighted", exits_from=1.0), r"at least 0 and below 1"),
         (LossRecipe(kind="weighted", exits_from=-0.5), r"at least 0 and below 1"),
     ],

@@ -6,7 +6,8 @@ With `token_depths` some steps draw a depth for every token: then a token attend
 it will at inference.
 
 Cycles may be opened one after the other (`cycles_from`): the early steps are cheaper. Exits may be trained late
-(`exits_from`), as their losses from the first step on cost quality at full depth.
+(`exits_from`), as their losses from the first step on cost quality at full depth. They learn from the text or from the
+last cycle (`exit_targets`).
 
 Draws are a pure function of (seed, step, micro-step) and the share of the training that has passed, so all processes
 run the same cycles. A resumed run repeats them, unless the share is that of a time limit (`max_minutes`), which begins
@@ -72,11 +73,14 @@ class CycleLoss:
             raise ZerodraftError(f"loss.token_depths needs loss.kind 'sampled', got '{recipe.kind}'")
         if recipe.exits_from and recipe.kind == "last":
             raise ZerodraftError("loss.exits_from needs loss.kind 'weighted' or 'sampled', got 'last'")
+        if recipe.exit_targets == "last" and recipe.kind != "weighted":
+            raise ZerodraftError(f"loss.exit_targets 'last' needs loss.kind 'weighted', got '{recipe.kind}'")
         if not 0 <= recipe.exits_from < 1:
             raise ZerodraftError(f"loss.exits_from is {recipe.exits_from}, expected a share of at least 0 and below 1")
         _check_openings(recipe.cycles_from, cycles)
         self.kind, self.token_depths, self.cycles, self.seed = recipe.kind, recipe.token_depths, cycles, seed
         self.cycles_from, self.exits_from = recipe.cycles_from, recipe.exits_from
+        self.distilled = {"distil_cycles": True} if recipe.exit_targets == "last" else {}
         self.weights = weights_over_cycles(recipe.weights, cycles)
 
     def open_cycles(self, progress: float) -> int:
@@ -101,7 +105,7 @@ class CycleLoss:
         if self.kind == "last" or cycles == 1 or progress < self.exits_from or not any(weights):
             return everything
         if self.kind == "weighted":
-            return {**everything, "cycle_weights": weights}
+            return {**everything, **self.distilled, "cycle_weights": weights}
         draw = random.Random(f"{self.seed}:{step}:{micro_step}")
         if draw.random() < self.token_depths:
             return {**everything, "exit_depth": self._depths(step, micro_step, shape, rank, weights)}
