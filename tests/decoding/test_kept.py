@@ -16,7 +16,7 @@ from tests.drafters.test_block import make
 from tests.fast.test_graphed import Unrecorded
 from tests.ztt.tiny import VOCABULARY, randomise, tiny, tiny_plain, tokens
 from zerodraft import ContextProxy, DiffuSpec, FixedExit, FixedLength
-from zerodraft.decoding.kept import common_prefix
+from zerodraft.decoding.kept import KeptTexts, common_prefix
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.fast.graphed import graphed_target
@@ -236,17 +236,98 @@ def test_a_cache_of_the_caller_counts_as_used_again() -> None:
     assert spec.last_stats.reused_tokens == text.shape[1] - 1
 
 
-def test_an_interrupted_text_leaves_nothing() -> None:
+def test_a_text_that_is_given_up_leaves_what_it_was() -> None:
     model, text = tiny_plain("llama"), tokens(1, 8)
     spec = DiffuSpec(NoDrafter(), length=FixedLength(0), reuse=True)
-    model.generate(text, **OPTIONS, custom_generate=spec)
     steps = spec.iterate(model, text, **OPTIONS)
     next(steps)
-    del steps
+    next(steps)
+    steps.close()
     found = model.generate(text, **OPTIONS, custom_generate=spec)
     assert torch.equal(found, model.generate(text, **OPTIONS))
     assert spec.last_stats is not None
+    assert spec.last_stats.reused_tokens == 7
+    # of a prompt that was not read to its end nobody was told
+    steps = spec.iterate(model, text + 1, **OPTIONS, prefill_chunk_size=3)
+    assert next(steps).rows == [None]
+    steps.close()
+    found = model.generate(text + 1, **OPTIONS, custom_generate=spec)
+    assert torch.equal(found, model.generate(text + 1, **OPTIONS))
     assert spec.last_stats.reused_tokens == 0
+
+
+@pytest.mark.parametrize("make_target", ["auto", None])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_prompts_are_read_in_pieces(name: str, make_target: Any) -> None:
+    model, block = make("llama")
+    spec = DiffuSpec(DRAFTERS[name](model, block), length=FixedLength(4), make_target=make_target, reuse=True)
+    text = torch.tensor([[3, 20, 3, 20, 7, 3, 5, 9, 3, 20]])
+    for pieces in (4, 2):
+        plain = model.generate(text, **OPTIONS)
+        steps = list(spec.iterate(model, text, **OPTIONS, prefill_chunk_size=3))
+        assert [step.rows for step in steps[: pieces - 1]] == [[None]] * (pieces - 1)
+        assert steps[pieces - 1].rows[0] is not None
+        assert torch.equal(spec.last_result, plain)
+        # the next turn has four tokens that are not known yet
+        text = torch.cat([plain, torch.tensor([[3, 20, 3]])], 1)
+
+
+def conversations(spec: DiffuSpec, model: Any, order: str) -> list[int]:
+    """Turns of conversations that begin alike, by their letters; how many tokens each used again."""
+    texts: dict[str, Tensor] = {}
+    reused = []
+    for name in order:
+        start = torch.cat([tokens(1, 4), tokens(1, 9, seed=ord(name)) % VOCABULARY], 1)
+        text = torch.cat([texts[name], tokens(1, TURN)], 1) if name in texts else start
+        texts[name] = model.generate(text, **OPTIONS, custom_generate=spec)
+        assert torch.equal(texts[name], model.generate(text, **OPTIONS))
+        assert spec.last_stats is not None
+        reused.append(spec.last_stats.reused_tokens)
+    return reused
+
+
+@pytest.mark.parametrize("make_target", ["auto", None])
+def test_several_conversations_go_on(make_target: Any) -> None:
+    model = tiny_plain("llama")
+
+    def spec(reuse: KeptTexts) -> DiffuSpec:
+        return DiffuSpec(drafter_of("noisy"), length=FixedLength(3), make_target=make_target, reuse=reuse)
+
+    first, second = 13 + NEW - 1, 13 + NEW + TURN + NEW - 1
+    everything = KeptTexts()
+    # the four tokens that all begin with are not worth the rest of another conversation
+    assert conversations(spec(everything), model, "abcabcab") == [0, 0, 0, *[first] * 3, *[second] * 2]
+    assert len(everything) == 3
+    two = KeptTexts(texts=2)
+    assert conversations(spec(two), model, "abacab") == [0, 0, first, 0, second, 0]
+    assert len(two) == 2
+    one = KeptTexts()
+    conversations(spec(one), model, "a")
+    little = KeptTexts(mib=2.5 * one.nbytes / 2**20)
+    assert conversations(spec(little), model, "abcca") == [0, 0, 0, first, 0]
+    assert 0 < little.nbytes <= little.mib * 2**20
+    nothing = KeptTexts(mib=0)
+    assert conversations(spec(nothing), model, "aa") == [0, 0]
+    everything.clear()
+    assert everything.nbytes == 0
+
+
+def test_a_decoder_with_its_own_seed_shares_what_is_kept() -> None:
+    model = tiny_plain("llama")
+    spec = DiffuSpec(drafter_of("lookup"), length=FixedLength(3), reuse=KeptTexts())
+    options = OPTIONS | {"do_sample": True, "temperature": 1.5}
+    text, other = tokens(1, 9), tokens(1, 9, seed=3)
+    alone = [spec.seeded(5).generate(model, text, **options) for _ in range(2)]
+    assert torch.equal(*alone)
+    # in company, step by step
+    mine, theirs = spec.seeded(5), spec.seeded(6)
+    steps = [mine.iterate(model, text, **options), theirs.iterate(model, other, **options)]
+    while [step for step in [next(run, None) for run in steps] if step]:
+        pass
+    assert torch.equal(mine.last_result, alone[0])
+    assert not torch.equal(spec.seeded(7).generate(model, text, **options), alone[0])
+    assert mine.last_stats is not None
+    assert mine.last_stats.reused_tokens == 8
 
 
 def test_threads_take_it_by_turns() -> None:

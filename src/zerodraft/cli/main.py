@@ -28,6 +28,7 @@ COMMANDS = {
     "finetune": "Finetune",
     "generate": "Generate",
     "chat": "Chat",
+    "serve": "Serve",
     "convert": "Convert",
     "info": "Info",
     "calibrate": "Calibrate",

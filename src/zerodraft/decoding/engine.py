@@ -89,7 +89,8 @@ class Engine:
     session: DraftSession = field(init=False)
 
     def run(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Iterator[Step]:
-        """Decode; yields what each pass of the target brought. `texts` and `stats` are up to date at every yield."""
+        """Decode; yields what each pass of the target brought: nothing yet, where it read a piece of the prompts.
+        `texts` and `stats` are up to date at every yield."""
         real = mask.sum(1).tolist()
         self.texts = [Text(prompt, n) for prompt, n in zip(prompts, real, strict=True)]
         known = len(self.kept.tokens) if self.kept else 0
@@ -103,22 +104,31 @@ class Engine:
             self._tell_proxies([self.kept.tokens])
         else:
             self.session = self.drafter.start(len(real), self.target.device, self.generator)
-        yield self._read(prompts[:, known:], mask[:, known:])
+        self._untold: list[list[Progress]] = []
+        yield from self._read(prompts[:, known:], mask[:, known:])
         while any(self._goes_on(text) for text in self.texts):
             yield self._step()
 
-    def _read(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Step:
-        """The prompts' pass, which brings every row its first token."""
-        with self.stats.timed("prefill"):
-            out = self._prefill(prompts.to(self.target.device), mask.to(self.target.device))
-            step, _ = self._settle(out, [NOTHING] * len(prompts))
+    def _read(self, prompts: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Iterator[Step]:
+        """The prompts' passes, one for each piece of them; the last brings every row its first token."""
+        size, outs = self.chunk or prompts.shape[1], []
+        for ids, real in zip(prompts.split(size, 1), mask.split(size, 1), strict=True):
+            if outs:
+                yield Step([None] * len(prompts))
+            with self.stats.timed("prefill"):
+                outs.append(
+                    self.target.prefill(ids.to(self.target.device), real.to(self.target.device), self.drafter.taps)
+                )
+        taps = [out.taps for out in outs if out.taps is not None]
+        out = TargetOutput(outs[-1].logits, torch.cat(taps, 1) if taps else None)
+        step, _ = self._settle(out, [NOTHING] * len(prompts))
         self._finish(step, [0] * len(prompts), draft=False)
         self._untold = [
             [Progress(torch.cat([prompt[own], prompt.new_tensor(row.tokens)]), None if out.taps is None else taps[own])]
             for prompt, own, row, taps in zip(prompts, mask, step.rows, _rows(out.taps, len(prompts)), strict=True)
             if row is not None
         ]
-        return step
+        yield step
 
     def _step(self) -> Step:
         """Draft, search, verify, and tell everyone what came of it."""
@@ -149,8 +159,9 @@ class Engine:
         return step
 
     def keep(self, origin: Origin) -> Kept | None:
-        """What the text, which is over, leaves for the next one; None where the target cannot go on from it."""
-        if not isinstance(self.target, LastingTarget):
+        """What the text, which is over or given up, leaves for the next one; None where the target cannot go on from
+        it, or has not read the prompt."""
+        if not isinstance(self.target, LastingTarget) or not self._untold:
             return None
         if any(self._untold):
             self._tell()
@@ -162,18 +173,6 @@ class Engine:
         return max(text.length if text.stopped_at is None else text.stopped_at for text in self.texts)
 
     # -- parts of a step ------------------------------------------------------------------------------------------
-
-    def _prefill(self, ids: Tensor, mask: Tensor) -> TargetOutput:
-        taps = self.drafter.taps
-        outs = [
-            self.target.prefill(part, seen, taps)
-            for part, seen in zip(
-                ids.split(self.chunk or ids.shape[1], 1), mask.split(self.chunk or ids.shape[1], 1), strict=True
-            )
-        ]
-        if len(outs) == 1 or not taps:
-            return outs[-1]
-        return TargetOutput(outs[-1].logits, torch.cat([out.taps for out in outs if out.taps is not None], 1))
 
     def _tell(self) -> None:
         """Hand on what became known since the last time: plain steps tell nobody, so that they cost no more."""

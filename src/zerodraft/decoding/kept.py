@@ -1,6 +1,9 @@
 """What one text leaves for the next that begins like it, as the turns of a conversation do: keys and values, and the
-drafter's session. Both go back to where the two texts part, and only what follows is read."""
+drafter's session. Both go back to where the two texts part, and only what follows is read. Several conversations at
+once keep a state each, the least recently used of which is given up where memory ends."""
 
+import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +65,53 @@ class Kept:
         self.target.crop([same])
         self.session.rewind(0, same)
         return Kept(tokens=ids[:same], target=self.target, session=self.session, origin=self.origin)
+
+
+class KeptTexts:
+    """What the last texts have left, the least recently used first. Threads may share it: whoever takes a state has it
+    alone, and puts back what the text comes to.
+
+    Args:
+        mib: How much memory the targets' keys and values may take while nobody uses them, in MiB.
+        texts: How many texts are kept at most.
+    """
+
+    def __init__(self, *, mib: float = math.inf, texts: float = math.inf) -> None:
+        self.mib, self.texts = mib, texts
+        self._kept: list[Kept] = []
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept at present."""
+        return sum(kept.target.nbytes for kept in self._kept)
+
+    def take(self, ids: Int[Tensor, " T"], fresh: Target, origin: Origin) -> Kept | None:
+        """The state of the text that has most in common with a prompt, cut down to that (see `Kept.for_text`). A text
+        that would lose more by it than the prompt gains stays whole, unless the next one takes its place anyway."""
+        with self._lock:
+            self._kept = [kept for kept in self._kept if kept.origin.is_same(origin)]
+            best = max(self._kept, key=lambda kept: common_prefix(kept.tokens, ids), default=None)
+            if best is None or (self.texts > 1 and 2 * common_prefix(best.tokens, ids) < len(best.tokens)):
+                return None
+            self._kept = [kept for kept in self._kept if kept is not best]
+        return best.for_text(ids, fresh, origin)
+
+    def put(self, left: Kept) -> None:
+        """Keep what a text has left; what it goes beyond is of no more use."""
+        with self._lock:
+            others = [kept for kept in self._kept if common_prefix(kept.tokens, left.tokens) < len(kept.tokens)]
+            self._kept = [*others, left]
+            while self._kept and (len(self._kept) > self.texts or self.nbytes > self.mib * 2**20):
+                del self._kept[0]
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._kept = []
 
 
 def common_prefix(a: Int[Tensor, " n"], b: Int[Tensor, " m"]) -> int:

@@ -61,6 +61,11 @@ class Target(Protocol):
 class LastingTarget(Target, Protocol):
     """A target whose cache can serve another text that begins like the last one."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that its cache takes."""
+        ...
+
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget cached tokens beyond these lengths, one for each row."""
         ...

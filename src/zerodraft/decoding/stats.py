@@ -30,7 +30,8 @@ class RowStep:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass of the target. The prompt's is a step without a draft; `rows` has None for a row that was finished."""
+    """One pass of the target. The prompt's is a step without a draft; `rows` has None for a row that was finished, or
+    whose prompt was read in part."""
 
     rows: list[RowStep | None]
 

@@ -124,6 +124,11 @@ class LeanTarget:
         if len(kept) > 1:
             self._rows = torch.tensor(self._lengths, device=CPU)[:, None]
 
+    @property
+    def nbytes(self) -> int:
+        """See `LastingTarget.nbytes`."""
+        return self._kv.nbytes + self._rope.nbytes
+
     def goes_on_from(self, earlier: Target) -> bool:
         """See `LastingTarget.goes_on_from`."""
         return isinstance(earlier, LeanTarget) and self._weights is earlier._weights and earlier._gaps is None

@@ -123,6 +123,13 @@ class HfTarget:
         self._positions = [length]
         self._text = torch.ones(1, length, dtype=torch.bool, device=self.device)
 
+    @property
+    def nbytes(self) -> int:
+        """See `LastingTarget.nbytes`."""
+        return sum(
+            states.nbytes for layer in self.cache.written for states in (layer.keys, layer.values) if states is not None
+        )
+
     def goes_on_from(self, earlier: Target) -> bool:
         """See `LastingTarget.goes_on_from`."""
         return (

@@ -3,6 +3,7 @@
 from os import PathLike
 from typing import Any
 
+from zerodraft.decoding.kept import KeptTexts
 from zerodraft.decoding.lengths import CostAwareTree, FixedLength
 from zerodraft.decoding.protocols import Drafter
 from zerodraft.decoding.proxies import NgramProxy
@@ -22,7 +23,7 @@ def decoder(
     ngram: str | PathLike[str] = "",
     hybrid: bool = True,
     trace: bool = False,
-    reuse: bool = False,
+    reuse: bool | KeptTexts = False,
 ) -> DiffuSpec:
     """The decoder that the commands use, for `model.generate(..., custom_generate=decoder(model))` or its own
     `generate`. Keep it: what it learns about a model, a machine and the drafts holds for later calls.
@@ -37,7 +38,8 @@ def decoder(
         ngram: A table that helps the path search (`zerodraft ngram build`).
         hybrid: Copy from the text too.
         trace: Keep every step in `last_stats.trace`.
-        reuse: Read of a text only what it has beyond the beginning that it shares with the last one.
+        reuse: Read of a text only what it has beyond the beginning that it shares with the last one, or with one of
+            those that `KeptTexts` keep.
 
     Raises:
         ZerodraftError: a drafter or a table that cannot be loaded or does not fit the model.

@@ -5,7 +5,7 @@ us for the loop. The result is that of plain decoding: the same tokens for greed
 sampling. What is not supported is one clear error. The model is not changed.
 """
 
-from collections import deque
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from zerodraft.decoding.choice import TokenChoice, may_remember
 from zerodraft.decoding.engine import Engine
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.instep import InStep
-from zerodraft.decoding.kept import Kept, Origin
+from zerodraft.decoding.kept import KeptTexts, Origin
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
 from zerodraft.decoding.protocols import Drafter, ExportingTarget, Target
 from zerodraft.decoding.rotary import horizon
@@ -68,9 +68,10 @@ class DiffuSpec:
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
         reuse: Keep the keys, values and drafts' state of the last text: a call whose prompt begins like it, as the next
-            turn of a conversation does, reads what is new alone (`last_stats.reused_tokens`). For one row without
-            padding, nothing else given to the model, and no exit rule; other calls read everything. A change of the
-            weights is noticed, other changes of the model (adapters switched on or off) are not: call `forget` then.
+            turn of a conversation does, reads what is new alone (`last_stats.reused_tokens`). `KeptTexts` keep those
+            of several texts. For one row without padding, nothing else given to the model, and no exit rule; other
+            calls read everything. A change of the weights is noticed, other changes of the model (adapters switched on
+            or off) are not: call `forget` then.
 
     Attributes:
         last_stats: What the last call did (of a running one: so far).
@@ -93,7 +94,7 @@ class DiffuSpec:
         fallback: Fallback | Literal[False] | None = None,
         generator: torch.Generator | None = None,
         dice: Randomness | None = None,
-        reuse: bool = False,
+        reuse: bool | KeptTexts = False,
     ) -> None:
         self.drafter, self.proxy = drafter, proxy
         self.make_target: MakeTarget | Literal["auto"] | None = make_target
@@ -104,9 +105,8 @@ class DiffuSpec:
         if fallback is None:
             fallback = False if isinstance(self.length, FixedLength) else Fallback()
         self.fallback = fallback or None
-        self.reuse = reuse
-        # whoever takes it out has it: threads may share a decoder
-        self._kept: deque[Kept] = deque(maxlen=1)
+        self.reuse = reuse is not False
+        self._kept = reuse if isinstance(reuse, KeptTexts) else KeptTexts(texts=1)
         self.last_stats: DecodeStats | None = None
         self.last_result: Result | None = None
 
@@ -165,6 +165,13 @@ class DiffuSpec:
     def _followed(self, model: Any, input_ids: Int[Tensor, "B T"], **arguments: Any) -> Iterator[Step]:
         self.last_result = None
         self.last_result = yield from self._decode(model, input_ids, **arguments)
+
+    def seeded(self, seed: int) -> "DiffuSpec":
+        """The same decoder with random choices and statistics of its own, for one of several texts that are followed
+        step by step; it shares what was learnt and what is kept."""
+        other = copy.copy(self)
+        other.dice, other.generator = None, torch.Generator().manual_seed(seed)
+        return other
 
     def forget(self) -> None:
         """Drop what `reuse` keeps."""
@@ -232,7 +239,7 @@ class DiffuSpec:
         whole = rows == 1 and bool(mask.all()) and config.cache_implementation in (None, "dynamic")
         reuses = self.reuse and whole and not held and not inputs and changes is None and not _exits_early()
         origin = Origin.of(model, self.drafter) if reuses else None
-        kept = None if origin is None else self._take(input_ids[0], target, origin)
+        kept = None if origin is None else self._kept.take(input_ids[0], target, origin)
         engine = Engine(
             target=kept.target if kept else target,
             drafter=self.drafter,
@@ -248,7 +255,7 @@ class DiffuSpec:
             context=context,
             horizon=changes,
             # what a cache holds is no part of the prompt that is left to read
-            chunk=None if held or kept else config.prefill_chunk_size,
+            chunk=None if held else config.prefill_chunk_size,
             generator=self.generator,
             trace=self.trace,
             fallback=self.fallback,
@@ -257,13 +264,17 @@ class DiffuSpec:
             held=0 if self.drafter.taps else held,
         )
         stream = Streaming(streamer, engine, pad)
-        for step in engine.run(input_ids, mask):
-            self.last_stats = engine.stats
-            stream.advance()
-            yield step
+        try:
+            for step in engine.run(input_ids, mask):
+                self.last_stats = engine.stats
+                stream.advance()
+                yield step
+        except GeneratorExit:
+            # between two steps a text that is given up is as whole as one that is over
+            self._keep(engine, origin)
+            raise
         stream.end()
-        if origin is not None and (left := engine.keep(origin)):
-            self._kept.append(left)
+        self._keep(engine, origin)
         sequences = stream.sequences(input_ids)
         new = sequences.shape[1] - input_ids.shape[1]
         if not isinstance(engine.target, ExportingTarget):
@@ -280,13 +291,9 @@ class DiffuSpec:
             **for_return(past),
         )
 
-    def _take(self, ids: Int[Tensor, " T"], fresh: Target, origin: Origin) -> Kept | None:
-        """What the last text left for a prompt with these ids, cut down to their common beginning."""
-        try:
-            kept = self._kept.pop()
-        except IndexError:
-            return None
-        return kept.for_text(ids, fresh, origin)
+    def _keep(self, engine: Engine, origin: Origin | None) -> None:
+        if origin is not None and (left := engine.keep(origin)):
+            self._kept.put(left)
 
     def _fast_target(self, model: Any, inputs: dict[str, Any]) -> Target | None:
         """What `make_target` stands for; None for the model's own forward pass."""

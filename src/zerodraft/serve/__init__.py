@@ -1,0 +1,1 @@
+"""An HTTP server in the form of OpenAI's: `zerodraft serve` (needs the `serve` extra)."""

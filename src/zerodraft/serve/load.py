@@ -1,0 +1,62 @@
+"""A loaded model with all that serves it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from zerodraft.decoding.kept import KeptTexts
+from zerodraft.decoding.protocols import Drafter
+from zerodraft.generate.decoder import decoder
+from zerodraft.serve.app import Served
+from zerodraft.serve.conversation import Limits, Prompts
+from zerodraft.serve.metrics import Metrics
+from zerodraft.serve.scheduler import Scheduler
+
+
+def serve_model(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    drafter: Drafter | str = "",
+    *,
+    parallel: int = 4,
+    queue: int = 64,
+    kept_mib: float = 512.0,
+    prompt_tokens: int | None = None,
+    total_tokens: int | None = None,
+    seconds: float = 600.0,
+) -> Served:
+    """Everything behind the endpoints.
+
+    Args:
+        model: A causal language model, ready to run.
+        tokenizer: Its tokenizer.
+        name: What clients call it.
+        drafter: As for `zerodraft.decoder`.
+        parallel: Answers that are written at once, by turns.
+        queue: Answers that may wait beside these.
+        kept_mib: Memory for keys and values of finished texts, in MiB.
+        prompt_tokens: The longest prompt.
+        total_tokens: The longest prompt and answer together.
+        seconds: The longest that a request may take.
+
+    Raises:
+        ZerodraftError: a drafter that does not fit the model.
+    """
+    kept = KeptTexts(mib=kept_mib)
+    metrics = Metrics(kept)
+    decode = decoder(model, drafter, reuse=kept)
+    scheduler = Scheduler(model, decode, metrics, parallel=parallel, queue=queue)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return Served(
+        name=name,
+        scheduler=scheduler,
+        prompts=Prompts(tokenizer, vocabulary, Limits.of(model, prompt_tokens, total_tokens)),
+        metrics=metrics,
+        eos=frozenset(_ids(model.generation_config.eos_token_id)),
+        cycles=model.config.cycles if model.config.model_type == "ztt" else None,
+        seconds=seconds,
+    )
+
+
+def _ids(eos: int | Sequence[int] | None) -> Sequence[int]:
+    return [eos] if isinstance(eos, int) else eos or []
