@@ -117,7 +117,8 @@ class Serve(Command):
             body_bytes=1024 * self.max_body_kib,
             grace=self.grace,
         )
-        server.until_told(lambda url: console.print(f"{name} with drafts by {drafts_by} at {url}"))
+        server.ready = lambda url: console.print(f"{name} with drafts by {drafts_by} at {url}")
+        server.until_told()
         return {"model": name, "drafter": drafts_by}
 
     def _key(self) -> str:

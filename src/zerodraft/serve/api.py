@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from zerodraft.common.files import whole_characters
 
 LOWEST_TEMPERATURE = 1e-4
 """Below this, and above 0, probabilities are no numbers any more."""
@@ -46,6 +48,15 @@ class Strict(BaseModel):
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
+def _whole(text: str) -> str:
+    if whole_characters(text) != text:
+        raise ValueError("half of a surrogate pair is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 class StreamOptions(Strict):
     """OpenAI's."""
 
@@ -63,14 +74,14 @@ class TextPart(Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     """One of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
 
 class JsonSchema(Strict):
@@ -90,7 +101,7 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+StopText = Annotated[Text, StringConstraints(min_length=1, max_length=1000)]
 TokenKey = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -181,7 +192,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(Asked):
     """The body of `/v1/completions`."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: Text | Ids | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
@@ -199,7 +210,7 @@ class TokenizeRequest(Strict):
     """The body of `/tokenize`: a text, or a conversation in the model's template."""
 
     model: str = ""
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -238,5 +249,6 @@ def misfit(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"'{param}' is not supported; leave it out.", param, "unsupported_parameter")
     if missing:
         return ApiError(400, f"'{param}' is missing.", param, "missing_required_parameter")
-    said = error["msg"][:1].lower() + error["msg"][1:]
+    said = error["msg"].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
     return ApiError(400, f"'{param}' does not fit: {said}.", param)

@@ -1,6 +1,7 @@
 """The server as a process: uvicorn around the application, and an orderly end."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,9 @@ class Server(uvicorn.Server):
         cors: Origins whose pages may ask.
         body_bytes: The largest body.
         grace: Seconds for running requests at the end.
+
+    Attributes:
+        ready: Called with the address once it listens.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Server(uvicorn.Server):
             )
         )
         self.served, self.grace = served, grace
+        self.ready: Callable[[str], None] = lambda url: None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came: running requests get their grace time from now on."""
@@ -57,11 +62,10 @@ class Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def until_told(self, ready: Any) -> None:
-        """Serve until SIGTERM or Ctrl-C, and return in order. `ready` is called with the address once it listens."""
+    def until_told(self) -> None:
+        """Serve until SIGTERM or Ctrl-C, and return in order."""
         # uvicorn raises what it was told again, for whoever called it: we are, and it was the order to end well
         before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGTERM, signal.SIGINT)}
-        self._ready = ready
         try:
             self.run()
         finally:
@@ -72,4 +76,4 @@ class Server(uvicorn.Server):
         """Listen, and say so."""
         await super().startup(sockets)
         if self.started:
-            self._ready(self.url)
+            self.ready(self.url)
