@@ -50,6 +50,7 @@ STANDS_FOR = {"FILE": "prompt.txt", "FILES": "notes.txt"}
 NOT_RUN = {
     "import ctypes, llama_cpp": "needs llama.cpp and a GGUF file",
     "zerodraft pretrain recipes/ztt-tiny.yaml --resume": "goes on with a run of hours",
+    "zerodraft serve": "runs until it is told to end; tests/serve ask it",
 }
 """What does not run here, by how it begins, and why."""
 

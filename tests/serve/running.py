@@ -9,14 +9,14 @@ from http.client import HTTPConnection
 from typing import Any
 
 from zerodraft.serve.app import Served
-from zerodraft.serve.process import Server
+from zerodraft.serve.process import Server, bound
 
 
 @contextmanager
 def running(served: Served, **options: Any) -> Iterator[str]:
     """Its address as long as it runs; it is ended in order."""
-    settings = {"host": "127.0.0.1", "port": 0, "key": "", "cors": (), "body_bytes": 1 << 16, "grace": 20.0}
-    server, listening = Server(served, **{**settings, **options}), threading.Event()
+    settings = {"key": "", "cors": (), "body_bytes": 1 << 16, "grace": 20.0}
+    server, listening = Server(served, bound("127.0.0.1", 0), **{**settings, **options}), threading.Event()
     found: list[str] = []
 
     def ready(url: str) -> None:
@@ -24,7 +24,7 @@ def running(served: Served, **options: Any) -> Iterator[str]:
         listening.set()
 
     server.ready = ready
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, args=([server.sock],))
     thread.start()
     try:
         assert listening.wait(60)

@@ -91,8 +91,10 @@ class Serve(Command):
         """Loads, listens, and returns once it was told to end."""
         from zerodraft.generate.drafters import find_drafter
         from zerodraft.serve.load import serve_model
-        from zerodraft.serve.process import Server
+        from zerodraft.serve.process import Server, bound
 
+        # before all that takes long
+        sock = bound(self.host, self.port)
         model, tokenizer = load_target(self.model, self.dtype)
         drafter, drafts_by = find_drafter(self.drafter, model, self.model)
         name = self.name or Path(self.model).name
@@ -110,8 +112,7 @@ class Serve(Command):
         )
         server = Server(
             served,
-            host=self.host,
-            port=self.port,
+            sock,
             key=self._key(),
             cors=self.cors,
             body_bytes=1024 * self.max_body_kib,

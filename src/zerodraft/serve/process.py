@@ -1,12 +1,15 @@
 """The server as a process: uvicorn around the application, and an orderly end."""
 
+import os
 import signal
+import socket
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from zerodraft.common.errors import ZerodraftError, why
 from zerodraft.serve.app import Served, make_app
 from zerodraft.serve.guard import Guard, is_loopback
 
@@ -14,31 +17,49 @@ LEAVE = 5
 """Seconds that connections get after the last answer was to be over."""
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address (port 0: any that is free), on which nobody listens yet.
+
+    Raises:
+        ZerodraftError: the address is no address, or taken.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":
+            # what an earlier server has left behind is in nobody's way
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ZerodraftError(f"there is no listening on {host}, port {port}: {why(error)}; choose others") from None
+    return sock
+
+
 class Server(uvicorn.Server):
     """Takes nothing new once it is told to end, and gives what runs a grace time.
 
     Args:
         served: The model.
-        host: Where to listen.
-        port: 0: any that is free.
+        sock: Where to listen; see `bound`.
         key: The API key; nothing: none is asked for.
         cors: Origins whose pages may ask.
         body_bytes: The largest body.
         grace: Seconds for running requests at the end.
 
     Attributes:
+        url: Its address.
         ready: Called with the address once it listens.
     """
 
     def __init__(
-        self, served: Served, *, host: str, port: int, key: str, cors: tuple[str, ...], body_bytes: int, grace: float
+        self, served: Served, sock: socket.socket, *, key: str, cors: tuple[str, ...], body_bytes: int, grace: float
     ) -> None:
+        host, port = sock.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         app: Any = Guard(make_app(served, cors=cors), key=key, local=is_loopback(host), body_bytes=body_bytes)
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -48,7 +69,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(grace) + LEAVE,
             )
         )
-        self.served, self.grace = served, grace
+        self.served, self.sock, self.grace = served, sock, grace
         self.ready: Callable[[str], None] = lambda url: None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -56,18 +77,12 @@ class Server(uvicorn.Server):
         self.served.scheduler.close(self.grace)
         super().handle_exit(sig, frame)
 
-    @property
-    def url(self) -> str:
-        """Where it listens, once it does."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
     def until_told(self) -> None:
         """Serve until SIGTERM or Ctrl-C, and return in order."""
         # uvicorn raises what it was told again, for whoever called it: we are, and it was the order to end well
         before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.run()
+            self.run([self.sock])
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
