@@ -21,6 +21,7 @@ OPTIONAL = (
     "gguf",
     "hypothesis",
     "kenlm",
+    "llguidance",
     "matplotlib",
     "openai",
     "pandas",

@@ -9,9 +9,12 @@ from typing import Any
 import openai
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from tests.serve.running import ask, running
+from zerodraft.serve.api import ResponseFormat
 from zerodraft.serve.app import Served
+from zerodraft.serve.grammar import Grammar
 from zerodraft.serve.load import serve_model
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -152,6 +155,51 @@ def test_an_end_token_ends_an_answer(model: Any, tokenizer: Any) -> None:
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["choices"][0]["text"] == text_of(tokenizer, written[:at])
     assert answer["usage"]["completion_tokens"] == at + 1
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"fox": {"enum": ["red", "grey"]}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["fox", "age"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "fox", "schema": SCHEMA, "strict": True}}
+
+
+def test_answers_keep_to_a_schema(model: Any, tokenizer: Any) -> None:
+    """Whatever is drafted, the tokens are those of plain decoding under the same grammar."""
+    config = model.generation_config
+    before, config.eos_token_id = config.eos_token_id, tokenizer.eos_token_id
+    try:
+        served = serve_model(model, tokenizer, "tiny", "lookup")
+        prompt = 'fox: {"fox":"red","age":7} {"fox":"red","age":7} then {'
+        ids = tokenizer(prompt)["input_ids"]
+        matcher = served.grammars.matcher(ResponseFormat.model_validate(FORM))
+        assert matcher is not None
+        processors = LogitsProcessorList([Grammar(matcher, len(ids))])
+        expected = plain(model, tokenizer, ids, 60, logits_processor=processors)
+        with running(served) as url:
+            body = {**GREEDY, "prompt": prompt, "max_tokens": 60, "response_format": FORM}
+            answer = good(url, COMPLETE, body)
+            texts = [c["text"] for c in good(url, COMPLETE, {**body, "temperature": 1.5, "seed": 3, "n": 4})["choices"]]
+            wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "fox"}}}
+            status, refusal, _ = ask(url, COMPLETE, {**body, "response_format": wrong})
+            anything = good(url, COMPLETE, {**body, "response_format": {"type": "json_object"}})["choices"][0]
+    finally:
+        config.eos_token_id = before
+    (choice,) = answer["choices"]
+    assert choice["text"] == text_of(tokenizer, expected)
+    assert choice["finish_reason"] == "stop"
+    assert answer["timings"]["draft_n"] > 0
+    for text in (choice["text"], *texts):
+        found = json.loads(text)
+        assert set(found) == {"fox", "age"}
+        assert found["fox"] in ("red", "grey")
+        assert 1 <= found["age"] <= 99
+    assert len(set(texts)) > 1
+    assert status == 400
+    assert refusal["error"]["param"] == "response_format"
+    assert anything["text"].lstrip().startswith("{")
 
 
 def test_log_probabilities_are_the_models(url: str, model: Any, tokenizer: Any) -> None:

@@ -15,10 +15,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from llguidance import LLMatcher
 from starlette.exceptions import HTTPException
 
 from zerodraft.serve.api import ApiError, Asked, ChatRequest, CompletionRequest, TokenizeRequest, misfit
 from zerodraft.serve.conversation import Prompts
+from zerodraft.serve.grammar import Grammar, Grammars
 from zerodraft.serve.guard import PAGE
 from zerodraft.serve.metrics import Metrics
 from zerodraft.serve.responses import Answer, Shape
@@ -38,6 +40,7 @@ class Served:
         name: What clients call it.
         scheduler: Decodes.
         prompts: Reads what is asked.
+        grammars: Know what answers in a form may hold.
         metrics: Counts.
         eos: Tokens that end a text.
         cycles: Of each token, where the model is a looped one.
@@ -48,17 +51,19 @@ class Served:
     name: str
     scheduler: Scheduler
     prompts: Prompts
+    grammars: Grammars
     metrics: Metrics
     eos: frozenset[int]
     cycles: int | None
     seconds: float
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def job(self, asked: Asked, ids: list[int], index: int, tell: Any) -> Job:
+    def job(self, asked: Asked, ids: list[int], index: int, matcher: LLMatcher | None, tell: Any) -> Job:
         """What writes the answer with this number among a prompt's."""
         param = "max_tokens" if asked.max_tokens else "max_completion_tokens"
         new = self.prompts.limits.answer(len(ids), asked.longest, param)
         recorder = None if asked.alternatives is None else Recorder(asked.alternatives)
+        grammar = None if matcher is None else Grammar(matcher.deep_copy(), len(ids))
         writer = Writer(
             self.prompts.tokenizer,
             self.eos,
@@ -71,7 +76,7 @@ class Served:
         seed = secrets.randbits(62) if asked.seed is None else (asked.seed + index * 0x9E3779B97F4A7C15) % 2**63
         return Job(
             ids=ids,
-            arguments=arguments_of(asked, len(ids), new, recorder),
+            arguments=arguments_of(asked, len(ids), new, recorder, grammar),
             seed=seed,
             writer=writer,
             tell=tell,
@@ -86,19 +91,17 @@ class Served:
             )
         if wrong := [token for token in asked.logit_bias if int(token) >= self.prompts.vocabulary]:
             raise ApiError(400, f"'logit_bias' has token {wrong[0]}, which the model has not.", "logit_bias")
-        if asked.response_format is not None and asked.response_format.type != "text":
-            raise ApiError(400, "'response_format' is not supported; leave it out.", "response_format")
 
 
 class Answers:
     """The jobs of one request, and what they tell, in the event loop."""
 
-    def __init__(self, served: Served, asked: Asked, prompts: Sequence[list[int]]) -> None:
+    def __init__(self, served: Served, asked: Asked, prompts: Sequence[list[int]], matcher: LLMatcher | None) -> None:
         self._events: asyncio.Queue[tuple[int, Piece | End]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._scheduler = served.scheduler
         self.jobs = [
-            served.job(asked, ids, index, self._teller(number * asked.n + index))
+            served.job(asked, ids, index, matcher, self._teller(number * asked.n + index))
             for number, ids in enumerate(prompts)
             for index in range(asked.n)
         ]
@@ -230,7 +233,8 @@ def make_app(served: Served, *, cors: Sequence[str] = ()) -> FastAPI:
             scored=asked.alternatives is not None,
             traced=asked.zerodraft.trace,
         )
-        answers = Answers(served, asked, prompts)
+        matcher = await asyncio.to_thread(served.grammars.matcher, asked.response_format)
+        answers = Answers(served, asked, prompts, matcher)
         if asked.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return Streamed(answers, events_of(answers, shape, asked), media_type="text/event-stream", headers=headers)

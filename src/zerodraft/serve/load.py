@@ -8,6 +8,7 @@ from zerodraft.decoding.protocols import Drafter
 from zerodraft.generate.decoder import decoder
 from zerodraft.serve.app import Served
 from zerodraft.serve.conversation import Limits, Prompts
+from zerodraft.serve.grammar import Grammars
 from zerodraft.serve.metrics import Metrics
 from zerodraft.serve.scheduler import Scheduler
 
@@ -46,13 +47,15 @@ def serve_model(
     metrics = Metrics(kept)
     decode = decoder(model, drafter, reuse=kept)
     scheduler = Scheduler(model, decode, metrics, parallel=parallel, queue=queue)
+    eos = frozenset(_ids(model.generation_config.eos_token_id))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return Served(
         name=name,
         scheduler=scheduler,
         prompts=Prompts(tokenizer, vocabulary, Limits.of(model, prompt_tokens, total_tokens)),
+        grammars=Grammars(tokenizer, vocabulary, sorted(eos)),
         metrics=metrics,
-        eos=frozenset(_ids(model.generation_config.eos_token_id)),
+        eos=eos,
         cycles=model.config.cycles if model.config.model_type == "ztt" else None,
         seconds=seconds,
     )
