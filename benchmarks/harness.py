@@ -12,15 +12,36 @@ import transformers
 
 from zerodraft.bench.measure import Case, interleave, provenance, ratio, spread, write_result
 
-__all__ = ["Case", "added_cost", "arguments", "emit", "interleave", "quiet_transformers", "ratio", "spread"]
+__all__ = [
+    "Case",
+    "added_cost",
+    "arguments",
+    "emit",
+    "interleave",
+    "parser_of",
+    "quiet_transformers",
+    "ratio",
+    "settle",
+    "spread",
+]
 
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
     """The common flags: --threads, --seed, --output and one whole number for each default."""
+    return settle(parser_of(description, **defaults))
+
+
+def parser_of(description: str, **defaults: int) -> argparse.ArgumentParser:
+    """A parser with the common flags, for scripts that have more."""
     parser = argparse.ArgumentParser(description=description)
     for name, default in {"threads": os.cpu_count() or 1, "seed": 0, **defaults}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
+    return parser
+
+
+def settle(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given, with threads, seed and other libraries' messages settled."""
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
