@@ -1,5 +1,5 @@
-"""A server under load: clients with texts of mixed lengths, a third of which go away in the middle; every answer that is
-finished is compared with the same request alone.
+"""A server under load: clients with texts of mixed lengths, a third of which go away in the middle. Every answer that
+was finished is compared with the same request alone.
 
 python benchmarks/serve_load.py --model models/ztt-million --seconds 300 --output results/serve-load.json
 """

@@ -170,7 +170,8 @@ class DiffuSpec:
         """The same decoder with random choices and statistics of its own, for one of several texts that are followed
         step by step; it shares what was learnt and what is kept."""
         other = copy.copy(self)
-        other.dice, other.generator = None, torch.Generator().manual_seed(seed)
+        # the drafter draws from another generator: what it tries must not decide what is drawn here
+        other.dice = Dice(generator=torch.Generator().manual_seed(seed))
         return other
 
     def forget(self) -> None:

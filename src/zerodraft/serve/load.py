@@ -46,6 +46,9 @@ def serve_model(
     kept = KeptTexts(mib=kept_mib)
     metrics = Metrics(kept)
     decode = decoder(model, drafter, reuse=kept)
+    if model.device.type == "cuda":
+        # recorded passes serve one text at a time, and texts that are kept would hold on to theirs
+        decode.make_target = None
     scheduler = Scheduler(model, decode, metrics, parallel=parallel, queue=queue)
     eos = frozenset(_ids(model.generation_config.eos_token_id))
     vocabulary = model.get_input_embeddings().weight.shape[0]
