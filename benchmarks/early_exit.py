@@ -14,7 +14,7 @@ from harness import arguments, emit, interleave, ratio, spread
 from zerodraft import ExitRule, FixedExit, ZttForCausalLM
 from zerodraft.ztt.flops import count_flops
 
-MODEL = Path(__file__).parent.parent / "models" / "ztt-tiny"
+MODEL = Path(__file__).parent.parent / "models" / "ztt-million-exits"
 PROMPTS = ("The history of the city begins", "In the morning she", "A function that returns", "My lord,")
 
 
@@ -64,7 +64,7 @@ def main() -> None:
                 f"{row['speedup']['median']:.2f}x  FLOPs saved {row['flops_saved']:.1%}  depth {row['mean_depth']:.2f}",
                 file=sys.stderr,
             )
-    emit({"benchmark": "early_exit", "model": "models/ztt-tiny", "results": result}, options)
+    emit({"benchmark": "early_exit", "model": "models/ztt-million-exits", "results": result}, options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from zerodraft import ZttConfig, ZttForCausalLM
 from zerodraft.fast.lean import lean_target
 
 MODELS = {
-    # The shape of models/ztt-tiny, and the layers of SmolLM2-135M (12 stored instead of 30, to fit the time).
+    # A small model, and the layers of SmolLM2-135M (12 stored instead of 30, to fit the time).
     "tiny (hidden 256)": Qwen3Config(
         vocab_size=4096,
         hidden_size=256,

@@ -25,7 +25,7 @@ from zerodraft.cli.main import log_to_stderr, no_bars_in_a_pipe
 from zerodraft.common.errors import ZerodraftError
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "models" / "ztt-tiny"
+MODEL = ROOT / "models" / "ztt-million-exits"
 BOOKS = ROOT / "examples" / "data"
 UNSEEN = ROOT / "examples" / "held-out" / "standard-ebooks.txt"
 PAIR = {"ztt": ROOT / "models" / "ztt-million", "vanilla": ROOT / "models" / "vanilla-million"}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "index.md": "README.md",
     "models/smollm2-drafter.md": "models/smollm2-drafter/README.md",
-    "models/ztt-tiny.md": "models/ztt-tiny/README.md",
+    "models/ztt-million-exits.md": "models/ztt-million-exits/README.md",
     "models/ztt-million.md": "models/ztt-million/README.md",
     "models/vanilla-million.md": "models/vanilla-million/README.md",
     "changelog.md": "CHANGELOG.md",

@@ -1,7 +1,7 @@
 """Publishes a comparison of exit rules: results/NAME.json, docs/figures/NAME.png and the tables in docs/early-exit.md.
 
-    zerodraft calibrate models/ztt-tiny --text TEXT --rule best --rules all --max-loss-increase 0.02 --output runs/rules
-    python scripts/exit_rules.py runs/rules/calibration.json --name ztt-tiny-exit-rules
+    zerodraft calibrate models/ztt-million-exits --text TEXT --rules all --max-loss-increase 0.02
+    python scripts/exit_rules.py models/ztt-million-exits/calibration.json
 
 Without a file it draws the figure and writes the tables again from what is in results/.
 """
@@ -35,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--max-loss-increase", type=float, help="choose again among the measured points, for this bound"
     )
     parser.add_argument("--model", type=Path, help="write the chosen rule into this model's config.json")
-    parser.add_argument("--name", default="ztt-tiny-exit-rules", help="of the files in results/ and docs/figures/")
+    parser.add_argument("--name", default="ztt-million-exit-rules", help="of the files in results/ and docs/figures/")
     options = parser.parse_args(words)
     stored = ROOT / "results" / f"{options.name}.json"
     if options.calibration is not None:

@@ -117,7 +117,9 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(source)
-    shutil.copytree(ROOT / "models" / "ztt-tiny", tmp_path / "models" / "ztt-tiny")  # `calibrate` writes to it
+    shutil.copytree(
+        ROOT / "models" / "ztt-million-exits", tmp_path / "models" / "ztt-million-exits"
+    )  # `calibrate` writes to it
     texts = ("notes.txt", "prompt.txt", "my-texts/a.txt", "data/text/openstax/a.txt")
     for name in (*texts, "data/text/wikitext2/valid.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

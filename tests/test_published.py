@@ -28,7 +28,7 @@ def test_the_run_in_the_readme_is_that_of_the_results() -> None:
         f"{answer['mat']:.2f} tokens a pass"
         for answer in answers
     ]
-    lines += [f"ztt-tiny: {run['model']['parameters']:,} parameters, {cycles} cycles"]
+    lines += [f"ztt-million-exits: {run['model']['parameters']:,} parameters, {cycles} cycles"]
     lines += [
         f"batch {row['batch']:>2}: off {row['off']:,.0f}, on {row['on']:,.0f} tokens/s: {row['speedup']:.2f}x"
         for row in run["speed"]

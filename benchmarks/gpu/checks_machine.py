@@ -77,7 +77,7 @@ def commands(report: Report) -> None:
         recipe.write_text(RECIPE.replace("ROOT", str(ROOT)).replace("OUT", str(folder)), "utf-8")
         return run("pretrain", str(recipe), "--output", str(folder / "run"))
 
-    model = str(ROOT / "models" / "ztt-tiny")
+    model = str(ROOT / "models" / "ztt-million-exits")
     report.step("generate", lambda: run("generate", "--model", model, "Once upon a time", "--exit-rule", "calibrated"))
     report.step("train", train)
 

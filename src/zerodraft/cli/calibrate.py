@@ -39,7 +39,7 @@ class Calibrate(Command):
     trade-off) are written beside it. Exactly one of the four targets is needed.
     """
 
-    example: ClassVar[str] = "zerodraft calibrate models/ztt-tiny --text FILE --rule zero-mass --budget 0.7"
+    example: ClassVar[str] = "zerodraft calibrate models/ztt-million-exits --text FILE --budget 0.9"
 
     model: str = positional("MODEL", also=("model", "target"))
     """Directory, hub id or short name of a Zero Token Transformer."""
@@ -66,8 +66,8 @@ class Calibrate(Command):
     """Where deeper cycles take keys and values of exited tokens from."""
     blocks: int = 64
     """Blocks of text to measure on, taken evenly from all of it."""
-    block_length: int = 256
-    """Tokens in a block."""
+    block_length: int | None = None
+    """Tokens in a block (default: 256, or the model's context where that is shorter)."""
     batch_size: int = 8
     """Blocks in a forward pass."""
     output: str = metavar("DIR", default="")
@@ -83,10 +83,9 @@ class Calibrate(Command):
                 "give exactly one target: --budget, --mean-cycles, --max-loss-increase or --max-loss-nats"
             )
         for name, least in (("blocks", 1), ("block_length", 2), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ZerodraftError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}"
-                )
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ZerodraftError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
         self._names(self.rule or "zero-mass")
 
     def run(self, console: Console) -> Result:
@@ -191,13 +190,14 @@ class Calibrate(Command):
         from zerodraft.training.recipe import DataRecipe
         from zerodraft.training.rows import content
 
-        if self.block_length > longest:
-            raise ZerodraftError(f"--block-length is {self.block_length}; the model reads at most {longest} tokens")
+        length = min(256, longest) if self.block_length is None else self.block_length
+        if length > longest:
+            raise ZerodraftError(f"--block-length is {length}; the model reads at most {longest} tokens")
         documents = read_documents((self.text,), DataRecipe())
-        packed = pack_texts(documents, tokenizer, self.block_length)
+        packed = pack_texts(documents, tokenizer, length)
         if not len(packed):
             raise ZerodraftError(
-                f"'{self.text}' has {len(packed.tokens)} tokens, fewer than one block of {self.block_length}; give a "
+                f"'{self.text}' has {len(packed.tokens)} tokens, fewer than one block of {length}; give a "
                 "longer text or a smaller --block-length"
             )
         digest = hashlib.sha256("".join(map(content, documents)).encode()).hexdigest()

@@ -18,7 +18,7 @@ class Info(Command):
     Everything follows from the configuration: the weights are not read.
     """
 
-    example: ClassVar[str] = "zerodraft info models/ztt-tiny --context 512"
+    example: ClassVar[str] = "zerodraft info models/ztt-million-exits --context 512"
 
     model: str = positional("MODEL", also=("model", "target"))
     """Directory, hub id, short name, GGUF file or LoRA folder."""
