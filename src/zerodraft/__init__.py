@@ -17,6 +17,7 @@ from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
+from zerodraft.drafters.own import SelfDrafter
 from zerodraft.fast.best import release
 from zerodraft.generate.decoder import decoder
 from zerodraft.generate.huggingface import DiffuSpec
@@ -77,6 +78,7 @@ __all__ = [
     "PromptLookupDrafter",
     "ReadingRule",
     "SearchConfig",
+    "SelfDrafter",
     "ZeroMassExit",
     "ZerodraftError",
     "ZttCausalLMOutput",

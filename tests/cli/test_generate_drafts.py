@@ -169,7 +169,10 @@ def test_a_prompt_file_of_another_encoding(plain_dir: Path, tmp_path: Path, caps
             "--compare is for decoding with drafts, --show-depth",
         ),
         (["hi", "--target", "T", "--drafter", "lookup:0"], "such as lookup:3"),
-        (["hi", "--target", "T", "--drafter", "lokup"], "The drafter is neither 'lookup', 'lookup:N' nor a model"),
+        (
+            ["hi", "--target", "T", "--drafter", "lokup"],
+            "The drafter is neither lookup, lookup:N, self, self:C nor a model",
+        ),
         (["hi", "--target", "nobody", "--ngram", "nowhere.ngram"], "nowhere.ngram"),
         (["hi", "--target", "T", "--chat"], "no chat template"),
         (["the cat " * 1500, "--target", "T"], "the model reads at most 2048"),

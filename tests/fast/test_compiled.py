@@ -17,6 +17,7 @@ from tests.ztt.tiny import gap, tiny_plain, tokens
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import After, Kernels, to_panels
 from zerodraft.fast.lean import lean_target
+from zerodraft.fast.lean_compiled import CompiledLayers
 from zerodraft.fast.library import FLAGS, build
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -61,7 +62,7 @@ def test_layers_for_other_processors(
     model, prompt = tiny_plain(family, head_dim=32), tokens(1, 30)
     target = lean_target(model)
     assert target is not None
-    assert target._weights.compiled is not None
+    assert isinstance(target._weights.run, CompiledLayers)
     found = target.prefill(prompt, prompt >= 0, ()).logits[0, -1]
     with torch.no_grad():
         assert gap(found, model(prompt).logits[0, -1]) < 2e-5

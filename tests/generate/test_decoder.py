@@ -97,7 +97,10 @@ def test_a_model_without_a_name_decodes_with_copies() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("lookup:none", "after 'lookup:' comes"), ("lokup", "The drafter is neither 'lookup', 'lookup:N' nor a model")],
+    [
+        ("lookup:none", "after 'lookup:' comes"),
+        ("lokup", "The drafter is neither lookup, lookup:N, self, self:C nor a model"),
+    ],
 )
 def test_names_that_are_none(name: str, message: str) -> None:
     with pytest.raises(ZerodraftError, match=message):

@@ -17,6 +17,7 @@ from zerodraft.common.errors import ZerodraftError, did_you_mean
 from zerodraft.common.files import user_path
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import CostAwareLength, FixedLength
+from zerodraft.decoding.protocols import Target, join
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.drafters.block import BlockDrafter
@@ -145,6 +146,10 @@ class WatchedSession:
 
     def __init__(self, session: Any, watched: Watched) -> None:
         self.session, self.watched = session, watched
+
+    def join(self, target: Target) -> None:
+        """As the drafter does."""
+        join(self.session, target)
 
     def observe(self, progress: Sequence[Any]) -> None:
         """As the drafter does."""

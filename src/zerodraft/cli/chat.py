@@ -43,7 +43,8 @@ class Chat(Command):
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: float32 on CPUs, else as stored."""
     drafter: str = metavar("DIR|NAME", default="")
-    """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
+    """lookup, lookup:N, self, self:C, a drafter's directory or a small causal language model; by default as in
+    'generate'."""
     drafter_steps: int = 1
     """Denoising steps of a draft, if the drafter is a masked diffusion model."""
     prefix_cache: bool = True

@@ -28,9 +28,9 @@ class Generate(Command):
     """Write text: faster by drafts, with the same tokens, or with a Zero Token Transformer.
 
     A drafter proposes tokens, the target checks them all in one pass. Drafters: a directory from 'zerodraft
-    train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), or a small
-    causal language model with the target's tokenizer. Exit rules stop a token's cycles early:
-    {rules}, calibrated (what 'zerodraft calibrate' found) or off.
+    train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), 'self' (a
+    looped target's first cycle; self:C for C cycles), or a small causal language model with the target's tokenizer.
+    Exit rules stop a token's cycles early: {rules}, calibrated (what 'zerodraft calibrate' found) or off.
     """
 
     example: ClassVar[str] = "zerodraft generate --target smollm2 --chat --compare --trace 'What is a fox?'"

@@ -32,7 +32,8 @@ class Serve(Command):
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: float32 on CPUs, else as stored."""
     drafter: str = metavar("DIR|NAME", default="")
-    """lookup, lookup:N, a drafter's directory or a small causal language model; by default as in 'generate'."""
+    """lookup, lookup:N, self, self:C, a drafter's directory or a small causal language model; by default as in
+    'generate'."""
     name: str = ""
     """What clients call the model; default: the last part of its own name."""
     host: str = metavar("ADDRESS", default="127.0.0.1")

@@ -24,7 +24,7 @@ from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.kept import Kept, Origin
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
-from zerodraft.decoding.protocols import Drafter, DraftSession, LastingTarget, Progress, Target, TargetOutput
+from zerodraft.decoding.protocols import Drafter, DraftSession, LastingTarget, Progress, Target, TargetOutput, join
 from zerodraft.decoding.rotary import Horizon
 from zerodraft.decoding.scorers import CausalProxy, ProxySession
 from zerodraft.decoding.search import SearchConfig, build_tree, sample_draft
@@ -104,6 +104,7 @@ class Engine:
             self._tell_proxies([self.kept.tokens])
         else:
             self.session = self.drafter.start(len(real), self.target.device, self.generator)
+            join(self.session, self.target)
         self._untold: list[list[Progress]] = []
         yield from self._read(prompts[:, known:], mask[:, known:])
         while any(self._goes_on(text) for text in self.texts):

@@ -117,6 +117,21 @@ class DraftSession(Protocol):
 
 
 @runtime_checkable
+class JoiningSession(DraftSession, Protocol):
+    """A session that wants to know the target which verifies its drafts."""
+
+    def join(self, target: Target) -> None:
+        """This is it; told once, before all else."""
+        ...
+
+
+def join(session: DraftSession, target: Target) -> None:
+    """Tell a session its target, if it wants to know."""
+    if isinstance(session, JoiningSession):
+        session.join(target)
+
+
+@runtime_checkable
 class Drafter(Protocol):
     """Anything that fills the next k positions.
 

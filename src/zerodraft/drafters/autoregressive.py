@@ -6,7 +6,8 @@ numbers of tokens. Where the target would run on the lean path, so does the draf
 alone.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.vocabulary import check_vocabulary_size
 from zerodraft.fast.lean import LeanTarget, lean_target
 from zerodraft.models.caches import argument_of
+from zerodraft.ztt.interface import without_exits
 
 
 class AutoregressiveDrafter:
@@ -34,6 +36,8 @@ class AutoregressiveDrafter:
             temperature, with the log-probabilities that go with it.
         vocab_size: The target's vocabulary; the model's own if not given. They may differ in rows of padding, as sizes
             of one family do, and no token that the smaller one lacks is drafted.
+        least: A draft ends where the chance that all of it is right falls below this.
+        inputs: More arguments for each of the model's forward passes.
     """
 
     taps: Sequence[int] = ()
@@ -46,6 +50,8 @@ class AutoregressiveDrafter:
         max_length: int = 8,
         temperature: float = 0.0,
         vocab_size: int | None = None,
+        least: float = 0.0,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
             raise ZerodraftError(
@@ -68,6 +74,8 @@ class AutoregressiveDrafter:
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.cache_argument = argument_of(model)
         self.head_options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+        self.inputs = dict(inputs or {})
+        self.least = math.log(least) if least else -math.inf
 
     def check(self, config: Any) -> None:
         """Target and drafter must have one vocabulary, but for padding."""
@@ -110,7 +118,8 @@ class DraftRow:
     def __init__(self, drafter: AutoregressiveDrafter, generator: torch.Generator | None) -> None:
         self.drafter, self.generator = drafter, generator
         # without the model's config every layer keeps all its positions, so all of them can be rolled back
-        self.cache: DynamicCache | LeanTarget = lean_target(drafter.model) or DynamicCache()
+        lean = None if drafter.inputs else lean_target(drafter.model)
+        self.cache: DynamicCache | LeanTarget = lean or DynamicCache()
         self.cached: list[int] = []
         self.known: list[int] = []
 
@@ -152,14 +161,14 @@ class DraftRow:
             length = min(length, drafter.context - len(self.known))
         if length < 1 or not self.known:
             return Lattice.empty()
-        ids, log_q = [], []
+        ids, log_q, chance = [], [], 0.0
         pending = self.known[len(self.cached) :]
         for _ in range(length):
-            candidates, scores = self._choose(self._feed(pending))
+            candidates, scores = choose(self._feed(pending), drafter.candidates, drafter.temperature, self.generator)
             ids.append(candidates)
             log_q.append(scores)
-            pending = [int(candidates[0])]
-            if pending[0] in drafter.eos_ids:
+            pending, chance = [int(candidates[0])], chance + float(scores[0])
+            if pending[0] in drafter.eos_ids or chance < drafter.least:
                 break
         return Lattice(np.stack(ids), np.stack(log_q), chain=True, drawn=drafter.temperature > 0)
 
@@ -172,25 +181,31 @@ class DraftRow:
         if isinstance(self.cache, LeanTarget):
             out = self.cache.prefill(ids, torch.ones_like(ids, dtype=torch.bool), ())
             return out.logits[0, -1, : self.drafter.vocab_size]
-        out = model(
-            input_ids=ids,
-            use_cache=True,
-            **{self.drafter.cache_argument: self.cache},
-            **self.drafter.head_options,
-        )
+        # the target may be this model, and its exits are not those of drafts
+        with without_exits():
+            out = model(
+                input_ids=ids,
+                use_cache=True,
+                **{self.drafter.cache_argument: self.cache},
+                **self.drafter.head_options,
+                **self.drafter.inputs,
+            )
         return out.logits[0, -1, : self.drafter.vocab_size]
 
-    def _choose(self, logits: Float[Tensor, "v"]) -> tuple[Int64[np.ndarray, "m"], Float32[np.ndarray, "m"]]:
-        """The candidates of one position, that of the path first."""
-        temperature = self.drafter.temperature
-        scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-        top, ids = scores.topk(min(self.drafter.candidates, len(scores)))
-        if temperature > 0:
-            device = torch.device("cpu") if self.generator is None else self.generator.device
-            drawn = torch.multinomial(top.exp().to(device), 1, generator=self.generator).item()
-            order = torch.tensor([drawn, *(i for i in range(len(ids)) if i != drawn)], device=ids.device)
-            top, ids = top[order], ids[order]
-        return ids.cpu().numpy(), top.cpu().numpy()
+
+def choose(
+    logits: Float[Tensor, "v"], candidates: int, temperature: float, generator: torch.Generator | None
+) -> tuple[Int64[np.ndarray, "m"], Float32[np.ndarray, "m"]]:
+    """The candidates of one position and their log-probabilities, that of the path first: the likeliest, or above
+    temperature 0 one that is drawn."""
+    scores = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    top, ids = scores.topk(min(candidates, len(scores)))
+    if temperature > 0:
+        device = torch.device("cpu") if generator is None else generator.device
+        drawn = torch.multinomial(top.exp().to(device), 1, generator=generator).item()
+        order = torch.tensor([drawn, *(i for i in range(len(ids)) if i != drawn)], device=ids.device)
+        top, ids = top[order], ids[order]
+    return ids.cpu().numpy(), top.cpu().numpy()
 
 
 def _keeps_logits(model: Any) -> bool:

@@ -19,7 +19,9 @@ from zerodraft.drafters.tapped import PackedLayer, reach
 from zerodraft.fast.compiled import CPU, kernels
 from zerodraft.fast.int8 import Int8Linear
 from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_weights import pack_layer, rotations
+from zerodraft.fast.lean_layer import pack_layer
+from zerodraft.fast.lean_pass import Tokens
+from zerodraft.fast.lean_weights import rotations
 from zerodraft.fast.modules import VARYING_ROPE
 from zerodraft.fast.packed import PackedLinear
 
@@ -78,7 +80,8 @@ class CompiledBlock:
         rows = torch.cat([taps[:, -1], x])
         turns = rotations(torch.arange(start, start + len(rows), device=CPU), self.frequencies, self.scale)
         kv = cache.flatten(1, 2)[:, None]
-        self.layers(rows, turns, kv, start, {None: None}, context=taps if new else None)
+        tokens = Tokens(turns=turns, biases={None: None}, past=start, seen=start + len(rows))
+        self.layers.run(rows, kv, tokens, range(len(kv)), context=taps if new else None)
         return rows[new:]
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float64, Int64
 
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.lattice import Lattice
-from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
+from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, join
 from zerodraft.drafters.lookup import GrowingText, matches
 
 LEAST_GAIN = 0.15
@@ -121,6 +121,10 @@ class HybridSession:
         self._unread = self._read = 0
         drafter.trial.begin()
         self._clock = drafter.trial.timer(device)
+
+    def join(self, target: Target) -> None:
+        """The other drafter may draft with it."""
+        join(self.other, target)
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""

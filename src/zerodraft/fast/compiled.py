@@ -61,9 +61,9 @@ class Pass(ctypes.Structure):
     """`Pass` of kernels.cpp."""
 
     _fields_ = [
-        *((name, _Int) for name in ("sequences", "tokens", "past", "capacity", "threads", "causal")),
-        *((name, _Int) for name in ("masked_from", "context", "feed_step", "last_from")),
-        *((name, _Pointer) for name in ("x", "turns", "kv", "scratch")),
+        *((name, _Int) for name in ("first", "last", "sequences", "tokens", "past", "capacity", "threads")),
+        *((name, _Int) for name in ("seen", "texts", "causal", "masked_from", "context", "feed_step", "last_from")),
+        *((name, _Pointer) for name in ("x", "head_output", "turns", "kv", "places", "text_of", "scratch")),
     ]
 
 
@@ -99,15 +99,31 @@ class Kernels:
         return out
 
     def forward(
-        self, shape: Shape, layers: Any, run: Pass, masks: Sequence[Any], taps: Sequence[Any], feeds: Sequence[Any]
+        self,
+        shape: Shape,
+        layers: Any,
+        run: Pass,
+        masks: Sequence[Any],
+        taps: Sequence[Any],
+        feeds: Sequence[Any],
+        masses: Sequence[Any],
     ) -> None:
-        """All layers of a pass; the last three hold an address or None for each layer. Scratch is found here."""
+        """The layers of a pass; the last four hold an address or None for each layer. Scratch is found here."""
         run.threads = torch.get_num_threads()
         floats = self._scratch_floats(ctypes.byref(shape), ctypes.byref(run))
         scratch = torch.empty(floats, dtype=torch.float32, device=CPU)
         run.scratch = scratch.data_ptr()
-        many = _Pointer * len(masks)
-        self._forward(ctypes.byref(shape), layers, ctypes.byref(run), many(*masks), many(*taps), many(*feeds))
+        each = (_pointers(addresses) for addresses in (masks, taps, feeds, masses))
+        self._forward(ctypes.byref(shape), layers, ctypes.byref(run), *each)
+
+
+def _pointers(addresses: Sequence[Any]) -> Any:
+    return (_Pointer * len(addresses))(*addresses) if any(addresses) else _nulls(len(addresses))
+
+
+@cache
+def _nulls(count: int) -> Any:
+    return (_Pointer * count)()
 
 
 def address(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:

@@ -217,39 +217,43 @@ struct Shape {
   int64_t layers, hidden, inner, heads, kv_heads, head_dim;
   // Weights are bfloat16.
   int64_t narrow;
-  // Layers whose output is the head's, if a later one is fed with it, else -1; whether layers have gates.
+  // Layers whose output is the head's, if later ones are fed with it, else -1; whether layers have gates.
   int64_t head_layers, gated;
   float floor, head_floor, scale;
 };
 
-// One pass.
+// One pass, or a stage of one: the layers from `first` to before `last`.
 struct Pass {
+  int64_t first, last;
   int64_t sequences, tokens, past, capacity, threads;
+  // Slots that tokens may see, and sequences that the cache has.
+  int64_t seen, texts;
   // No mask is given and each token sees what is before it.
   int64_t causal;
   // The first slot where a mask may differ from 0.
   int64_t masked_from;
-  // The first tokens of a single sequence may do no more than leave keys and values: a drafter's context. In front of
-  // each layer they are read anew, at this distance from each other.
+  // The first tokens of a single sequence (or all of all) may do no more than leave keys and values. A drafter's context
+  // is read anew in front of each layer, at this distance from each other.
   int64_t context, feed_step;
   // From this row on the last layer is computed whole: of a prompt only the last state is wanted.
   int64_t last_from;
-  float* x;            // (N, H): in, out
-  const float* turns;  // (N, D / 2, 2): cosine and sine
-  float* kv;           // (layers, B, keys' then values' heads, capacity, D)
-  float* scratch;      // scratch_floats(...)
+  float* x;               // (N, H): in, out
+  float* head_output;     // (N, H): written behind the head, read by later stages; null if no layer is fed with it
+  const float* turns;     // (N, D / 2, 2): cosine and sine
+  float* kv;              // (layers, texts, keys' then values' heads, capacity, D)
+  const int64_t* places;  // (N): slots of the tokens; null: from `past` on
+  const int64_t* text_of; // (B): the texts in the cache; null: all, in order
+  float* scratch;         // scratch_floats(...)
 };
 
 int64_t row_floats(const Shape* shape) {
   const Shape& s = *shape;
-  const int64_t streams = (s.head_layers >= 0) + s.gated;
-  return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner + streams * s.hidden;
+  return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner + s.gated * s.hidden;
 }
 
 int64_t thread_floats(const Shape* shape, const Pass* pass) {
   const int64_t rows = pass->sequences * pass->tokens;
-  return (rows + kPanel - 1) / kPanel * kPanel + kPanel * (shape->head_dim + pass->past + pass->tokens) +
-         rows * shape->hidden;
+  return (rows + kPanel - 1) / kPanel * kPanel + kPanel * (shape->head_dim + pass->seen) + rows * shape->hidden;
 }
 
 // out (N, outputs) = x @ w.T + bias, then nothing (0), silu (1), + other (2) or * other (3).
@@ -277,7 +281,7 @@ struct Worker {
   const Pass& p;
   const int64_t n, d, group, slots, qkv_heads, qkv_width, width;
   // of all threads
-  float *const qkv, *const attended, *const inner, *const head_output, *const earlier;
+  float *const qkv, *const attended, *const inner, *const earlier;
   // its own: a factor a row, (D, 16), (S, 16), (N, H)
   float *const factors, *const queries, *const scores, *const scaled;
   // the first row that goes through the whole layer
@@ -288,17 +292,20 @@ struct Worker {
 
   Worker(const Shape* shape, const Pass* pass)
       : s(*shape), p(*pass), n(p.sequences * p.tokens), d(s.head_dim), group(s.heads / s.kv_heads),
-        slots(p.past + p.tokens), qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d),
-        qkv(p.scratch), attended(qkv + n * qkv_width), inner(attended + n * width), head_output(inner + n * s.inner),
-        earlier(head_output + (s.head_layers >= 0) * n * s.hidden),
+        slots(p.seen), qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d),
+        qkv(p.scratch), attended(qkv + n * qkv_width), inner(attended + n * width), earlier(inner + n * s.inner),
         factors(p.scratch + n * row_floats(shape) + omp_get_thread_num() * thread_floats(shape, pass)),
         queries(factors + (n + kPanel - 1) / kPanel * kPanel), scores(queries + kPanel * d),
         scaled(scores + kPanel * slots), live(p.context), stream(p.x) {}
 
   // Where the keys of a head (or, counted on from them, its values) of a layer begin.
   float* kept(int64_t layer, int64_t sequence, int64_t head) const {
-    return p.kv + ((layer * p.sequences + sequence) * 2 * s.kv_heads + head) * p.capacity * d;
+    const int64_t text = p.text_of ? p.text_of[sequence] : sequence;
+    return p.kv + ((layer * p.texts + text) * 2 * s.kv_heads + head) * p.capacity * d;
   }
+
+  // The slot of a row's token.
+  int64_t place(int64_t row) const { return p.places ? p.places[row] : p.past + row % p.tokens; }
 
   // This thread's part of the stream, elsewhere.
   void copy_stream(float* to) const {
@@ -308,7 +315,7 @@ struct Worker {
 
   void inject(float factor) const {
     const Range mine = share(n * s.hidden);
-    for (int64_t i = mine.first; i < mine.end; i++) p.x[i] += factor * head_output[i];
+    for (int64_t i = mine.first; i < mine.end; i++) p.x[i] += factor * p.head_output[i];
   }
 
   // The stream between what it was before the layer and what it is, times a factor.
@@ -337,16 +344,16 @@ struct Worker {
     stream = gain ? scaled : p.x;
   }
 
-  // The normed stream from a row on by a weight, with its bias; `done(place in the result, value)`.
+  // The normed stream from a row on by a weight, with its bias; `done(place in rows of this stride, value)`.
   template <typename Done>
-  void from_stream(int64_t from, const W* w, const float* bias, int64_t outputs, Done done) const {
+  void from_stream(int64_t from, const W* w, const float* bias, int64_t outputs, int64_t stride, Done done) const {
     const float* const x = stream + from * s.hidden;
     product(x, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
       const float factor = factors[from + row];
       each(values, count, [&](int64_t i, auto value) {
         value *= factor;
         if (bias) value += at(bias, first + i, value);
-        done((from + row) * outputs + first + i, value);
+        done((from + row) * stride + first + i, value);
       });
     });
   }
@@ -364,14 +371,22 @@ struct Worker {
     });
   }
 
-  // Queries and keys are normed and turned, keys and values go to the cache.
-  void turn_and_keep(int64_t index, const float* qk_gain) const {
-    const Range heads = share(n * qkv_heads);
+  // Queries, keys and values of the stream, from one of their heads on.
+  void project(const Layer<W>& layer, int64_t from) const {
+    const int64_t skipped = from * d;
+    from_stream(0, layer.qkv + skipped * s.hidden, layer.qkv_bias ? layer.qkv_bias + skipped : nullptr,
+                qkv_width - skipped, qkv_width, [&](int64_t i, auto value) { put(qkv + skipped, i, value); });
+  }
+
+  // From one of the heads on: queries and keys are normed and turned, keys and values go to the cache.
+  void turn_and_keep(int64_t index, const float* qk_gain, int64_t from) const {
+    const int64_t count = qkv_heads - from;
+    const Range heads = share(n * count);
     for (int64_t piece = heads.first; piece < heads.end; piece++) {
-      const int64_t row = piece / qkv_heads, head = piece % qkv_heads;
+      const int64_t row = piece / count, head = from + piece % count;
       float* const x = qkv + row * qkv_width + head * d;
       float* to = x;
-      if (head >= s.heads) to = kept(index, row / p.tokens, head - s.heads) + (p.past + row % p.tokens) * d;
+      if (head >= s.heads) to = kept(index, row / p.tokens, head - s.heads) + place(row) * d;
       if (head >= s.heads + s.kv_heads) {
         std::copy(x, x + d, to);
         continue;
@@ -397,7 +412,8 @@ struct Worker {
     int64_t row_of(int64_t query) const { return sequence * tokens + token_of(query); }
   };
 
-  void attend(int64_t index, const Layer<W>& layer, const float* mask) {
+  // `masses` gets the share of each query's attention on the zero token, (N, heads), if not null.
+  void attend(int64_t index, const Layer<W>& layer, const float* mask, float* masses) {
     const int64_t all = (p.tokens - live) * group;
     const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
     const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
@@ -407,13 +423,15 @@ struct Worker {
                     group, p.tokens, live};
       if (b.count <= 0) continue;
       const float* const keys = kept(index, b.sequence, b.kv_head);
-      const int64_t seen = p.causal ? p.past + b.token_of(b.count - 1) + 1 : slots;
+      const int64_t seen = p.causal ? place(b.row_of(b.count - 1)) + 1 : slots;
       score(b, keys, seen);
       hide(b, mask, seen);
       Vector zero[kVectors], inverse[kVectors];
       for (int v = 0; v < kVectors; v++) zero[v] = Vector{} - INFINITY;
       if (layer.zero) score_zero(b, layer.zero + b.kv_head * d, layer.zero_turns, zero);
       soften(seen, zero, inverse);
+      for (int64_t query = 0; masses && query < b.count; query++)
+        masses[b.row_of(query) * s.heads + b.head_of(query)] = zero[query / kLanes][query % kLanes];
       gather(b, keys + s.kv_heads * p.capacity * d, seen, inverse);
     }
   }
@@ -460,13 +478,14 @@ struct Worker {
         const float* const row = mask + b.row_of(query) * slots;
         for (int64_t slot = p.masked_from; slot < seen; slot++) column[slot * kPanel] += row[slot];
       } else if (p.causal) {
-        for (int64_t slot = p.past + b.token_of(query) + 1; slot < seen; slot++) column[slot * kPanel] = -INFINITY;
+        for (int64_t slot = place(b.row_of(query)) + 1; slot < seen; slot++) column[slot * kPanel] = -INFINITY;
       }
     }
   }
 
-  // Scores become chances but for a factor, `inverse`; `zero` are those of the zero token, minus infinity without one.
-  void soften(int64_t seen, const Vector* zero, Vector* inverse) const {
+  // Scores become chances but for a factor, `inverse`; those of the zero token (minus infinity without one) become its
+  // chances.
+  void soften(int64_t seen, Vector* zero, Vector* inverse) const {
     for (int v = 0; v < kVectors; v++) {
       float* const column = scores + v * kLanes;
       Vector most = zero[v];
@@ -474,13 +493,15 @@ struct Worker {
         const Vector score = load(column + slot * kPanel);
         most = score > most ? score : most;
       }
-      Vector total = exp(zero[v] - most);
+      zero[v] = exp(zero[v] - most);
+      Vector total = zero[v];
       for (int64_t slot = 0; slot < seen; slot++) {
         const Vector chance = exp(load(column + slot * kPanel) - most);
         total += chance;
         store(column + slot * kPanel, chance);
       }
       inverse[v] = 1.0f / total;
+      zero[v] *= inverse[v];
     }
   }
 
@@ -501,44 +522,47 @@ struct Worker {
   }
 };
 
-// All layers. `masks[layer]` is added to the scores, (B, T, S), or null; `taps[layer]` gets what the layer before it
-// left, before its gate and scale, or null;
-// `feeds[layer]` is what the context is at the layer.
+// The pass's layers. `masks[layer]` is added to the scores, (B, T, slots), or null; `taps[layer]` gets what the layer
+// before it left, before its gate and scale, or null; `feeds[layer]` is what the context is at the layer, null: what it
+// was; `masses[layer]` as in `attend`.
 template <typename W>
 void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, const float* const* masks,
-                float* const* taps, const float* const* feeds) {
+                float* const* taps, const float* const* feeds, float* const* masses) {
 #pragma omp parallel num_threads(pass->threads)
   {
     Worker<W> worker(shape, pass);
-    if (taps[0]) worker.copy_stream(taps[0]);
-    for (int64_t index = 0; index < shape->layers; index++) {
+    // all rows leave keys and values alone, and no queries
+    const bool leaves = pass->context == worker.n;
+    const int64_t from = leaves ? shape->heads : 0;
+    if (pass->first == 0 && taps[0]) worker.copy_stream(taps[0]);
+    for (int64_t index = pass->first; index < pass->last; index++) {
       const Layer<W>& layer = layers[index];
-      if (index + 1 == shape->layers) worker.live = pass->last_from;
-      if (pass->context) {
+      if (index + 1 == pass->last) worker.live = pass->last_from;
+      if (feeds[index]) {
         worker.feed(feeds[index]);
 #pragma omp barrier
       }
-      if (index == shape->head_layers) worker.copy_stream(worker.head_output);
-      if (layer.injection != 0) {
+      if (!leaves && index == shape->head_layers) worker.copy_stream(pass->head_output);
+      if (!leaves && layer.injection != 0) {
         worker.inject(layer.injection);
 #pragma omp barrier
       }
-      if (layer.cycle_gate != 1) worker.copy_stream(worker.earlier);
+      if (!leaves && layer.cycle_gate != 1) worker.copy_stream(worker.earlier);
       worker.norm(0, layer.before);
-      worker.from_stream(0, layer.qkv, layer.qkv_bias, worker.qkv_width,
-                         [&](int64_t i, auto value) { put(worker.qkv, i, value); });
+      worker.project(layer, from);
 #pragma omp barrier
-      worker.turn_and_keep(index, layer.qk_gain);
+      worker.turn_and_keep(index, layer.qk_gain, from);
 #pragma omp barrier
-      worker.attend(index, layer, masks[index]);
+      if (leaves) continue;
+      worker.attend(index, layer, masks[index], masses[index]);
 #pragma omp barrier
       worker.onto_stream(worker.attended, worker.width, layer.out, layer.out_bias);
 #pragma omp barrier
       worker.norm(worker.live, layer.after);
-      worker.from_stream(worker.live, layer.gate, layer.gate_bias, shape->inner,
+      worker.from_stream(worker.live, layer.gate, layer.gate_bias, shape->inner, shape->inner,
                          [&](int64_t i, auto value) { put(worker.inner, i, silu(value)); });
       // the same thread has the same panels again
-      worker.from_stream(worker.live, layer.up, layer.up_bias, shape->inner,
+      worker.from_stream(worker.live, layer.up, layer.up_bias, shape->inner, shape->inner,
                          [&](int64_t i, auto value) { put(worker.inner, i, value * at(worker.inner, i, value)); });
 #pragma omp barrier
       worker.onto_stream(worker.inner, shape->inner, layer.down, layer.down_bias);
@@ -571,11 +595,11 @@ void linear(const float* x, const void* w, int64_t narrow, const float* bias, co
 
 // `forward_of` for weights of either type.
 void forward(const Shape* shape, const void* layers, const Pass* pass, const float* const* masks, float* const* taps,
-             const float* const* feeds) {
+             const float* const* feeds, float* const* masses) {
   if (shape->narrow)
-    forward_of(shape, static_cast<const Layer<uint16_t>*>(layers), pass, masks, taps, feeds);
+    forward_of(shape, static_cast<const Layer<uint16_t>*>(layers), pass, masks, taps, feeds, masses);
   else
-    forward_of(shape, static_cast<const Layer<float>*>(layers), pass, masks, taps, feeds);
+    forward_of(shape, static_cast<const Layer<float>*>(layers), pass, masks, taps, feeds, masses);
 }
 
 // The number of floats that vectors of this build hold.

@@ -1,12 +1,12 @@
 """All layers of a lean pass in one call of the compiled kernels: no Python and no allocation between the products.
 
-What the call does is what `LeanTarget` does with torch's operators, in the same layout of heads and cache; the tests
+What the call does is what `TorchLayers` does with torch's operators, in the same layout of heads and cache; the tests
 hold the two together.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import PANEL, Kernels, LayerPointers, Pass, Shape, address, kernels
+from zerodraft.fast.lean_layer import LeanLayer
+from zerodraft.fast.lean_pass import Ran, Tokens, is_met
 from zerodraft.fast.packed import PackedLinear
-
-if TYPE_CHECKING:
-    from zerodraft.fast.lean_weights import LeanLayer
 
 PRODUCTS = ("qkv", "out", "gate", "up", "down")
 
@@ -25,13 +24,13 @@ PRODUCTS = ("qkv", "out", "gate", "up", "down")
 class CompiledLayers:
     """Packed layers as the kernels take them."""
 
-    def __init__(self, functions: Kernels, layers: Sequence["LeanLayer"], shape: Shape) -> None:
+    def __init__(self, functions: Kernels, layers: Sequence[LeanLayer], shape: Shape) -> None:
         self._functions, self._layers, self._shape = functions, layers, shape
         self._pointers = (LayerPointers * len(layers))(*(_pointers(layer, shape) for layer in layers))
 
     @staticmethod
     def of(
-        layers: Sequence["LeanLayer"],
+        layers: Sequence[LeanLayer],
         *,
         heads: int,
         kv_heads: int,
@@ -85,70 +84,105 @@ class CompiledLayers:
         )
         return CompiledLayers(functions, layers, shape)
 
-    def __call__(
+    def run(
         self,
         x: Float[Tensor, "N H"],
-        turns: Tensor,
-        kv: Tensor,
-        past: int,
-        biases: Mapping[int | None, Tensor | None],
-        taps: Sequence[int] = (),
+        kv: Float[Tensor, "E B nk2 S D"],
+        tokens: Tokens,
+        stage: range,
         *,
-        causal: bool = False,
-        context: Float[Tensor, "M L H"] | None = None,
+        head_output: Float[Tensor, "N H"] | None = None,
+        taps: Sequence[int] = (),
+        masses: bool = False,
         last_only: bool = False,
-    ) -> dict[int, Tensor]:
-        """Changes x into the residual stream behind the last layer and writes to the cache; returns the tapped states.
+        context: Float[Tensor, "M L H"] | None = None,
+    ) -> Ran:
+        """See `Layers.run`; `x` becomes the stream behind the last layer.
 
         Args:
-            x: the embeddings.
-            turns: complex, what turns a pair of each position's queries and keys (N, D/2).
-            kv: the cache, (layers, B, keys' and values' heads, slots, D).
-            past: slots in use.
-            biases: what is added to the scores (B, 1, T, S), by the layers' window.
-            taps: layers in front of which the stream is wanted.
-            causal: without a bias, each token sees what is before it rather than everything.
-            context: what the first M tokens of the only sequence are in front of each layer, where they do no more than
+            x: As there.
+            kv: As there.
+            tokens: As there.
+            stage: As there.
+            head_output: As there.
+            taps: As there.
+            masses: As there.
+            last_only: As there.
+            context: What the first M tokens of the only text are in front of each layer, where they do no more than
                 leave keys and values; of x the rest is meant then.
-            last_only: of x only the last row is wanted; for a single sequence.
         """
-        layers, shape = self._layers, self._shape
-        batch, capacity = kv.shape[1], kv.shape[3]
-        tokens, new = len(x) // batch, 0 if context is None else len(context)
-        if past + tokens > capacity or len(x) % batch or new > tokens:
-            raise ZerodraftError(
-                f"A pass of {len(x)} rows over {batch} texts does not fit behind {past} of {capacity} slots."
-            )
-        tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers)}
-        tapped_at = [tapped[i].data_ptr() if i in tapped else None for i in range(len(layers))]
-        # the mask of one text without a window says nothing about what is cached
-        whole = batch > 1 or any(window is not None and bias is not None for window, bias in biases.items())
-        run = Pass(
-            sequences=batch,
-            tokens=tokens,
-            past=past,
-            capacity=capacity,
-            causal=causal,
-            masked_from=0 if whole else past,
-            context=new,
-            feed_step=len(layers) * shape.hidden,
-            last_from=len(x) - 1 if last_only else new,
-            x=address(x, (len(x), shape.hidden)),
-            turns=address(turns, (len(x), shape.head_dim // 2), torch.complex64),
-            kv=address(kv, (len(layers), batch, 2 * shape.kv_heads, capacity, shape.head_dim)),
-        )
-        seen = (batch, 1, tokens, past + tokens)
-        at = {window: None if bias is None else address(bias, seen) for window, bias in biases.items()}
-        masks = [at[layer.window] for layer in layers]
+        layers = self._layers
+        if head_output is None and self._shape.head_layers >= 0:
+            raise ZerodraftError("Cycles are fed with the head's output; give a tensor to keep it in.")
+        new = 0 if context is None else len(context)
+        tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers) and is_met(tap, stage)}
+        found: dict[int, Tensor] = {}
+        if masses:
+            with_zero = (i for i in stage if (zero := layers[i].zero) is not None and zero.key is not None)
+            found = {i: x.new_empty(len(x), self._shape.heads) for i in with_zero}
         feeds: list[int | None] = [None] * len(layers)
         if context is not None:
-            first, step = address(context, (new, len(layers), shape.hidden)), shape.hidden * context.element_size()
+            hidden = self._shape.hidden
+            first, step = address(context, (new, len(layers), hidden)), hidden * context.element_size()
             feeds = [first + i * step for i in range(len(layers))]
-        self._functions.forward(shape, self._pointers, run, masks, tapped_at, feeds)
-        return tapped
+        self._forward(x, kv, tokens, stage, head_output, tapped, found, feeds, new, len(x) - 1 if last_only else new)
+        return Ran(x, tapped, list(found.values()))
+
+    def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
+        """See `Layers.keep`."""
+        self._forward(x, kv, tokens, stage, None, {}, {}, [None] * len(self._layers), len(x), len(x))
+
+    def _forward(
+        self,
+        x: Tensor,
+        kv: Tensor,
+        tokens: Tokens,
+        stage: range,
+        head_output: Tensor | None,
+        taps: Mapping[int, Tensor],
+        masses: Mapping[int, Tensor],
+        feeds: Sequence[int | None],
+        context: int,
+        last_from: int,
+    ) -> None:
+        layers, shape = self._layers, self._shape
+        texts, capacity = kv.shape[1], kv.shape[3]
+        batch = texts if tokens.texts is None else len(tokens.texts)
+        each, places = len(x) // batch, tokens.places
+        if tokens.seen > capacity or len(x) % batch or context > len(x):
+            raise ZerodraftError(
+                f"A pass of {len(x)} rows over {batch} texts does not fit into {tokens.seen} of {capacity} slots."
+            )
+        run = Pass(
+            first=stage.start,
+            last=stage.stop,
+            sequences=batch,
+            tokens=each,
+            past=tokens.past,
+            capacity=capacity,
+            seen=tokens.seen,
+            texts=texts,
+            causal=tokens.causal,
+            masked_from=tokens.masked_from,
+            context=context,
+            feed_step=len(layers) * shape.hidden,
+            last_from=last_from,
+            x=address(x, (len(x), shape.hidden)),
+            head_output=None if head_output is None else address(head_output, (len(x), shape.hidden)),
+            turns=address(tokens.turns, (len(x), shape.head_dim // 2), torch.complex64),
+            kv=address(kv, (len(layers), texts, 2 * shape.kv_heads, capacity, shape.head_dim)),
+            places=None if places is None else address(places, (len(x),), torch.int64),
+            text_of=None if tokens.texts is None else address(tokens.texts, (batch,), torch.int64),
+        )
+        seen = (batch, 1, each, tokens.seen)
+        at = {window: None if bias is None else address(bias, seen) for window, bias in tokens.biases.items()}
+        masks = [at[layer.window] for layer in layers]
+        tapped = [taps[i].data_ptr() if i in taps else None for i in range(len(layers))]
+        found = [masses[i].data_ptr() if i in masses else None for i in range(len(layers))]
+        self._functions.forward(shape, self._pointers, run, masks, tapped, feeds, found)
 
 
-def _pointers(layer: "LeanLayer", shape: Shape) -> LayerPointers:
+def _pointers(layer: LeanLayer, shape: Shape) -> LayerPointers:
     gains = {"before": layer.qkv.gain, "after": layer.gate.gain}
     pointers = {name: None if gain is None else address(gain, (shape.hidden,)) for name, gain in gains.items()}
     if layer.qk_gain is not None:

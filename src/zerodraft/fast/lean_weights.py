@@ -3,11 +3,6 @@
 A model qualifies only if every module in it is one that is known here: transformers' own classes of one Llama-like
 family with plain linear layers and embeddings, and those of a Zero Token Transformer around it. Adapters, quantised
 layers, hooks and replaced forwards all show up as something else, and the answer is no.
-
-Three things are folded into the packed weights, all exact up to rounding: the gains of the norms before a linear layer
-(but where the weights are exactly bfloat16, which they stay), the square root of the norm's width (so that a norm is a
-division by a hypotenuse), and an order of each query and key head's elements in which a rotary pair is a complex
-number.
 """
 
 import logging
@@ -28,7 +23,10 @@ from zerodraft.ztt.interface import PREFIX
 
 from .compiled import CPU
 from .lean_compiled import CompiledLayers
-from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, LeanZero, executions, exits_early, family_model
+from .lean_layer import LeanLayer, gain_of, pack_layer
+from .lean_pass import Layers
+from .lean_torch import TorchLayers
+from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, Stages, executions, family_model
 from .modules import VARYING_ROPE, has_plain_parameters, is_untouched
 from .packed import HalvesLinear, PackedLinear, is_bfloat16
 
@@ -39,22 +37,6 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 SAMPLES, SMALL = 64, 1024
 """Numbers of a matrix that are compared to see whether it changed, and of a tensor that is compared as a whole."""
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)
-
-
-@dataclass(frozen=True, slots=True)
-class LeanLayer:
-    """The packed weights of one execution of a decoder layer. `qk_gain` (heads, D) belongs to families that normalise
-    queries and keys; `window` is how far the attention looks back, None for all the way; `zero` is what a Zero Token
-    Transformer adds, None where it adds nothing. Executions of the same layer have the same weights in memory."""
-
-    qkv: PackedLinear
-    out: PackedLinear
-    gate: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
-    qk_gain: Tensor | None
-    window: int | None
-    zero: LeanZero | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +61,26 @@ class LeanSettings:
 class LeanWeights:
     """All that the lean path needs of a model.
 
-    **Fields:** `layers` are in the order in which they run, each as often as it runs; `head_layers` of them come before
-    a Zero Token Transformer's cycles; `floor` and `head_floor` are sqrt(width * eps), what a norm's hypotenuse has
-    beside the vector's length; `frequencies` and `rope_scale` give the rotary angles; `score_scale` multiplies the
-    attention scores; `compiled` is all layers in one call, None where they cannot be.
+    **Fields:** `layers` are in the order in which they run, each as often as it runs; `run` runs them; `stages` are
+    those of a Zero Token Transformer whose cycles end one after the other, None for others; `floor` is sqrt(width *
+    eps), what a norm's hypotenuse has beside the vector's length; `frequencies` and `rope_scale` give the rotary
+    angles; `feeds_again`: cycles are fed with the head's output.
     """
 
     embedding: Tensor
     layers: tuple[LeanLayer, ...]
-    head_layers: int
+    run: Layers
+    stages: Stages | None
     final_gain: Tensor
     eps: float
     head: PackedLinear
     floor: Tensor
-    head_floor: Tensor
     frequencies: Tensor
     rope_scale: float
-    score_scale: float
     heads: int
     kv_heads: int
     head_dim: int
-    compiled: CompiledLayers | None
+    feeds_again: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +173,6 @@ def _qualifies(model: Any, dtype: torch.dtype = torch.float32) -> bool:
         and _made_of_known_parts(model, plain.config.model_type, family)
         and _plain_on_cpu(model, dtype)
         and _computes_as_known(plain)
-        and not exits_early(model)
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -280,31 +260,29 @@ def _pack(model: Any, settings: LeanSettings) -> LeanWeights:
     if plain is not model:
         packed = [replace(packed[step.layer], zero=zero) for step, zero in executions(model, frequencies)]
     heads, kv_heads = (len(part.weight) // head_dim for part in (first.q_proj, first.k_proj))
-    compiled = CompiledLayers.of(
-        packed,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        eps=eps,
-        scale=settings.score_scale,
-        head_layers=0 if settings.plan is None else settings.plan.head_layers,
+    how = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": settings.score_scale}
+    how["head_layers"] = 0 if settings.plan is None else settings.plan.head_layers
+    floor, head_floor = (
+        torch.tensor(math.sqrt(width * eps), dtype=torch.float32, device=CPU) for width in (hidden, head_dim)
     )
+    run: Layers | None = CompiledLayers.of(packed, eps=eps, **how)
+    if run is None:
+        run = TorchLayers(layers=packed, floor=floor, head_floor=head_floor, **how)
     return LeanWeights(
         embedding=decoder.embed_tokens.weight.detach(),
         layers=tuple(packed),
-        head_layers=0 if settings.plan is None else settings.plan.head_layers,
+        run=run,
+        stages=None if settings.plan is None else Stages.of(settings.plan),
         final_gain=decoder.norm.weight.detach(),
         eps=eps,
-        head=_linear([plain.lm_head]).of(plain.lm_head, _gain(decoder.norm)),
-        floor=torch.tensor(math.sqrt(hidden * eps), dtype=torch.float32, device=CPU),
-        head_floor=torch.tensor(math.sqrt(head_dim * eps), dtype=torch.float32, device=CPU),
+        head=_linear([plain.lm_head]).of(plain.lm_head, gain_of(decoder.norm)),
+        floor=floor,
         frequencies=frequencies,
         rope_scale=settings.rope_scale,
-        score_scale=settings.score_scale,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        compiled=compiled,
+        feeds_again=any(layer.zero is not None and layer.zero.injection for layer in packed),
     )
 
 
@@ -312,40 +290,6 @@ def _linear(modules: Iterable[nn.Module]) -> type[PackedLinear]:
     """How the weights of some modules are packed: in 16 bits if nothing is lost."""
     weights = (m.weight for module in modules for m in module.modules() if isinstance(m, nn.Linear))
     return HalvesLinear if all(map(is_bfloat16, weights)) else PackedLinear
-
-
-def pack_layer(layer: Any, head_dim: int, window: int | None, linear: type[PackedLinear] = PackedLinear) -> LeanLayer:
-    """A decoder layer with the parts and names of Llama's, and perhaps Qwen3's norms of queries and keys."""
-    attention, mlp = layer.self_attn, layer.mlp
-    before, after = _gain(layer.input_layernorm), _gain(layer.post_attention_layernorm)
-    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-    weight = torch.cat((_pairs(q.weight, head_dim), _pairs(k.weight, head_dim), v.weight))
-    bias = None
-    if q.bias is not None:
-        bias = torch.cat((_pairs(q.bias, head_dim), _pairs(k.bias, head_dim), v.bias))
-    qk_gain = None
-    if hasattr(getattr(attention, "q_norm", None), "weight"):
-        q_gain = _pairs(attention.q_norm.weight, head_dim).expand(q.out_features // head_dim, -1)
-        k_gain = _pairs(attention.k_norm.weight, head_dim).expand(k.out_features // head_dim, -1)
-        qk_gain = torch.cat((q_gain, k_gain)) * math.sqrt(head_dim)
-    return LeanLayer(
-        qkv=linear(weight, bias, before),
-        out=linear.of(attention.o_proj),
-        gate=linear.of(mlp.gate_proj, after),
-        up=linear.of(mlp.up_proj, after),
-        down=linear.of(mlp.down_proj),
-        qk_gain=qk_gain,
-        window=window,
-    )
-
-
-def _gain(norm: Any) -> Tensor:
-    return norm.weight * math.sqrt(norm.weight.numel())
-
-
-def _pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """Within each head put element i and its rotary partner i + D/2 side by side."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
 
 
 def _windows(plain: Any) -> tuple[int | None, ...]:

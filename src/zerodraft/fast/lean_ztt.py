@@ -2,7 +2,7 @@
 and what its cycles are fed with and scaled by.
 
 Every execution of a layer becomes a lean layer of its own. Those of one stored layer share its packed weights and
-differ in what is defined here. All cycles are run for every token: early exit is left to the model's own forward.
+differ in what is defined here.
 
 Legend as in `lean`: B rows of the batch, T tokens, N = B*T, D head size; h query heads, kv key-value heads.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Complex64, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from zerodraft.ztt.attention import AdditiveMask, zero_attention_lse
-from zerodraft.ztt.config import Step
+from zerodraft.ztt.config import Plan, Step
 from zerodraft.ztt.cycling import CycledLayers
 from zerodraft.ztt.gates import CycleGates
-from zerodraft.ztt.interface import Once, current
+from zerodraft.ztt.interface import Once
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.pool import ZeroTokenPool
 from zerodraft.ztt.scalars import CycleScales, InputInjection
@@ -58,8 +58,9 @@ class LeanZero:
         masks: Once,
         is_causal: bool,
         scale: float,
-    ) -> tuple[Float[Tensor, "B h T D"], Float[Tensor, "N 1"] | None]:
-        """Attention with the zero token, and what scales the FFN's output.
+        need_mass: bool,
+    ) -> tuple[Float[Tensor, "B h T D"], Float[Tensor, "B h T"] | None]:
+        """Attention with the zero token, and the mass on it if it is needed.
 
         **Args:** `turns` are the rotations of the queries' positions; `masks` keeps `bias` in the kernel's form for the
         other layers of the pass.
@@ -70,21 +71,43 @@ class LeanZero:
             pairs = torch.view_as_complex(key.unflatten(-1, (-1, 2))) * turns[:, None]
             key = torch.view_as_real(pairs).view(q.shape[0], q.shape[2], *key.shape).transpose(1, 2)
         mask = None if bias is None else masks(bias, lambda values: AdditiveMask.of(values, q))
-        out, mass = zero_attention_lse(
-            q, k, v, key, mask=mask, is_causal=is_causal, scale=scale, need_mass=self.gates_ffn
-        )
-        return out, (1 - mass.mean(1)).view(-1, 1) if self.gates_ffn and mass is not None else None
+        return zero_attention_lse(q, k, v, key, mask=mask, is_causal=is_causal, scale=scale, need_mass=need_mass)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The executions of head, cycles and tail."""
+
+    head_layers: int
+    shared_layers: int
+    cycles: int
+    tail_layers: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Stages | None":
+        """None where no cycle ends before the tail."""
+        if plan.schedule != "block":
+            return None
+        return cls(plan.head_layers, plan.shared_layers, plan.cycles, len(plan.tail))
+
+    @property
+    def head(self) -> range:
+        return range(self.head_layers)
+
+    def cycle(self, number: int) -> range:
+        """Of one cycle, counted from 1."""
+        first = self.head_layers + (number - 1) * self.shared_layers
+        return range(first, first + self.shared_layers)
+
+    @property
+    def tail(self) -> range:
+        first = self.head_layers + self.cycles * self.shared_layers
+        return range(first, first + self.tail_layers)
 
 
 def family_model(model: Any) -> Any:
     """The model of the family that a Zero Token Transformer cycles; any other model itself."""
     return model.base if type(model) is ZttForCausalLM else model
-
-
-def exits_early(model: nn.Module) -> bool:
-    """Whether `generate` was given an exit rule for this model and is under way."""
-    generation = current.generation
-    return generation is not None and generation.model is model
 
 
 def executions(model: ZttForCausalLM, frequencies: Float[Tensor, "half"]) -> list[tuple[Step, LeanZero | None]]:

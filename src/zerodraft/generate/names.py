@@ -13,12 +13,11 @@ SHIPPED = {"smollm2": "smollm2-drafter"}
 
 
 def check_name(name: str) -> None:
-    """Raise `ZerodraftError` for a `lookup:N` that is none."""
-    start, colon, tokens = name.partition(":")
-    if start == "lookup" and colon and not re.fullmatch("0*[1-9][0-9]{0,8}", tokens):
-        raise ZerodraftError(
-            f"The drafter is '{name}'; after 'lookup:' comes the longest match in tokens, such as lookup:3"
-        )
+    """Raise `ZerodraftError` for a `lookup:N` or `self:C` that is none."""
+    start, colon, number = name.partition(":")
+    numbers = {"lookup": "the longest match in tokens", "self": "the number of cycles that draft"}
+    if start in numbers and colon and not re.fullmatch("0*[1-9][0-9]{0,8}", number):
+        raise ZerodraftError(f"The drafter is '{name}'; after '{start}:' comes {numbers[start]}, such as {start}:3")
 
 
 def shipped_drafter(target: str) -> Path | None:

@@ -8,7 +8,8 @@ row, and the attention puts their queries back in their places in the batch.
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -122,6 +123,17 @@ class Current(threading.local):
 
 
 current = Current()
+
+
+@contextmanager
+def without_exits() -> Iterator[None]:
+    """Forward passes within this context run all cycles, whatever the `generate` under way was asked for, and it hears
+    nothing of them."""
+    outer, current.generation = current.generation, None
+    try:
+        yield
+    finally:
+        current.generation = outer
 
 
 def announce_call(module: nn.Module, args: tuple, kwargs: dict) -> None:

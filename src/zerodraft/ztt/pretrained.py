@@ -56,9 +56,11 @@ class ExitRecord:
         if self.depth is None or len(self.depth) != len(depth):
             # Positions that a cache from an earlier call brought along were not computed here.
             self.depth = depth.new_zeros(len(depth), start)
-        self.depth = torch.cat([self.depth[:, :start], depth], 1)
-        # Streamers read it while the text grows.
-        self.model.last_exit = self.depth
+        self.tell(torch.cat([self.depth[:, :start], depth], 1))
+
+    def tell(self, depth: Int[Tensor, "b t"]) -> None:
+        """Take over the depths of all positions so far; streamers read them while the text grows."""
+        self.depth = self.model.last_exit = depth
 
 
 def _gate_ffn(module: nn.Module, args: tuple, output: Any) -> Any:

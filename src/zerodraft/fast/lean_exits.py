@@ -1,0 +1,162 @@
+"""Early exit on the lean decode path: after each cycle a rule says which tokens stop, and the rest is run alone.
+
+What `ztt.cycling.CycleRun.run_exits` does for every family. Keys and values of a stopped token go at once into the
+cache of all cycles that it skips: those that its last state gives (`propagate`), or those of its last cycle (`latest`).
+
+Legend: B texts, T tokens of each, N = B*T, n tokens that still run, H hidden size.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.fast.compiled import CPU
+from zerodraft.fast.lean_cache import LeanCache
+from zerodraft.fast.lean_pass import Ran, Tokens
+from zerodraft.fast.lean_weights import LeanWeights
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, reads_zero_mass
+
+Readout = Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]]
+
+
+def run_exits(
+    weights: LeanWeights,
+    kv: Tensor,
+    x: Float[Tensor, "N H"],
+    tokens: Tokens,
+    rule: ExitRule,
+    policy: ExitPolicy,
+    readout: Readout,
+    *,
+    head_output: Float[Tensor, "N H"] | None = None,
+    real: Bool[Tensor, " N"] | None = None,
+    taps: Sequence[int] = (),
+    last_only: bool = False,
+) -> tuple[Ran, Int[Tensor, " N"]]:
+    """All layers with early exit; what they brought, and the cycles of each token (0: padding).
+
+    Args:
+        weights: Of a model with stages.
+        kv: The cache.
+        x: The embeddings.
+        tokens: Whose.
+        rule: Says who stops.
+        policy: What is left in the cycles that a token skips.
+        readout: Logits of states, for rules that want them.
+        head_output: As in `Layers.run`.
+        real: False for padding, which runs the first cycle and leaves without being asked; None: there is none.
+        taps: As in `Layers.run`, in front of the cycles or behind them.
+        last_only: As there.
+    """
+    stages, run = weights.stages, weights.run.run
+    assert stages is not None
+    if inside := [tap for tap in taps if stages.head.stop < tap <= stages.tail.start]:
+        raise ZerodraftError(
+            f"The drafter reads the target's hidden states {inside}, within the cycles, which tokens leave with "
+            "exit_rule; choose a drafter that reads none of them, or leave out exit_rule."
+        )
+    x, before, _ = run(x, kv, tokens, stages.head, head_output=head_output, taps=taps)
+    depth = torch.ones(len(x), dtype=torch.int64, device=CPU) if real is None else real.long()
+    runs = _Runs(x, tokens, kv.shape[1], head_output)
+    for cycle in range(1, stages.cycles + 1):
+        last = cycle == stages.cycles
+        # what a rule was shown stays as it was
+        entered, fed = runs.x, runs.head_output
+        wanted = not last and reads_zero_mass(rule)
+        ran = run(entered.clone(), kv, runs.tokens, stages.cycle(cycle), head_output=fed, masses=wanted)
+        runs.x = ran.x
+        if last:
+            break
+        mass = torch.stack(ran.masses, 1) if ran.masses else None
+        asked = real if cycle == 1 else None
+        if asked is None:
+            stops = rule(CycleOutput(cycle, runs.x, entered, mass, readout))
+        else:
+            mass = None if mass is None else mass[asked]
+            stops = ~asked
+            stops[asked] = rule(CycleOutput(cycle, runs.x[asked], entered[asked], mass, readout))
+        count = int(stops.sum())
+        if count:
+            states, gone = runs.leave(None if count == len(stops) else stops)
+            source = stages.cycle(cycle)
+            if policy == "propagate":
+                source = stages.cycle(cycle + 1)
+                weights.run.keep(states, kv, gone, source)
+            _copy(kv, gone, source, stages.tail.start)
+            if count == len(stops):
+                break
+        depth[runs.rows] = cycle + 1
+    x, behind, _ = run(runs.all(), kv, tokens, stages.tail, head_output=head_output, taps=taps, last_only=last_only)
+    return Ran(x, before | behind, []), depth
+
+
+class Depths:
+    """The cycles that cached tokens took; `last` are those of the last call (B, T)."""
+
+    last: Int[Tensor, "B T"]
+
+    def __init__(self) -> None:
+        self._kept = torch.zeros(0, 0, dtype=torch.int64, device=CPU)
+
+    def keep(self, kept: Sequence[Sequence[int]], cache: LeanCache) -> Int[Tensor, "B C"]:
+        """Keep those of tokens that the cache has just kept; all, in the columns of `generate`."""
+        if self._kept.shape[1] < cache.slots:
+            more = max(cache.slots, 2 * self._kept.shape[1])
+            grown = torch.zeros(len(kept), more, dtype=torch.int64, device=CPU)
+            if len(self._kept):
+                grown[:, : self._kept.shape[1]] = self._kept
+            self._kept = grown
+        for row, (indices, length) in enumerate(zip(kept, cache.lengths, strict=True)):
+            self._kept[row, length - len(indices) : length] = self.last[row, indices]
+        laid_out = torch.zeros(len(kept), cache.width(), dtype=torch.int64, device=CPU)
+        for row, (columns, length) in enumerate(zip(cache.columns(), cache.lengths, strict=True)):
+            laid_out[row, columns] = self._kept[row, :length]
+        return laid_out
+
+
+class _Runs:
+    """The tokens that still run: their states, and which of all they are. The last states of all are kept.
+
+    **Fields:** `x` (n, H), `tokens` and `head_output` are those of the running ones, `rows` their places among all.
+    """
+
+    def __init__(self, x: Tensor, tokens: Tokens, texts: int, head_output: Tensor | None) -> None:
+        self.x, self.tokens, self.head_output = x, tokens, head_output
+        self.rows: Tensor | slice = slice(None)
+        self._all, self._tokens, self._fed, self._texts = x, tokens, head_output, texts
+
+    def all(self) -> Float[Tensor, "N H"]:
+        """The last states of all tokens."""
+        if isinstance(self.rows, slice):
+            self._all = self.x.clone()
+        else:
+            self._all[self.rows] = self.x
+        return self._all
+
+    def leave(self, stops: Bool[Tensor, " n"] | None) -> tuple[Tensor, Tokens]:
+        """Some of those that run leave, or all (None); their states and places."""
+        x, tokens = self.x, self.tokens
+        if stops is None:
+            return x, tokens
+        states, first = self.all(), self._tokens
+        each = len(states) // self._texts
+        rows = torch.arange(len(states), device=CPU)
+        places, texts = first.past + rows % each, rows // each if self._texts > 1 else None
+        here = rows[self.rows]
+        self.rows = here[~stops]
+        self.tokens, self.x = first.pick(self.rows, places, texts), states[self.rows]
+        self.head_output = None if self._fed is None else self._fed[self.rows]
+        return x[stops], first.pick(here[stops], places, texts)
+
+
+def _copy(kv: Tensor, tokens: Tokens, source: range, end: int) -> None:
+    """The keys and values that tokens have in a cycle are theirs in all later cycles, those before execution `end`."""
+    cycles = kv[source.start : end].unflatten(0, (-1, len(source)))
+    if tokens.places is None:
+        cycles[1:, ..., tokens.past : tokens.seen, :] = cycles[:1, ..., tokens.past : tokens.seen, :]
+    else:
+        texts = torch.zeros_like(tokens.places) if tokens.texts is None else tokens.texts
+        cycles[1:, :, texts, :, tokens.places] = cycles[0][:, texts, :, tokens.places][:, None]

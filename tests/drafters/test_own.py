@@ -1,0 +1,210 @@
+"""A looped model that drafts for itself: the drafts are those of its first cycles, the text that of all."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.decoding.enumerating import OPTIONS, PROMPT, Enumerator, V, distance, exact, settings
+from tests.fast.cycled import CYCLED, over
+from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
+from zerodraft import DiffuSpec, LatentExit, ZttForCausalLM, decoder
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.decoding.lengths import FixedLength
+from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
+from zerodraft.decoding.search import SearchConfig
+from zerodraft.drafters.hybrid import HybridDrafter
+from zerodraft.drafters.own import SelfDrafter
+from zerodraft.fast.lean import lean_target
+from zerodraft.generate.drafters import find_drafter
+
+NAMES = (
+    "cycled llama",
+    "cycled mistral, window of 5, no head and tail",
+    "cycled qwen2, gates, no tail",
+    "cycled qwen3, fed again and scaled, gates",
+    "cycled llama, fed again and scaled, gates, keys turned",
+)
+PLAIN: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+TREE = SearchConfig(tau=1.0, m_max=4, expand="best_first", budget=9)
+
+
+def prompts(rows: int) -> dict[str, Any]:
+    return left_padded([tokens(1, n, seed=n)[0] for n in (9, 5, 7)[:rows]])
+
+
+@torch.no_grad()
+def drafted(model: Any, text: list[int], length: int, cycles: int) -> tuple[np.ndarray, np.ndarray]:
+    """By the oracle, without a cache: all that is known runs all cycles, the last token and the drafted ones the first
+    ones alone."""
+    known, rows = len(text) - 1, []
+    for _ in range(length):
+        depth = torch.tensor([[model.config.cycles] * known + [cycles] * (len(text) - known)])
+        logits = model(torch.tensor([text]), exit_depth=depth, use_cache=False).logits[0, -1]
+        rows.append(logits.log_softmax(-1).topk(4))
+        text = [*text, int(rows[-1].indices[0])]
+    return torch.stack([row.indices for row in rows]).numpy(), torch.stack([row.values for row in rows]).numpy()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drafts_are_those_of_the_first_cycles_over_the_whole_models_text(name: str) -> None:
+    model, prompt = CYCLED[name](), tokens(1, 8)
+    target = lean_target(model)
+    assert target is not None
+    target.prefill(prompt[:, :-1], prompt[:, :-1] >= 0, ())
+    session = SelfDrafter(model, least=0).start(1, torch.device("cpu"), None)
+    session.join(target)
+    session.last = prompt[0, -1:].tolist()
+    (lattice,) = session.propose([5])
+    ids, log_q = drafted(model, prompt[0].tolist(), 5, 1)
+    assert lattice.ids[:, 0].tolist() == ids[:, 0].tolist()
+    assert lattice.log_q == pytest.approx(log_q, abs=1e-4)
+    assert lattice.chain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verification_goes_on_from_the_drafted_states(name: str) -> None:
+    """A tree of which some nodes were drafted one after the other and the others not, in any order."""
+    model, prompt = CYCLED[name](), tokens(1, 8)
+    targets = [lean_target(model) for _ in range(2)]
+    for target in targets:
+        assert target is not None
+        target.prefill(prompt, prompt >= 0, ())
+    ours, plain = targets
+    assert ours is not None
+    assert plain is not None
+    ours.begin_draft(1)
+    for token in (20, 21, 22, 23):
+        ours.draft(torch.tensor([[token]]))
+    # the root; 31 beside 21; 21; 22 behind it; 22 behind 31; 33 behind 22
+    ids, depth = torch.tensor([[20, 31, 21, 22, 22, 33]]), torch.tensor([[0, 1, 1, 2, 2, 3]])
+    visible = torch.eye(6, dtype=torch.bool)[None].clone()
+    visible[0, 1:, 0] = visible[0, 3, 2] = visible[0, 4, 1] = True
+    visible[0, 5, [2, 3]] = True
+    found, expected = (target.score(ids, depth, visible, ()).logits for target in (ours, plain))
+    assert gap(found, expected) < 2e-5
+    for target in (ours, plain):
+        target.keep([[0, 2, 3, 5]])
+    following = torch.tensor([[40]]), torch.tensor([[0]]), torch.ones(1, 1, 1, dtype=torch.bool)
+    assert gap(ours.score(*following, ()).logits, plain.score(*following, ()).logits) < 2e-5
+
+
+def test_what_was_drafted_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = over("llama", input_injection=True, cycles=3), tokens(1, 8)
+    target = lean_target(model)
+    assert target is not None
+    target.prefill(prompt, prompt >= 0, ())
+    seen, layers = [], target._weights.run
+    run = type(layers).run
+
+    def watched(self: Any, x: Any, kv: Any, tokens: Any, stage: range, **how: Any) -> Any:
+        seen.append((len(x), stage))
+        return run(self, x, kv, tokens, stage, **how)
+
+    monkeypatch.setattr(type(layers), "run", watched)
+    target.begin_draft(1)
+    for token in (20, 21, 22):
+        target.draft(torch.tensor([[token]]))
+    # one head layer, three cycles of two, one tail layer
+    assert seen == [(1, range(0, 3)), (1, range(7, 8))] * 3
+    seen.clear()
+    causal = torch.ones(1, 4, 4, dtype=torch.bool).tril()
+    target.score(torch.tensor([[20, 21, 22, 23]]), torch.arange(4)[None], causal, ())
+    assert seen == [(1, range(0, 3)), (4, range(3, 8))]
+
+
+MAKE: dict[str, Any] = {"lean": lean_target, "the model's forward": None}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("where", MAKE)
+@pytest.mark.parametrize("rule", [None, LatentExit(threshold=0.4)])
+def test_greedy_texts_are_those_of_plain_decoding(where: str, rows: int, rule: Any) -> None:
+    model = over("qwen3", input_injection=True, cycles=3)
+    drafter = SelfDrafter(model, rule=rule, least=0)
+    assert isinstance(drafter, Drafter)
+    assert isinstance(drafter.start(1, torch.device("cpu"), None), DraftSession)
+    answers = model.generate(**prompts(rows), **PLAIN)
+    for search in (None, TREE) if where == "lean" else (TREE,):
+        spec = DiffuSpec(drafter, length=FixedLength(3), make_target=MAKE[where], search=search)
+        assert torch.equal(model.generate(**prompts(rows), **PLAIN, custom_generate=spec), answers)
+        assert spec.last_stats is not None
+        assert spec.last_stats.steps < 12
+
+
+def test_with_copies_and_a_text_that_goes_on() -> None:
+    model = over("llama", cycles=3)
+    decode = decoder(model, "self:2", reuse=True)
+    assert isinstance(decode.drafter, HybridDrafter)
+    text = prompts(1)["input_ids"]
+    for _ in range(3):
+        answers = model.generate(text, **PLAIN)
+        assert torch.equal(model.generate(text, **PLAIN, custom_generate=decode), answers)
+        text = torch.cat([answers, tokens(1, 3)], 1)
+    assert decode.last_stats is not None
+    assert decode.last_stats.reused_tokens
+
+
+def four_tokens() -> ZttForCausalLM:
+    return over("llama", {"vocab_size": V, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}, cycles=3)
+
+
+@pytest.mark.parametrize("where", MAKE)
+@pytest.mark.parametrize(("temperature", "option"), [(0.0, "top_k"), (0.8, "top_k")])
+def test_sampled_texts_have_the_distribution_of_plain_decoding(where: str, temperature: float, option: str) -> None:
+    model, enumerator = four_tokens(), Enumerator()
+    drafter = SelfDrafter(model, candidates=V, temperature=temperature)
+    # a drafter's own draws are no choices of the enumeration: they are made by a seed for each text
+    seeds = range(2 if temperature else 1)
+    for seed in seeds:
+
+        def outcome(seed: int = seed) -> tuple[int, ...]:
+            spec = DiffuSpec(
+                drafter, dice=enumerator, length=FixedLength(2), make_target=MAKE[where],
+                generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            return tuple(model.generate(PROMPT, custom_generate=spec, **settings(OPTIONS[option]))[0, 2:].tolist())
+
+        assert distance(enumerator.run(outcome), exact(model, OPTIONS[option])) < 1e-5
+
+
+def test_a_draft_ends_where_it_is_not_likely() -> None:
+    model, prompt = over("llama", cycles=3), tokens(1, 8)
+    for make in MAKE.values():
+        lengths = []
+        for least in (0.0, 1.0):
+            target = make(model) if make else None
+            session = SelfDrafter(model, least=least).start(1, torch.device("cpu"), None)
+            if target is not None:
+                target.prefill(prompt, prompt >= 0, ())
+                session.join(target)
+            session.observe([Progress(prompt[0], None)])
+            lengths.append(len(session.propose([6])[0]))
+        assert lengths == [6, 1]
+
+
+def test_what_cannot_draft_for_itself_is_one_sentence() -> None:
+    with pytest.raises(ZerodraftError, match="cannot draft for itself"):
+        SelfDrafter(tiny_plain())
+    with pytest.raises(ZerodraftError, match="fewer than the model has"):
+        SelfDrafter(tiny("llama", cycles=2), cycles=2)
+    with pytest.raises(ZerodraftError, match="schedule"):
+        SelfDrafter(tiny("llama", schedule="layer"))
+    with pytest.raises(ZerodraftError, match="another target"):
+        SelfDrafter(tiny("llama")).check(tiny("llama").config)
+    with pytest.raises(ZerodraftError, match="after 'self:' comes the number of cycles"):
+        find_drafter("self:x", tiny("llama"), "")
+    drafter, name = find_drafter("self:2", tiny("llama", cycles=3), "")
+    assert isinstance(drafter, SelfDrafter)
+    assert (drafter.cycles, name) == (2, "self:2")
+
+
+def test_a_target_that_exits_early_can_draft_for_itself() -> None:
+    model = over("llama", cycles=3)
+    options = {**PLAIN, "exit_rule": LatentExit(threshold=0.45)}
+    answers, depths = model.generate(**prompts(1), **options), model.last_exit
+    for make in MAKE.values():
+        spec = DiffuSpec(SelfDrafter(model), length=FixedLength(3), make_target=make, tree=False)
+        assert torch.equal(model.generate(**prompts(1), **options, custom_generate=spec), answers)
+        assert torch.equal(model.last_exit, depths)
