@@ -1,18 +1,20 @@
 """One tiny model with a chat template for all tests of the server."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytest.importorskip("fastapi", reason="needs the serve extra")
-
 from tests.saved import save_target
-from tests.serve.running import running
-from zerodraft.serve.app import Served
-from zerodraft.serve.load import serve_model
+
+if TYPE_CHECKING:
+    from zerodraft.serve.app import Served
+
+# all of these need the serve extra
+collect_ignore_glob = [] if find_spec("fastapi") else ["test_*.py"]
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
@@ -38,12 +40,16 @@ def tokenizer(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def served(model: Any, tokenizer: Any) -> Served:
+def served(model: Any, tokenizer: Any) -> "Served":
+    from zerodraft.serve.load import serve_model
+
     return serve_model(model, tokenizer, "tiny", "lookup", parallel=4, queue=8)
 
 
 @pytest.fixture(scope="session")
-def url(served: Served) -> Iterator[str]:
+def url(served: "Served") -> Iterator[str]:
     """Of a server that most tests share."""
+    from tests.serve.running import running
+
     with running(served) as address:
         yield address
