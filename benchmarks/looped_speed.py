@@ -115,9 +115,10 @@ def drafts(model: ZttForCausalLM, prompts: list[torch.Tensor], new: int, repeats
     options = {"max_new_tokens": new, "do_sample": False}
     specs = {"plain": DiffuSpec(NoDrafter(), length=FixedLength(0))}
     for cycles in range(1, min(model.config.cycles, 3)):
-        for k in (4, 8):
-            drafter = SelfDrafter(model, cycles=cycles, max_length=k)
-            specs[f"self:{cycles}, {k}"] = DiffuSpec(drafter, length=FixedLength(k), tree=False)
+        for k, least in ((5, 0.0), (8, 0.0), (8, None)):
+            drafter = SelfDrafter(model, cycles=cycles, max_length=k, least=least)
+            name = f"self:{cycles}, {k}" if least is None else f"self:{cycles}, {k} always"
+            specs[name] = DiffuSpec(drafter, length=FixedLength(k), tree=False)
         drafter = SelfDrafter(model, cycles=cycles, max_length=12)
         specs[f"self:{cycles}, decoder"] = decoder(model, drafter, hybrid=False)
     texts: dict[str, list[list[int]]] = {}
