@@ -68,7 +68,7 @@ def test_the_folder_of_a_run_is_a_drafter(
     assert main(f"eval-drafter {drafter.parent} --target {target} --data {completions} --limit 2".split()) == 0
     assert "first choice's probability" in capsys.readouterr().out
     assert main(f"export-drafter {drafter.parent} {drafter.parent / 'exported'}".split()) == 2
-    assert "is a block drafter" in capsys.readouterr().err
+    assert "a zerodraft_block_drafter model; export-drafter takes a dflash drafter" in capsys.readouterr().err
 
 
 def test_completions_of_another_model(

@@ -14,9 +14,10 @@ from tests.generate.test_huggingface_door import Collector
 from tests.saved import save, save_block, save_dflash, save_target, tiny_tokenizer
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.hybrid import HybridDrafter
-from zerodraft.drafters.kinds import KINDS
+from zerodraft.drafters.kinds import KINDS, Exported, Judged, kind_that_can
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked_model import masked_from_target
+from zerodraft.training.drafters.kinds import RECIPES
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -35,10 +36,10 @@ def save_autoregressive(target: Any, folder: Path) -> None:
 
 
 SAVED: dict[str, Callable[[Any, Path], None]] = {
-    "Block": save_block,
-    "DFlash": save_dflash,
-    "Masked": save_masked,
-    "Autoregressive": save_autoregressive,
+    "block": save_block,
+    "dflash": save_dflash,
+    "masked": save_masked,
+    "autoregressive": save_autoregressive,
 }
 
 
@@ -111,15 +112,26 @@ def test_names_that_are_none(name: str, message: str) -> None:
 
 
 def test_every_kind_is_tried_here() -> None:
-    assert {type(kind).__name__ for kind in KINDS} == set(SAVED)
+    assert {kind.name for kind in KINDS} == set(SAVED) == set(RECIPES)
 
 
 @pytest.mark.parametrize("kind", SAVED)
 def test_the_kind_is_recognised(kind: str, folders: dict[str, Path]) -> None:
-    found = [type(each).__name__ for each in KINDS if each.recognises(folders[kind])]
+    found = [each.name for each in KINDS if each.recognises(folders[kind])]
     # any model may be a causal one, if no other kind wants it
     assert found[0] == kind
-    assert found[1:] in ([], ["Autoregressive"])
+    assert found[1:] in ([], ["autoregressive"])
+
+
+@pytest.mark.parametrize(("ability", "able"), [(Judged, ["block", "dflash"]), (Exported, ["dflash"])])
+@pytest.mark.parametrize("kind", SAVED)
+def test_what_a_kind_cannot_do_is_said(kind: str, ability: Any, able: list[str], folders: dict[str, Path]) -> None:
+    if kind in able:
+        found, path = kind_that_can(ability, str(folders[kind]), "the command")
+        assert (found.name, path) == (kind, folders[kind])
+        return
+    with pytest.raises(ZerodraftError, match=f"the command takes a {' or '.join(able)} drafter, such as"):
+        kind_that_can(ability, str(folders[kind]), "the command")
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -160,7 +172,7 @@ def test_a_configuration_that_is_torn_is_refused(kind: str, target: Any, tmp_pat
         zerodraft.decoder(target, folder)
 
 
-@pytest.mark.parametrize("kind", ["Block", "DFlash"])
+@pytest.mark.parametrize("kind", ["block", "dflash"])
 def test_a_drafter_that_reads_other_hidden_states_is_refused(kind: str, target: Any, folders: dict[str, Path]) -> None:
     config = type(target.config)(**(target.config.to_dict() | {"hidden_size": 16}))
     with pytest.raises(ZerodraftError, match=r"(?i)hidden|size|width"):

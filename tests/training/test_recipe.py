@@ -5,19 +5,11 @@ from pathlib import Path
 import pytest
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.training.drafters.autoregressive_recipe import load_autoregressive_recipe
-from zerodraft.training.drafters.dflash import load_dflash_recipe
-from zerodraft.training.drafters.masked_recipe import load_masked_recipe
-from zerodraft.training.drafters.recipe import load_drafter_recipe
-from zerodraft.training.recipe import Recipe, load_recipe
+from zerodraft.training.drafters.kinds import RECIPES
+from zerodraft.training.recipe import Recipe, load_recipe, read_recipe
 from zerodraft.training.strict import from_mapping, to_mapping
 
-DRAFTERS = {
-    "smollm2-drafter": load_drafter_recipe,
-    "smollm2-dflash": load_dflash_recipe,
-    "smollm2-masked": load_masked_recipe,
-    "smollm2-autoregressive": load_autoregressive_recipe,
-}
+DRAFTERS = {f"smollm2-{'drafter' if kind == 'block' else kind}": recipe for kind, recipe in RECIPES.items()}
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 
 
@@ -33,8 +25,7 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path):
-    load = DRAFTERS.get(path.stem, load_recipe)
-    recipe = load(path, {})
+    recipe = read_recipe(DRAFTERS.get(path.stem, Recipe), path, {})
     assert recipe.training.steps
 
 

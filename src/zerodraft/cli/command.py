@@ -31,9 +31,15 @@ def each(name: str, **kwargs: Any) -> Any:
     return dataclasses.field(metadata={"value": name, "each": True}, **kwargs)
 
 
-def overrides_of(source: type) -> Any:
-    """A field that collects the flags of another dataclass (a recipe) that were given, as `{"section.key": value}`."""
-    return dataclasses.field(default_factory=dict, metadata={"source": source})
+def explained(doc: str, **kwargs: Any) -> Any:
+    """A flag whose help text is made, not written under it; `kwargs` are those of `dataclasses.field`."""
+    return dataclasses.field(metadata={"doc": doc}, **kwargs)
+
+
+def overrides_of(*sources: type) -> Any:
+    """A field that collects the flags of other dataclasses (recipes) that were given, as `{"section.key": value}`; what
+    several have is one flag, with the default of the first."""
+    return dataclasses.field(default_factory=dict, metadata={"sources": sources})
 
 
 def settings_of(source: type) -> Any:

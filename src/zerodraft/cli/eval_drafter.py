@@ -1,4 +1,4 @@
-"""`zerodraft eval-drafter`: how far a block or DFlash drafter's drafts are accepted, without decoding."""
+"""`zerodraft eval-drafter`: how far a drafter's drafts are accepted, without decoding."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +9,6 @@ from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import model_type
 
 if TYPE_CHECKING:
     from zerodraft.training.drafters.acceptance import Acceptance
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 class EvalDrafter(Command):
     """Measure a block or DFlash drafter on greedy completions of its target: acceptance by position, rank, calibration.
 
-    Use completions that it was not trained on; 'zerodraft distill' makes some.
+    Use completions that it was not trained on; 'zerodraft distill' makes some. 'zerodraft bench decode' compares
+    drafters of all kinds.
     """
 
     example: ClassVar[str] = "zerodraft eval-drafter runs/drafter/model --target smollm2 --data completions"
@@ -48,9 +48,7 @@ class EvalDrafter(Command):
         import torch
 
         from zerodraft.cli.decoding import load_target
-        from zerodraft.drafters.block import BlockDrafter, load_block
-        from zerodraft.drafters.dflash import DFlashDrafter
-        from zerodraft.drafters.dflash_files import is_dflash, load_dflash
+        from zerodraft.drafters.kinds import Judged, kind_that_can
         from zerodraft.training.drafters.acceptance import measure_acceptance
         from zerodraft.training.drafters.completions import check_vocabulary, read_completions
         from zerodraft.training.drafters.features import FeatureCache
@@ -59,7 +57,7 @@ class EvalDrafter(Command):
             from zerodraft.ztt.plot import check_matplotlib
 
             check_matplotlib()
-        path = find_drafter(self.drafter)
+        kind, path = kind_that_can(Judged, self.drafter, "eval-drafter")
         completions = read_completions(self.data)
         greedy = [i for i in range(len(completions)) if completions.temperatures[i] == 0]
         greedy = [i for i in greedy if completions.lengths[i] - completions.prompt_lengths[i] >= 3]
@@ -69,10 +67,7 @@ class EvalDrafter(Command):
             greedy = [greedy[i] for i in np.unique(np.linspace(0, len(greedy) - 1, self.limit).astype(int))]
         target, _ = load_target(self.target)
         check_vocabulary(completions, target.get_input_embeddings().weight.shape[0])
-        if is_dflash(path):
-            model = DFlashDrafter(load_dflash(path), target).model
-        else:
-            model = BlockDrafter(load_block(path), target).model
+        model = kind.network(path, target)
         head = target.get_output_embeddings().weight.detach()[model.draft_ids]
         taps = [*model.config.layers, target.config.get_text_config().num_hidden_layers]
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -95,21 +90,6 @@ class EvalDrafter(Command):
             console.print(f"drawn to {self.plot}")
         figures = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in asdict(measured).items()}
         return {"completions": len(greedy), **figures}
-
-
-def find_drafter(name: str) -> Path:
-    """The directory of a drafter whose drafts can be judged on a target's hidden states."""
-    from zerodraft.drafters.block_model import BlockDrafterConfig
-    from zerodraft.drafters.dflash_files import is_dflash
-    from zerodraft.models.resolve import resolve
-
-    path = resolve(name)
-    if not is_dflash(path) and (kind := model_type(path)) != BlockDrafterConfig.model_type:
-        raise ZerodraftError(
-            f"'{name}' is a {kind} model; eval-drafter takes a block or DFlash drafter, such as 'zerodraft "
-            "train-drafter' makes (any other is compared by 'zerodraft bench decode')."
-        )
-    return path
 
 
 def calibration(measured: "Acceptance") -> Table:

@@ -70,8 +70,11 @@ def flags_of(cls: type, prefix: str = "", collector: str | None = None, inside: 
     flags = []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if source := field.metadata.get("source"):
-            flags += flags_of(source, prefix, field.name, inside)
+        if sources := field.metadata.get("sources"):
+            merged: dict[str, Flag] = {}
+            for flag in (flag for source in sources for flag in flags_of(source, prefix, field.name, inside)):
+                merged.setdefault(flag.key, flag)
+            flags += merged.values()
         elif dataclasses.is_dataclass(hint):
             nested = prefix if field.metadata.get("flat") else f"{prefix}{field.name}."
             flags += flags_of(hint, nested, collector, f"{inside}{field.name}.")  # type: ignore[arg-type]  # a type
@@ -86,7 +89,7 @@ def flags_of(cls: type, prefix: str = "", collector: str | None = None, inside: 
                     path=inside + field.name,
                     hint=hint,
                     default=default,
-                    doc=docs.get(field.name, ""),
+                    doc=field.metadata.get("doc") or docs.get(field.name, ""),
                     metavar=place or field.metadata.get("value") or _metavar(hint),
                     positional=place is not None,
                     collector=collector,

@@ -1,9 +1,10 @@
-"""The kinds of drafters that are models in a directory. A new kind is one class with two methods, and its place in
-`KINDS`."""
+"""The kinds of drafters that are models in a directory: a new one is a class here and its place in `KINDS`. How they
+are trained is in `training/drafters/kinds.py`."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from transformers import AutoModelForCausalLM
 
@@ -11,16 +12,18 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import model_type
 from zerodraft.decoding.protocols import Drafter
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
-from zerodraft.drafters.block import BlockDrafter
+from zerodraft.drafters.block import BlockDrafter, load_block
 from zerodraft.drafters.block_model import BlockDrafterConfig
 from zerodraft.drafters.dflash import DFlashDrafter
-from zerodraft.drafters.dflash_files import is_dflash
+from zerodraft.drafters.dflash_files import Layout, export_dflash, is_dflash, load_dflash
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.masked_formats import is_masked
 from zerodraft.drafters.masked_model import MaskedConfig
 from zerodraft.drafters.retokenized import RetokenizedDrafter, different_tokenizers, retokenized_if_needed
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
+
+Kind = TypeVar("Kind", bound="DrafterKind")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +39,16 @@ class Denoising:
     prefix_cache: bool = True
 
 
+@runtime_checkable
 class DrafterKind(Protocol):
     """What a directory holds, and how it comes to draft for a target.
 
     Attributes:
+        name: What it is called in flags and messages.
         denoises: Whether its drafts follow a `Denoising`.
     """
 
+    name: ClassVar[str]
     denoises: ClassVar[bool]
 
     def recognises(self, path: Path) -> bool:
@@ -58,10 +64,33 @@ class DrafterKind(Protocol):
         ...
 
 
+@runtime_checkable
+class Judged(DrafterKind, Protocol):
+    """A kind whose drafts follow from the target's hidden states, so that they can be judged without decoding."""
+
+    def network(self, path: Path, target: Any) -> Any:
+        """The network in a directory, made for a loaded target, with its weights as they were saved."""
+        ...
+
+
+@runtime_checkable
+class Exported(DrafterKind, Protocol):
+    """A kind that other runtimes can run."""
+
+    def export(self, path: Path, output: str | PathLike[str], layout: Layout) -> dict[str, Any]:
+        """Writes a drafter in the files of other runtimes; returns what they have to know of it, by name.
+
+        Raises:
+            ZerodraftError: its files cannot be read, the output is not empty, or the layout cannot hold it.
+        """
+        ...
+
+
 class Masked:
     """Masked diffusion language models (Dream, LLaDA, ours): over the target's tokens if they have the same ones, else
     through the text."""
 
+    name: ClassVar[str] = "masked"
     denoises: ClassVar[bool] = True
 
     def recognises(self, path: Path) -> bool:
@@ -89,6 +118,7 @@ class Masked:
 class Block:
     """Our block-diffusion drafters."""
 
+    name: ClassVar[str] = "block"
     denoises: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
@@ -97,10 +127,14 @@ class Block:
     def load(self, path: Path, target: Any, target_name: str, denoising: Denoising) -> Drafter:
         return BlockDrafter.from_pretrained(path, target)
 
+    def network(self, path: Path, target: Any) -> Any:
+        return BlockDrafter(load_block(path), target).model
+
 
 class DFlash:
     """DFlash drafters, published or our own."""
 
+    name: ClassVar[str] = "dflash"
     denoises: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
@@ -109,10 +143,25 @@ class DFlash:
     def load(self, path: Path, target: Any, target_name: str, denoising: Denoising) -> Drafter:
         return DFlashDrafter.from_pretrained(path, target)
 
+    def network(self, path: Path, target: Any) -> Any:
+        return DFlashDrafter(load_dflash(path), target).model
+
+    def export(self, path: Path, output: str | PathLike[str], layout: Layout) -> dict[str, Any]:
+        model = load_dflash(path)
+        export_dflash(model, output, layout)
+        config = model.config
+        return {
+            "parameters": model.num_parameters(),
+            "block_size": config.block_size + 1,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": config.target_layer_ids,
+        }
+
 
 class Autoregressive:
     """Any causal language model of transformers; through the text where its tokens are others than the target's."""
 
+    name: ClassVar[str] = "autoregressive"
     denoises: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
@@ -132,13 +181,36 @@ KINDS: tuple[DrafterKind, ...] = (Masked(), Block(), DFlash(), Autoregressive())
 """The first that recognises a directory loads it."""
 
 
+def kind_of(path: Path) -> DrafterKind:
+    """The kind of the drafter in a directory; the last one recognises whatever the others do not."""
+    return next(kind for kind in KINDS if kind.recognises(path))
+
+
+def kind_that_can(ability: type[Kind], name: str, who: str) -> tuple[Kind, Path]:
+    """The kind of the drafter called `name`, which must have an ability (`Judged`, `Exported`), and its directory;
+    `who` asks.
+
+    Raises:
+        ZerodraftError: there is no such drafter, or its kind does not have the ability.
+    """
+    path = resolve(name)
+    kind = kind_of(path)
+    if not isinstance(kind, ability):
+        able = [each.name for each in KINDS if isinstance(each, ability)]
+        raise ZerodraftError(
+            f"'{name}' is a {model_type(path)} model; {who} takes a {' or '.join(able)} drafter, such as 'zerodraft "
+            f"train-drafter --kind {able[0]}' makes."
+        )
+    return kind, path
+
+
 def load_kind(path: Path, target: Any, target_name: str, denoising: Denoising) -> Drafter:
     """The drafter in a directory, whatever its kind.
 
     Raises:
         ZerodraftError: as `DrafterKind.load`, and for a way of denoising where nothing is denoised.
     """
-    kind = next(kind for kind in KINDS if kind.recognises(path))
+    kind = kind_of(path)
     if not kind.denoises:
         check_nothing_denoised(denoising, path.name)
     return kind.load(path, target, target_name, denoising)

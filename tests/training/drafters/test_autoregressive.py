@@ -27,9 +27,10 @@ from zerodraft.decoding.lengths import FixedLength
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.training.drafters.autoregressive import draw_places, head_at, small_from_target, train_autoregressive
-from zerodraft.training.drafters.autoregressive_recipe import AutoregressiveDrafterRecipe, load_autoregressive_recipe
+from zerodraft.training.drafters.autoregressive_recipe import AutoregressiveDrafterRecipe
 from zerodraft.training.drafters.completions import Completion, read_completions, write_shard
 from zerodraft.training.drafters.walk import measure_walks, walk
+from zerodraft.training.recipe import read_recipe
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -123,7 +124,7 @@ def recipe(target_folder: Path, completions_folder: Path, out: Path, **more: Any
         "held_back.measured": 1, "training.steps": 20, "training.warmup_steps": 2, "training.learning_rate": 3e-3,
         "training.eval_every": 10, "training.save_every": 10,
     }  # fmt: skip
-    return load_autoregressive_recipe(None, settings | more)
+    return read_recipe(AutoregressiveDrafterRecipe, None, settings | more)
 
 
 def test_loss_against_a_loop(target_folder: Path, target: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from zerodraft.training.drafters.block import frequent_tokens, train_drafter
 from zerodraft.training.drafters.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor, repeated
 from zerodraft.training.drafters.completions import check_vocabulary, read_completions
 from zerodraft.training.drafters.features import FeatureCache
-from zerodraft.training.drafters.recipe import load_drafter_recipe
+from zerodraft.training.drafters.recipe import DrafterRecipe
 from zerodraft.training.drafters.run import split_completions
+from zerodraft.training.recipe import read_recipe
 
 VOCABULARY, LAYERS = 64, 3
 
@@ -322,7 +323,7 @@ def recipe(target_folder: Path, completions_folder: Path, out: Path, **training)
         "loss.label": "both", "loss.anchors": 6, "held_back.sequences": 4, "held_back.measured": 2,
     }  # fmt: skip
     training = {"steps": 40, "warmup_steps": 2, "learning_rate": 3e-3, "eval_every": 20, "save_every": 20} | training
-    return load_drafter_recipe(None, settings | {f"training.{key}": value for key, value in training.items()})
+    return read_recipe(DrafterRecipe, None, settings | {f"training.{key}": value for key, value in training.items()})
 
 
 def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
@@ -421,7 +422,7 @@ def test_a_drafter_without_coupling_gets_one(target_folder: Path, completions_fo
 )
 def test_settings_that_train_nothing(key: str, value: float) -> None:
     with pytest.raises(ZerodraftError, match=key.replace(".", r"\.") + " is"):
-        load_drafter_recipe(None, {"target": "x", "data": ["y"], "out": "z", key: value})
+        read_recipe(DrafterRecipe, None, {"target": "x", "data": ["y"], "out": "z", key: value})
 
 
 def test_a_batch_of_more_sequences_than_there_are(

@@ -17,7 +17,9 @@ from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.dflash_files import load_dflash
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.training.drafters.completions import read_completions
-from zerodraft.training.drafters.dflash import load_dflash_recipe, train_dflash, unused_token
+from zerodraft.training.drafters.dflash import train_dflash, unused_token
+from zerodraft.training.drafters.dflash_recipe import DFlashRecipe
+from zerodraft.training.recipe import read_recipe
 
 VOCABULARY = 64
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -56,7 +58,7 @@ def recipe(folder: Path, out: str, **more: Any) -> Any:
         "held_back.sequences": 3, "held_back.measured": 2, "training.steps": 6, "training.eval_every": 3,
         "training.save_every": 3, "training.learning_rate": 3e-3, "cache": str(folder / "features"),
     }  # fmt: skip
-    return load_dflash_recipe(None, settings | more)
+    return read_recipe(DFlashRecipe, None, settings | more)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_commands_train_and_judge(folder: Path, capsys: pytest.CaptureFixture[st
 
 def test_only_dflash_drafters_are_exported(target: LlamaForCausalLM, folder: Path, tmp_path: Path, capsys) -> None:
     drafter_from_target(target, num_layers=1).save_pretrained(tmp_path / "block")
-    for path, why in ((tmp_path / "block", "is a block drafter"), (folder / "target", "is no DFlash drafter")):
+    for path, why in ((tmp_path / "block", "zerodraft_block_drafter model"), (folder / "target", "is a llama model")):
         assert main(["export-drafter", str(path), str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert why in error

@@ -29,8 +29,9 @@ from zerodraft.training.drafters.masked import (
     train_masked,
     walk_together,
 )
-from zerodraft.training.drafters.masked_recipe import MaskedDrafterRecipe, load_masked_recipe
+from zerodraft.training.drafters.masked_recipe import MaskedDrafterRecipe
 from zerodraft.training.drafters.walk import walk
+from zerodraft.training.recipe import read_recipe
 
 VOCABULARY = 48
 
@@ -176,7 +177,7 @@ def recipe(target_folder: Path, completions_folder: Path, out: Path, **more: Any
         "training.warmup_steps": 2, "training.learning_rate": 3e-3, "training.eval_every": 10,
         "training.save_every": 10,
     }  # fmt: skip
-    return load_masked_recipe(None, settings | more)
+    return read_recipe(MaskedDrafterRecipe, None, settings | more)
 
 
 def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 Field docstrings are the help texts of the command line.
 """
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from zerodraft.drafters.taking import Take
 from zerodraft.training.drafters.recipe import AdaptingRecipe, CompletionsRecipe
-from zerodraft.training.recipe import read_recipe
 from zerodraft.training.strict import check_least
 
 
@@ -37,12 +34,9 @@ class AutoregressiveRecipe:
 class AutoregressiveDrafterRecipe(CompletionsRecipe):
     """One training run of an autoregressive drafter."""
 
+    kind: ClassVar[str] = "autoregressive"
+    about: ClassVar[str] = "a few of the target's layers as a small causal model (section autoregressive, rate 3e-4)"
+    trainer: ClassVar[str] = "autoregressive:train_autoregressive"
+
     autoregressive: AutoregressiveRecipe = field(default_factory=AutoregressiveRecipe)
     training: AdaptingRecipe = field(default_factory=AdaptingRecipe)
-
-
-def load_autoregressive_recipe(
-    path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]
-) -> AutoregressiveDrafterRecipe:
-    """A recipe from a YAML file (or none) and `section.key` values that win over it."""
-    return read_recipe(AutoregressiveDrafterRecipe, path, overrides)

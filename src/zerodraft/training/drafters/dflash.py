@@ -4,9 +4,7 @@ The network is the published one (`drafters/dflash_model.py`), so what comes out
 (`zerodraft export-drafter`). These runtimes draft with the target's whole LM head; so does training.
 """
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,40 +15,7 @@ from zerodraft.drafters.dflash_files import load_dflash
 from zerodraft.drafters.dflash_model import DFlashModel, dflash_from_target
 from zerodraft.training.drafters.block import train_drafter
 from zerodraft.training.drafters.completions import Completions
-from zerodraft.training.drafters.recipe import DrafterRecipe
-from zerodraft.training.recipe import read_recipe
-from zerodraft.training.strict import check_least
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DFlashShape:
-    """The drafter's shape."""
-
-    layers: int = 4
-    """Drafter layers; they start as copies of the target's last ones."""
-    block_size: int = 8
-    """Tokens drafted at once."""
-    taps: int = 5
-    """How many of the target's layers are tapped."""
-    mask_token: int | None = None
-    """The token that stands for a mask; the default is the last one that the completions do not hold."""
-    start: str | None = None
-    """Continue from this drafter (a folder in any DFlash layout) instead of from the target's layers."""
-
-    def __post_init__(self) -> None:
-        check_least("drafter", self, layers=1, block_size=1, taps=1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DFlashRecipe(DrafterRecipe):
-    """One DFlash training run."""
-
-    drafter: DFlashShape = field(default_factory=DFlashShape)  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen
-
-
-def load_dflash_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> DFlashRecipe:
-    """A recipe from a YAML file (or none) and `section.key` values that win over it."""
-    return read_recipe(DFlashRecipe, path, overrides)
+from zerodraft.training.drafters.dflash_recipe import DFlashRecipe
 
 
 def train_dflash(

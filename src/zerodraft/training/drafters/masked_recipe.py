@@ -3,15 +3,12 @@
 Field docstrings are the help texts of the command line.
 """
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.taking import Take
 from zerodraft.training.drafters.recipe import AdaptingRecipe, CompletionsRecipe
-from zerodraft.training.recipe import read_recipe
 from zerodraft.training.strict import check_least
 
 Masking = Literal["blocks", "block", "ratio"]
@@ -48,10 +45,9 @@ class MaskedRecipe:
 class MaskedDrafterRecipe(CompletionsRecipe):
     """One training run of a masked diffusion drafter."""
 
+    kind: ClassVar[str] = "masked"
+    about: ClassVar[str] = "the target's layers as a masked diffusion model of its own (section masked, rate 3e-4)"
+    trainer: ClassVar[str] = "masked:train_masked"
+
     masked: MaskedRecipe = field(default_factory=MaskedRecipe)
     training: AdaptingRecipe = field(default_factory=AdaptingRecipe)
-
-
-def load_masked_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> MaskedDrafterRecipe:
-    """A recipe from a YAML file (or none) and `section.key` values that win over it."""
-    return read_recipe(MaskedDrafterRecipe, path, overrides)

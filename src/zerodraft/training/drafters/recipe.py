@@ -1,15 +1,14 @@
-"""What training a block drafter is: one frozen dataclass, read from YAML and from command-line flags alike.
+"""What training a drafter is: one frozen dataclass a kind, read from YAML and from command-line flags alike.
 
 Field docstrings are the help texts of the command line.
 """
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from typing import Any, ClassVar, Literal
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.training.recipe import TrainingRecipe, read_recipe
+from zerodraft.training.recipe import TrainingRecipe
 from zerodraft.training.strict import check_least
 
 Label = Literal["tokens", "distribution", "both"]
@@ -94,7 +93,17 @@ class AdaptingRecipe(BlockTrainingRecipe):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompletionsRecipe:
-    """What every training run on a target's completions has."""
+    """What every training run on a target's completions has; each kind of drafter is a sub-class (see `kinds.py`).
+
+    Attributes:
+        kind: The name of the kind in `drafters.kinds`.
+        about: What it is, for the help.
+        trainer: The function that trains it, as `module:function` of this room; imported late, since it needs torch.
+    """
+
+    kind: ClassVar[str]
+    about: ClassVar[str]
+    trainer: ClassVar[str]
 
     target: str = field(metadata={"also": ("model",)})
     """The model to draft for: a folder, a hub id or a short name such as smollm2."""
@@ -107,10 +116,20 @@ class CompletionsRecipe:
     held_back: HeldBackRecipe = field(default_factory=HeldBackRecipe)
     training: BlockTrainingRecipe = field(default_factory=BlockTrainingRecipe)
 
+    def train(self, *, resume: bool = False, callbacks: Any = None) -> dict[str, Any]:
+        """Trains the drafter; arguments, result and errors as in `block.train_drafter`."""
+        module, _, function = self.trainer.partition(":")
+        train = getattr(import_module(f"zerodraft.training.drafters.{module}"), function)
+        return train(self, resume=resume, callbacks=callbacks)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrafterRecipe(CompletionsRecipe):
-    """One drafter training run."""
+    """One training run of a block drafter."""
+
+    kind: ClassVar[str] = "block"
+    about: ClassVar[str] = "a few layers that read the target's hidden states (sections drafter and loss)"
+    trainer: ClassVar[str] = "block:train_drafter"
 
     cache: str | None = None
     """Folder for the target's hidden states (some GB); the default is `features` in the output folder."""
@@ -118,8 +137,3 @@ class DrafterRecipe(CompletionsRecipe):
     """Train only on completions whose hidden states an earlier run left in `cache`, instead of computing more."""
     drafter: BlockRecipe = field(default_factory=BlockRecipe)
     loss: BlockLossRecipe = field(default_factory=BlockLossRecipe)
-
-
-def load_drafter_recipe(path: str | os.PathLike[str] | None, overrides: Mapping[str, Any]) -> DrafterRecipe:
-    """A recipe from a YAML file (or none) and `section.key` values that win over it."""
-    return read_recipe(DrafterRecipe, path, overrides)
