@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from harness import emit
 from zerodraft import decoder as decoder_of
 from zerodraft.bench.prompts import default_files, read_questions
 from zerodraft.cli.decoding import load_target
-from zerodraft.decoding import engine
+from zerodraft.decoding.costs import Costs
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress, TargetOutput
 from zerodraft.generate.drafters import find_drafter
@@ -142,20 +141,16 @@ def draft(drafter: Any, text: Written, seconds: list[float]) -> list[Lattice]:
     return lattices
 
 
-def replay(model: Any, texts: Sequence[Written], source: Replay, **settings: float) -> dict[str, float]:
+def replay(model: Any, texts: Sequence[Written], source: Replay, explore: int, **settings: float) -> dict[str, float]:
     """Decodes all texts in turn with one controller, as `bench decode` does."""
     decoder: Any = decoder_of(model, source)
     decoder.length = replace(decoder.length, **settings)
     decoder.make_target = lambda model: source
-    for known in (decoder.fallback, decoder.drafter.trial):
-        known.clock = lambda: source.clock
-    with patch.object(engine, "perf_counter", lambda: source.clock):
-        for text in texts:
-            source.read(text)
-            out = model.generate(
-                text.prompt[None], max_new_tokens=len(text.tokens), do_sample=False, custom_generate=decoder
-            )
-            assert out[0, len(text.prompt) :].tolist() == text.tokens
+    decoder.costs = Costs(explore=explore, clock=lambda: source.clock)
+    for text in texts:
+        source.read(text)
+        options = {"max_new_tokens": len(text.tokens), "do_sample": False, "custom_generate": decoder}
+        assert model.generate(text.prompt[None], **options)[0, len(text.prompt) :].tolist() == text.tokens
     # the first token comes with the prompt
     tokens = sum(len(text.tokens) - 1 for text in texts)
     return {
@@ -182,7 +177,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--slots", type=int, nargs="+", default=[0], help="most tokens of a draft; 0: the drafter's")
     parser.add_argument("--slack", type=float, nargs="+", default=[0.03], help="of `CostAwareTree`")
-    parser.add_argument("--explore", type=int, nargs="+", default=[48], help="steps between trials of other sizes")
+    parser.add_argument("--explore", type=int, nargs="+", default=[48], help="steps between trials, of `Costs`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args()

@@ -109,8 +109,8 @@ def test_a_target_that_cannot_be_had_is_one_sentence_and_the_rest_goes_on(
     monkeypatch.setattr(demo, "run", lambda *args: ran)
     monkeypatch.setattr(demo, "summary", lambda console, result: ran.update(result))
     assert demo.main(["--model", str(model_dir), "--target", "nowhere"]) == 0
-    assert "'nowhere' is no model directory" in ran["drafts"]["left_out"]
-    assert capsys.readouterr().out.count("left out: 'nowhere' is no model directory") == 1
+    assert "'nowhere' is not a model directory" in ran["drafts"]["left_out"]
+    assert capsys.readouterr().out.count("left out: 'nowhere' is not a model directory") == 1
 
 
 def test_on_a_terminal_depths_are_colours(model_dir: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -404,7 +404,7 @@ def test_llama_cpp_where_it_is_installed(
     bench("--gguf", str(files[0]), "--methods", "lookup", "--limit", "1")
     assert FakeLlama.loaded == ["model", "quantised"]
     files[0].write_text("a text", encoding="utf-8")
-    assert "is no GGUF file" in bench("--gguf", str(files[0]), "--limit", "1", code=2)["error"]
+    assert "is not a GGUF file" in bench("--gguf", str(files[0]), "--limit", "1", code=2)["error"]
 
 
 def gguf_head(file_type: int) -> bytes:

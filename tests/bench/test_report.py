@@ -302,7 +302,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.Captur
     other = tmp_path / "other.json"
     other.write_text('{"benchmark": "early_exit"}', encoding="utf-8")
     assert main(["bench", "report", str(other), "--out", str(tmp_path / "a.html")]) == 2
-    assert "is no result of 'zerodraft bench decode'" in capsys.readouterr().err
+    assert "is not a result of 'zerodraft bench decode'" in capsys.readouterr().err
     assert not (tmp_path / "a.html").exists()
 
 

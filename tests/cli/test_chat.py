@@ -53,7 +53,7 @@ def test_a_conversation(chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert answers[1]["text"] == plain_answer(chat_dir, history)
     assert answers[2]["text"] == answers[0]["text"]
     assert captured.err.count("tokens/s") == 3
-    assert "/what is no command" in captured.err
+    assert "/what is not a command" in captured.err
     assert all(answer["new_tokens"] == 6 for answer in answers)
 
 

@@ -121,7 +121,7 @@ def test_bad_input(drafter: Path, target: Path, tmp_path: Path, capsys: pytest.C
     for words, said in (
         (f"eval-drafter {drafter} --target {target} --data {tmp_path}", "holds no completions"),
         (f"train-drafter --target {target} --data {tmp_path} --out {tmp_path / 'out'}", "holds no completions"),
-        (f"eval-drafter nosuch --target {target} --data {tmp_path}", "'nosuch' is no model directory"),
+        (f"eval-drafter nosuch --target {target} --data {tmp_path}", "'nosuch' is not a model directory"),
         (f"eval-drafter {target} --target {target} --data {tmp_path}", "is a llama model; eval-drafter takes a block"),
         (f"train-drafter --target {target} --data x --out y --drafter.layer 3", "did you mean"),
     ):

@@ -30,7 +30,7 @@ def test_people_read_a_line_for_each_part_and_each_cycle(ztt_dir: Path, capsys: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "'nowhere' is no model directory"),
+        (["nowhere"], "'nowhere' is not a model directory"),
         (["--context", "0", "nowhere"], "--context is 0; it must be at least 1"),
         ([], "MODEL is missing"),
     ],

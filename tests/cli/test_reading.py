@@ -112,7 +112,7 @@ def test_the_command_itself(chat_dir: Path, tmp_path: Path) -> None:  # noqa: F8
         terminal.until("tokens/s")
     terminal.until("> ")
     terminal.type("/nothing\n")
-    terminal.until("is no command")
+    terminal.until("is not a command")
     terminal.until("> ")
     terminal.type("/quit\n")
     assert terminal.close() == 0

@@ -132,7 +132,7 @@ def test_places_for_no_output(output: str) -> None:
 
 def test_no_run_takes_the_root() -> None:
     for place in (Path("/"), Path()):
-        with pytest.raises(ZerodraftError, match="is no place for an output"), locked(place, "taken"):
+        with pytest.raises(ZerodraftError, match="cannot hold an output"), locked(place, "taken"):
             pass
 
 

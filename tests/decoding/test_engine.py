@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.enumerating import OPTIONS, PROMPT, Enumerator, V, distance, exact, model_of, settings
+from zerodraft.decoding.costs import Costs
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import TargetOutput
@@ -158,15 +159,16 @@ def test_lengths_hear_of_every_step() -> None:
     class Noting(FixedLength):
         heard: list[Any]
 
-        def fresh(self) -> "Noting":
+        def fresh(self, costs: Costs) -> "Noting":
             return self
 
         def update(self, drafted: int, generated: int, accepted: int) -> None:
             self.heard.append((drafted, generated, accepted))
 
-        def observe_cost(self, kind: Any, k: int, seconds: float) -> None:
+    class Noted(Costs):
+        def observe(self, kind: Any, k: int, seconds: float) -> None:
             assert seconds > 0
-            self.heard.append((kind, k))
+            length.heard.append((kind, k))
 
     model = model_of()
     plain = model.generate(PROMPT, max_new_tokens=9, do_sample=False)
@@ -174,6 +176,7 @@ def test_lengths_hear_of_every_step() -> None:
     length.heard = []
     drafter = NoisyDrafter(plain.tolist(), V, right=1.0)
     spec = DiffuSpec(drafter, length=length, tree=False)
+    spec.costs = Noted()
     model.generate(PROMPT, max_new_tokens=9, do_sample=False, custom_generate=spec)
     # 1 token from the prompt, then 3 + 1, then 3 + 1: nothing is drafted beyond the longest text
     assert length.heard == [("draft", 3), ("verify", 3), ("score", 3), (3, 3, 3)] * 2

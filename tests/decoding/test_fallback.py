@@ -11,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zerodraft import AdaptiveLength, CostAwareTree, DiffuSpec, FixedLength, HybridDrafter, SearchConfig
+from zerodraft import (
+    AdaptiveLength,
+    CostAwareLength,
+    CostAwareTree,
+    DiffuSpec,
+    FixedLength,
+    HybridDrafter,
+    SearchConfig,
+)
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.decoding.costs import Costs
 from zerodraft.decoding.fallback import FIRST_PLAIN, Fallback
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import DraftSession, Progress, TargetOutput
@@ -138,16 +147,16 @@ def test_reading_a_long_prompt_counts_once() -> None:
 
 
 def test_a_plain_step_that_has_become_slower_is_noticed() -> None:
-    fallback, made = Fallback(measure=8), []
-    for _ in range(400):
-        asked = min(fallback.longest(), 4)
+    fallback, costs, made = Fallback(), Costs(explore=8), []
+    for costs.steps in range(1, 401):
+        asked = 0 if costs.trial("plain") else min(fallback.longest(), 4)
         made.append(asked)
         # drafts would not pay at the time that plain steps took at first
         fallback.learn(asked, 2.0 if asked else 1.0, 3.2 if asked else (1.0 if len(made) < 12 else 2.0))
     assert np.mean(np.array(made[-100:]) > 0) > 0.9
 
 
-@pytest.mark.parametrize("bad", [{"allowance": -1.0}, {"share": -0.1}, {"credit": float("nan")}, {"measure": 0}])
+@pytest.mark.parametrize("bad", [{"allowance": -1.0}, {"share": -0.1}, {"credit": float("nan")}])
 def test_bad_settings_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(ZerodraftError, match=next(iter(bad))):
         Fallback(**bad)
@@ -220,7 +229,8 @@ class Drafting:
 
 LENGTHS: dict[str, Any] = {
     "published": lambda: {},
-    "by cost": lambda: {
+    "by cost": lambda: {"length": CostAwareLength(k_max=8)},
+    "tree by cost": lambda: {
         "length": CostAwareTree(k=6),
         "search": SearchConfig(expand="best_first", budget=8),
     },
@@ -228,12 +238,8 @@ LENGTHS: dict[str, Any] = {
 
 
 def decode(drafter: Any, clock: Clock, model: Any, rows: int, **options: Any) -> tuple[DiffuSpec, float]:
-    spec = DiffuSpec(
-        drafter,
-        make_target=lambda model: Counting(clock),
-        fallback=Fallback(clock=clock),
-        **options,
-    )
+    spec = DiffuSpec(drafter, make_target=lambda model: Counting(clock), **options)
+    spec.costs.clock = clock
     prompt = torch.arange(5).expand(rows, -1) + torch.arange(rows)[:, None]
     before = clock.now
     out = model.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None, custom_generate=spec)
@@ -257,8 +263,6 @@ def test_the_engine_falls_back(hybrid: bool, name: str, rows: int, seconds: floa
     clock = Clock()
     other = Drafting(clock, seconds, right=False)
     drafter = HybridDrafter(other=other) if hybrid else other
-    if isinstance(drafter, HybridDrafter):
-        drafter.trial.clock = clock
     spec, tokens_per_second = decode(drafter, clock, model, rows, **LENGTHS[name]())
     assert spec.last_stats is not None
     if hybrid:

@@ -246,7 +246,7 @@ def test_kenlm_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "foreign.bin").write_bytes(b"GGUF" + bytes(500))
     with pytest.raises(ZerodraftError, match=r"foreign\.bin' cannot be read as a KenLM model"):
         KenLMProxy(tmp_path / "foreign.bin")
-    with pytest.raises(ZerodraftError, match=r"x\.arpa' are no token ids"):
+    with pytest.raises(ZerodraftError, match=r"x\.arpa' are not token ids"):
         KenLMProxy(arpa(tmp_path / "x.arpa", ["the", "cat"]))
 
 

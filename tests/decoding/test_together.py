@@ -22,7 +22,7 @@ from zerodraft import (
     PromptLookupDrafter,
     SearchConfig,
 )
-from zerodraft.decoding.lengths import CostKind
+from zerodraft.decoding.costs import CostKind, Costs
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.fast.lean import lean_target
 
@@ -35,18 +35,11 @@ DRAFTERS: dict[str, Any] = {
 }
 
 
-class KnownCosts(CostAwareLength):
-    """Every pass takes the same time, whatever the clock says: lengths follow from acceptance alone."""
+class KnownCosts(Costs):
+    """Whatever the clock says, lengths follow from acceptance alone, and a node more takes a twentieth of a pass."""
 
-    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
-        super().observe_cost(kind, k, 1e-3)
-
-
-class KnownTreeCosts(CostAwareTree):
-    """A pass takes longer by a twentieth for each node."""
-
-    def observe_cost(self, kind: CostKind, k: int, seconds: float) -> None:
-        super().observe_cost(kind, k, 1e-4 if kind == "draft" else 1e-3 * (1 + k / 20))
+    def observe(self, kind: CostKind, k: int, seconds: float) -> None:
+        super().observe(kind, k, {"draft": 1e-4, "verify": 1e-3, "score": 1e-3 * (1 + k / 20)}[kind])
 
 
 # made anew for each test, since a controller remembers what it has seen
@@ -56,12 +49,12 @@ OPTIONS_OF_SPEC: dict[str, Callable[[], dict[str, Any]]] = {
     "proxy": lambda: {"proxy": ContextProxy(64), "length": FixedLength(4)},
     "best first": lambda: {
         "search": SearchConfig(expand="best_first", budget=7),
-        "length": KnownCosts(k_max=5),
+        "length": CostAwareLength(k_max=5),
         "fallback": False,
     },
     "by cost": lambda: {
         "search": SearchConfig(tau=1, expand="best_first", budget=9),
-        "length": KnownTreeCosts(k=6),
+        "length": CostAwareTree(k=6),
         "fallback": False,
     },
     "lean": lambda: {"make_target": lean_target, "length": FixedLength(3)},
@@ -85,6 +78,7 @@ def test_greedy_tokens_are_those_of_generate(drafter: str, name: str, rows: int)
     options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": 9, "pad_token_id": 0}
     plain = target.generate(**batch, **options)
     spec = DiffuSpec(DRAFTERS[drafter](target, block), **OPTIONS_OF_SPEC[name]())
+    spec.costs = KnownCosts()
     assert torch.equal(plain, target.generate(**batch, custom_generate=spec, **options))
     assert spec.last_stats is not None
     if drafter == "autoregressive" and name != "as it comes":

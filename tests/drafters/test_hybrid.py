@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.decoding.drafters import NoisyDrafter
-from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
+from zerodraft.decoding.fallback import Fallback
+from zerodraft.decoding.protocols import CopyingSession, Drafter, DraftSession, Progress
 from zerodraft.drafters.hybrid import FIRST_RATES, CopyTrust, HybridDrafter, HybridSession, copy
 
 
@@ -89,11 +90,11 @@ def test_wrong_copies_bring_the_other_drafter_back() -> None:
     assert any(asked[3:])
 
 
-@pytest.mark.parametrize(("tokens", "seconds", "share"), [((1, 2), (1.0, 1.5), 0.96), ((1, 2), (1.0, 2.5), 0.04)])
+@pytest.mark.parametrize(("tokens", "seconds", "share"), [((1, 2), (1.0, 1.5), 1.0), ((1, 2), (1.0, 2.5), 0.04)])
 def test_the_other_drafter_is_asked_while_it_pays(
     tokens: tuple[int, int], seconds: tuple[float, float], share: float
 ) -> None:
-    trial, asked = HybridDrafter(other=NoisyDrafter([[]], 9)).trial, []
+    trial, asked = Fallback(), []
     for _ in range(400):
         asked.append(trial.longest() > 0)
         trial.learn(int(asked[-1]), tokens[asked[-1]], seconds[asked[-1]])
@@ -110,45 +111,24 @@ def test_a_plain_step_teaches_nothing() -> None:
     assert isinstance(session, HybridSession)
     session.propose([6])
     session.observe([Progress(torch.tensor([9, 8, 4]), None)])
-    trial, (row,) = session.drafter.trial, session.rows
-    known = (len(trial._plain), session.gain, row.trust.rates(1, 12).tolist())
-    assert known[0] == 1
+    (row,) = session.rows
+    known = (session.gain, row.trust.rates(1, 12).tolist())
     session.observe([Progress(torch.tensor([9]), None)])  # no draft before it
-    assert (len(trial._plain), session.gain, row.trust.rates(1, 12).tolist()) == known
+    assert (session.gain, row.trust.rates(1, 12).tolist()) == known
     assert row.text.tokens[-4:].tolist() == [9, 8, 4, 9]
 
 
-def test_a_step_with_nothing_to_gain_is_no_trial() -> None:
+def test_it_says_what_was_asked_of_the_other_drafter() -> None:
     session = start([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13] * 2, least_gain=None)
-    assert isinstance(session, HybridSession)
-    trial = session.drafter.trial
+    assert isinstance(session, CopyingSession)
     session.propose([6])
+    assert session.asked is None  # nothing to gain
     session.observe([Progress(torch.tensor([40]), None)])
-    assert not trial._plain
-    session.propose([6])  # nothing to copy
-    session.observe([Progress(torch.tensor([41]), None)])
-    assert len(trial._plain) == 1
-
-
-def test_the_trial_is_of_whole_steps() -> None:
-    other = NoisyDrafter([range(80)] * 3, 100, right=1.0, max_length=4)
-    drafter = HybridDrafter(other=other, max_length=6)
-    now = [0.0]
-    drafter.trial.clock = lambda: now[0]
-    session = drafter.start(3, torch.device("cpu"), None)
-    session.observe([Progress(torch.tensor([5, 6, 7]), None)] * 3)
-    # the first row has ended, the others bring 2.5 tokens at a time: one step, asked or not for both of them
-    for first in (20, 30, 40):
-        lattices = session.propose([0, 6, 6])
-        assert not len(lattices[0])
-        now[0] += 5.0
-        news = [[], [first, first + 1], [first, first + 1, first + 2]]
-        session.observe([Progress(torch.tensor(tokens, dtype=torch.long), None) for tokens in news])
-        now[0] += 9.0  # whatever others do between steps
-    assert drafter.trial._plain == (5.0, 5.0)
-    # a plain step of one token is added: 2 tokens in 5 seconds; and there were a prompt and two steps to read
-    assert drafter.trial._taken() == pytest.approx([1 + 1.0 / (1 + 9 / 64)])
-    assert list(drafter.trial._brought) == [2.5]
+    for longest in (0, 3, 9):
+        session.longest = longest
+        (lattice,) = session.propose([6])  # nothing to copy
+        assert session.asked == len(lattice) == min(longest, 4)
+        session.observe([Progress(torch.tensor([41 + longest]), None)])
 
 
 def test_nothing_is_wanted() -> None:

@@ -72,7 +72,7 @@ def test_bad_files_are_one_sentence(name: str, content: bytes, message: str, tmp
 def test_instances_of_another_kind_are_one_sentence(instances: Any, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"instruction": "x", "instances": instances}))
-    with pytest.raises(ZerodraftError, match=r"line 1 has instances that are no list of objects"):
+    with pytest.raises(ZerodraftError, match=r"line 1 has instances that are not a list of objects"):
         read_prompts([str(file)])
 
 

@@ -165,8 +165,8 @@ def with_adapter() -> Any:
         (with_nan, r"'model\.layers\.2\.mlp\.up_proj\.weight' of 'LlamaForCausalLM' holds NaN"),
         (with_adapter, "are not those of a plain LlamaForCausalLM"),
         (lambda: from_base(tiny_plain()), "is a Zero Token Transformer already"),
-        (lambda: torch.nn.Linear(2, 2), "is no transformers model"),
-        (lambda: "no/such/model", "'no/such/model' is no model directory"),
+        (lambda: torch.nn.Linear(2, 2), "is not a transformers model"),
+        (lambda: "no/such/model", "'no/such/model' is not a model directory"),
     ],
     ids=["bert", "t5", "headless", "nan", "adapter", "ztt", "module", "name"],
 )

@@ -30,7 +30,7 @@ def read_results(files: Sequence[str]) -> dict[str, dict[str, Any]]:
         results[path.stem] = result
     if not any(result.get("benchmark") in KINDS for result in results.values()):
         raise ZerodraftError(
-            f"'{files[0]}' is no result of 'zerodraft bench decode', 'memory' or 'kernels': name what they wrote."
+            f"'{files[0]}' is not a result of 'zerodraft bench decode', 'memory' or 'kernels': name what they wrote."
         )
     return dict(sorted(results.items()))
 

@@ -320,7 +320,7 @@ def gguf_file_type(path: Path) -> int | None:
     try:
         field = GGUFReader(path).get_field("general.file_type")
     except (ValueError, IndexError) as error:
-        raise ZerodraftError(f"--gguf: '{path}' is no GGUF file") from error
+        raise ZerodraftError(f"--gguf: '{path}' is not a GGUF file") from error
     return None if field is None else int(field.contents())
 
 

@@ -127,7 +127,7 @@ def _mat(result: Result, axes: Any) -> None:
 
 
 def _acceptance(result: Result, axes: Any) -> None:
-    """Without shares of so few drafts that they say nothing."""
+    """Without shares of too few drafts to say anything."""
     for name, counts in result["acceptance"].items():
         tried = counts["tried_at"]
         shares = [a / t if t >= FEW else nan for a, t in zip(counts["accepted_at"], tried, strict=True)]

@@ -100,6 +100,6 @@ def _spec_bench(path: Path) -> Iterator[Question]:
             if number == 1:
                 return
             raise ZerodraftError(
-                f"'{path}' line {number} is no question like those above: it needs question_id, category and turns"
+                f"'{path}' line {number} is not a question like those above: expected question_id, category and turns"
             ) from error
         yield Question(identity, "mt_bench" if category in MT_BENCH else category, text)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import Console
 from rich.table import Table
 
-from zerodraft.cli.command import Command, Result, metavar, positional
+from zerodraft.cli.command import Command, Result, metavar, positional, settings_of
+from zerodraft.cli.decoding import Drafting, load_target
 from zerodraft.cli.loading import Dtype
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
@@ -29,12 +30,7 @@ class Measured(Command):
     """The model that decodes."""
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: as the weights are stored."""
-    drafter: str = metavar("DIR|NAME", default="")
-    """As for 'zerodraft generate'."""
-    drafter_steps: int = 1
-    """Denoising steps of a masked drafter's drafts."""
-    prefix_cache: bool = True
-    """A masked drafter keeps what it computed for known tokens."""
+    drafting: Drafting = settings_of(Drafting)
     ngram: str = metavar("FILE", default="")
     """A table from 'zerodraft ngram build'."""
     assistant: str = metavar("DIR|NAME", default="")
@@ -52,7 +48,8 @@ class Measured(Command):
 
     def check(self) -> None:
         """Looks at the numbers."""
-        self.check_least(drafter_steps=1, threads=0)
+        self.drafting.check()
+        self.check_least(threads=0)
 
     def check_least(self, **least_of: float) -> None:
         """Raises `ZerodraftError` for a flag below its least value."""
@@ -78,11 +75,11 @@ class Measured(Command):
 
         models = {
             "target": self.target,
-            "drafter": self.drafter or str(shipped_drafter(self.target) or ""),
+            "drafter": self.drafting.drafter or str(shipped_drafter(self.target) or ""),
             "assistant": self.assistant,
             "dflash": self.dflash,
         }
-        if self.drafter.partition(":")[0] == "lookup" and not Path(self.drafter).is_dir():
+        if self.drafting.drafter.partition(":")[0] == "lookup" and not Path(self.drafting.drafter).is_dir():
             models["drafter"] = ""
         files = {kind: weights(resolve(name)) for kind, name in models.items() if name}
         others = {"ngram": [self.ngram] if self.ngram else [], "gguf": self.gguf, "prompts": prompts}
@@ -95,8 +92,6 @@ class Measured(Command):
         from transformers import AutoModel, AutoModelForCausalLM
 
         from zerodraft.bench.methods import Equipment
-        from zerodraft.drafters.kinds import Denoising
-        from zerodraft.generate.drafters import find_drafter
         from zerodraft.models.loading import load_pretrained
         from zerodraft.models.resolve import resolve
         from zerodraft.models.tokenizers import load_tokenizer
@@ -104,9 +99,7 @@ class Measured(Command):
         def load(kind: Any, name: str) -> Any:
             return load_pretrained(kind, resolve(name)).to(model.device).eval() if name else None
 
-        drafter, name = find_drafter(
-            self.drafter, model, self.target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
-        )
+        drafter, name = self.drafting.find(model, self.target)
         assistant = load(AutoModelForCausalLM, self.assistant)
         equipment = Equipment(
             model=model,
@@ -173,7 +166,6 @@ class BenchDecode(OnPrompts):
         """Measures and reports."""
         from zerodraft.bench.decode import Settings, encode_all
         from zerodraft.bench.prompts import default_files, read_questions
-        from zerodraft.cli.decoding import load_target
 
         self._prepare()
         files = self.prompts or default_files()
@@ -187,8 +179,8 @@ class BenchDecode(OnPrompts):
             "target": self.target,
             "dtype": self.dtype,
             "drafter": drafter,
-            "drafter_steps": self.drafter_steps,
-            "prefix_cache": self.prefix_cache,
+            "drafter_steps": self.drafting.drafter_steps,
+            "prefix_cache": self.drafting.prefix_cache,
             "ngram": Path(self.ngram).name,
             "prompts": [Path(file).name for file in files],
             "limit": self.limit,
@@ -315,7 +307,6 @@ class BenchMemory(OnPrompts):
         """Of one method, in this process."""
         from zerodraft.bench.memory import PROMPT_TOKENS, measure_here
         from zerodraft.bench.prompts import read_questions
-        from zerodraft.cli.decoding import load_target
 
         self._prepare()
         model, tokenizer = load_target(self.target, self.dtype)
@@ -342,7 +333,6 @@ class BenchKernels(Measured):
         from zerodraft.bench.measure import provenance, write_result
         from zerodraft.bench.sections import Effort
         from zerodraft.bench.tables import kernel_tables
-        from zerodraft.cli.decoding import load_target
         from zerodraft.common.provenance import command_line
 
         self._prepare()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, settings_of
-from zerodraft.cli.decoding import Sampling, check_drafter, live_streamer, load_target, speculate, summary
+from zerodraft.cli.decoding import Drafting, Sampling, live_streamer, load_target, speculate, summary
 from zerodraft.cli.loading import Dtype
 from zerodraft.cli.reading import Messages
 from zerodraft.common.errors import ZerodraftError
@@ -42,13 +42,7 @@ class Chat(Command):
     """A causal language model with a chat template: directory, hub id or short name."""
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: float32 on CPUs, else as stored."""
-    drafter: str = metavar("DIR|NAME", default="")
-    """lookup, lookup:N, self, self:C, a drafter's directory or a small causal language model; by default as in
-    'generate'."""
-    drafter_steps: int = 1
-    """Denoising steps of a draft, if the drafter is a masked diffusion model."""
-    prefix_cache: bool = True
-    """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
+    drafting: Drafting = settings_of(Drafting)
     system: str = metavar("TEXT", default="")
     """The system message, before the conversation."""
     sampling: ChatSampling = settings_of(ChatSampling)
@@ -56,29 +50,26 @@ class Chat(Command):
     def check(self) -> None:
         """The numbers and the drafter's form."""
         self.sampling.check()
-        check_drafter(self.drafter, self.drafter_steps)
+        self.drafting.check()
 
     def run(self, console: Console) -> Result:
         """Reads, answers, reports; until the input ends."""
-        from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.decoder import decoder
-        from zerodraft.generate.drafters import find_drafter
 
         model, tokenizer = load_target(self.target, self.dtype)
-        drafter, name = find_drafter(
-            self.drafter, model, self.target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
-        )
+        drafter, name = self.drafting.find(model, self.target)
         decode = decoder(model, drafter, reuse=True)
         start = [{"role": "system", "content": whole_characters(self.system)}] if self.system else []
         encode_messages(tokenizer, [*start, {"role": "user", "content": "?"}])
-        console.print(Text(f"{self.target} with drafts by {name}; /new starts anew, /quit ends", style="dim"))
+        told = f"{self.target} with drafts by {name}; /new starts a new conversation, /quit ends"
+        console.print(Text(told, style="dim"))
         messages, answers, typed = list(start), [], Messages(console)
         while (line := typed.next()) is not None and line.rstrip() != "/quit":
             if line.rstrip() == "/new":
                 messages = list(start)
                 continue
             if COMMAND.fullmatch(line.rstrip()):
-                said = f"{line.rstrip()} is no command: there are /new and /quit; put a space before it to send it"
+                said = f"{line.rstrip()} is not a command (/new and /quit are): put a space before it to send it"
                 console.print(Text(said, style="red"))
                 continue
             messages.append({"role": "user", "content": line})

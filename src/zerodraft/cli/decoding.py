@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from zerodraft.cli.command import Result, each
+from zerodraft.cli.command import Result, each, metavar
 from zerodraft.cli.loading import Dtype, check_tokens, load_model
 from zerodraft.cli.trace import TraceStreamer, trace_legend
 from zerodraft.common.errors import ZerodraftError
@@ -19,6 +19,7 @@ from zerodraft.training.drafters.distill import SMALLEST_TEMPERATURE
 if TYPE_CHECKING:
     import torch
 
+    from zerodraft.decoding.protocols import Drafter
     from zerodraft.decoding.stats import DecodeStats
     from zerodraft.generate.huggingface import DiffuSpec
 
@@ -79,6 +80,35 @@ class Sampling:
         return chosen
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drafting:
+    """Which drafter, and how it drafts."""
+
+    drafter: str = metavar("DIR|NAME", default="")
+    """lookup, lookup:N, self, self:C, a drafter's directory or a small causal language model; default: the target's own
+    in models/, else lookup."""
+    drafter_steps: int = 1
+    """Denoising steps of a draft, if the drafter is a masked diffusion model."""
+    prefix_cache: bool = True
+    """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
+
+    def check(self) -> None:
+        """Raises for a name that cannot be one, and for fewer than one step."""
+        from zerodraft.generate.names import check_name
+
+        if self.drafter_steps < 1:
+            raise ZerodraftError(f"--drafter-steps is {self.drafter_steps}; it must be at least 1")
+        check_name(self.drafter)
+
+    def find(self, model: Any, target: str) -> "tuple[Drafter, str]":
+        """The drafter for a loaded target of this name, and what to call it."""
+        from zerodraft.drafters.kinds import Denoising
+        from zerodraft.generate.drafters import find_drafter
+
+        how = Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
+        return find_drafter(self.drafter, model, target, how)
+
+
 def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     """The causal language model at a path, hub id or short name, ready to run in a type, and its tokenizer."""
     from transformers import AutoModelForCausalLM
@@ -89,17 +119,8 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
 
 
-def check_drafter(name: str, steps: int) -> None:
-    """Raises for a name that cannot be one, and for denoising steps that are none."""
-    from zerodraft.generate.names import check_name
-
-    if steps < 1:
-        raise ZerodraftError(f"--drafter-steps is {steps}; it must be at least 1")
-    check_name(name)
-
-
 def check_prompt(model: Any, prompt: "torch.Tensor") -> None:
-    """Raises for a prompt with a token that the model does not have, or of so many that nothing could follow."""
+    """Raises for a prompt with a token that the model does not have, or of too many for anything to follow."""
     if not prompt.numel():
         raise ZerodraftError("the prompt comes to no tokens: give another text, or leave the chat template out")
     check_tokens(int(prompt.max()), model, "the prompt")

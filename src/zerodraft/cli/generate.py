@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from zerodraft.cli.command import Command, Result, metavar, positional, settings_of
-from zerodraft.cli.decoding import Sampling, check_drafter, check_prompt, decode_and_report, load_target
+from zerodraft.cli.decoding import Drafting, Sampling, check_prompt, decode_and_report, load_target
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.loading import Dtype, load_ztt
@@ -43,12 +43,7 @@ class Generate(Command):
     """The same, always to decode with drafts."""
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: float32 on CPUs, else as stored."""
-    drafter: str = metavar("DIR|NAME", default="")
-    """The drafter; default: the target's own in models/, else lookup."""
-    drafter_steps: int = 1
-    """Denoising steps of a masked diffusion drafter."""
-    prefix_cache: bool = True
-    """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
+    drafting: Drafting = settings_of(Drafting)
     ngram: str = metavar("FILE", default="")
     """A table from 'zerodraft ngram build', to choose among drafts."""
     compare: bool = False
@@ -79,7 +74,7 @@ class Generate(Command):
             raise ZerodraftError(f"{drafts[0]} is for decoding with drafts, {exits[0]} for decoding with early exits")
         if exits and self.target:
             raise ZerodraftError(f"{exits[0]} belongs to --model")
-        check_drafter(self.drafter, self.drafter_steps)
+        self.drafting.check()
 
     def run(self, console: Console) -> Result:
         """Loads, generates and reports."""
@@ -92,23 +87,20 @@ class Generate(Command):
 
     def _given(self, names: tuple[str, ...]) -> list[str]:
         """Which of these flags have another value than their default."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != defaults[name]]
+        parts = [(part, field) for part in (self, self.drafting) for field in fields(part)]
+        given = {field.name for part, field in parts if getattr(part, field.name) != field.default}
+        return [f"--{name.replace('_', '-')}" for name in names if name in given]
 
     def _decode(self, console: Console, target: str) -> Result:
         """With drafts: speed, and what came of them."""
         from zerodraft.decoding.ngram import open_table
-        from zerodraft.drafters.kinds import Denoising
         from zerodraft.generate.decoder import decoder
-        from zerodraft.generate.drafters import find_drafter
 
         if self.ngram:
             # a wrong file is told before anything is loaded
             open_table(self.ngram)
         model, tokenizer = load_target(target, self.dtype)
-        drafter, name = find_drafter(
-            self.drafter, model, target, Denoising(steps=self.drafter_steps, prefix_cache=self.prefix_cache)
-        )
+        drafter, name = self.drafting.find(model, target)
         decode = decoder(model, drafter, ngram=self.ngram, trace=self.trace)
         inputs = encode(tokenizer, self._prompt(), self.chat)
         result = decode_and_report(

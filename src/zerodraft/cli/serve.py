@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from rich.console import Console
 
-from zerodraft.cli.command import Command, Result, each, metavar, positional
-from zerodraft.cli.decoding import check_drafter, load_target
+from zerodraft.cli.command import Command, Result, each, metavar, positional, settings_of
+from zerodraft.cli.decoding import Drafting, load_target
 from zerodraft.cli.loading import Dtype
 from zerodraft.common.errors import ZerodraftError
 
@@ -31,9 +31,7 @@ class Serve(Command):
     """A causal language model or a Zero Token Transformer: directory, hub id or short name."""
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: float32 on CPUs, else as stored."""
-    drafter: str = metavar("DIR|NAME", default="")
-    """lookup, lookup:N, self, self:C, a drafter's directory or a small causal language model; by default as in
-    'generate'."""
+    drafting: Drafting = settings_of(Drafting)
     name: str = ""
     """What clients call the model; default: the last part of its own name."""
     host: str = metavar("ADDRESS", default="127.0.0.1")
@@ -63,7 +61,7 @@ class Serve(Command):
 
     def check(self) -> None:
         """The numbers, and that there is something to serve with."""
-        check_drafter(self.drafter, 1)
+        self.drafting.check()
         for flag in ("parallel", "max_body_kib", "max_seconds"):
             if not getattr(self, flag) > 0:
                 raise ZerodraftError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}; it must be above 0")
@@ -90,14 +88,13 @@ class Serve(Command):
 
     def run(self, console: Console) -> Result:
         """Loads, listens, and returns once it was told to end."""
-        from zerodraft.generate.drafters import find_drafter
         from zerodraft.serve.load import serve_model
         from zerodraft.serve.process import Server, bound
 
         # before all that takes long
         sock = bound(self.host, self.port)
         model, tokenizer = load_target(self.model, self.dtype)
-        drafter, drafts_by = find_drafter(self.drafter, model, self.model)
+        drafter, drafts_by = self.drafting.find(model, self.model)
         name = self.name or Path(self.model).name
         served = serve_model(
             model,

@@ -43,7 +43,7 @@ def writing(what: str) -> Iterator[None]:
         torn = any(sign in str(error) for sign in TORN)
         if not torn and not isinstance(error, OSError) and "os error" not in str(error):
             raise
-        reason = "the disk takes no more" if torn else why(error)
+        reason = "the disk is full" if torn else why(error)
         raise ZerodraftError(f"{what} could not be written: {reason}.") from error
 
 

@@ -57,7 +57,7 @@ def check_free(output: str | PathLike[str]) -> Path:
     """
     path = user_path(output)
     if not path.resolve().name or not os.fspath(output):
-        raise ZerodraftError(f"'{output}' is no place for an output: name a new directory")
+        raise ZerodraftError(f"'{output}' cannot hold an output: name a new directory")
     with reading(f"'{output}'", "cannot be used"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ZerodraftError(f"'{output}' exists already: name a new directory, or remove it first")
@@ -77,7 +77,7 @@ def new_directory(output: str | PathLike[str]) -> Iterator[Path]:
     """A directory beside `output` to write to, which then takes its name; what a killed process left of it is removed.
 
     Raises:
-        ZerodraftError: there is something already, another process is writing it, or the disk takes no more.
+        ZerodraftError: there is something already, another process is writing it, or the disk is full.
     """
     path = check_free(output).resolve()
     place = path.parent / f".{path.name}.partial"

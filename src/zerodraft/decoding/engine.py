@@ -19,11 +19,13 @@ from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from zerodraft.decoding.choice import TokenChoice
+from zerodraft.decoding.costs import Costs
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.kept import Kept, Origin
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import DraftLength
+from zerodraft.decoding.policy import Policy
 from zerodraft.decoding.protocols import Drafter, DraftSession, LastingTarget, Progress, Target, TargetOutput, join
 from zerodraft.decoding.rotary import Horizon
 from zerodraft.decoding.scorers import CausalProxy, ProxySession
@@ -33,7 +35,6 @@ from zerodraft.decoding.stopping import Stopping
 from zerodraft.decoding.text import Text
 from zerodraft.decoding.tree import ROOT, DraftTree, SampledDraft
 from zerodraft.decoding.verify import Randomness, Verdict, greedy, point_mass, sampled, walk
-from zerodraft.decoding.watch import Watch
 
 NOTHING = DraftTree.path([])
 
@@ -59,7 +60,9 @@ class Engine:
         chunk: Tokens of the prompt to read at once, or None for all.
         generator: Randomness of the drafter.
         trace: Keep every step in the statistics.
+        costs: What steps take, known from call to call.
         fallback: Makes steps plain while drafts do not pay; None: never.
+        beside: Leaves a model out beside copies while its drafts do not pay.
         kept: The target and a session of the drafter, which know the prompt's beginning already; None: nothing of it.
         held: Columns of the prompts that the target has in a cache of the caller.
     """
@@ -80,7 +83,9 @@ class Engine:
     chunk: int | None = None
     generator: torch.Generator | None = None
     trace: bool = False
+    costs: Costs = field(default_factory=Costs)
     fallback: Fallback | None = None
+    beside: Fallback = field(default_factory=Fallback)
     kept: Kept | None = None
     held: int = 0
 
@@ -96,14 +101,14 @@ class Engine:
         known = len(self.kept.tokens) if self.kept else 0
         reused = int(mask[:, : known + self.held].sum())
         self.stats = DecodeStats(len(real), sum(real), reused, trace=[] if self.trace else None)
-        self._lengths = [self.length.fresh() for _ in real]
-        self._watch = Watch(self.stats, self._lengths[0], self.fallback, self.target.device)
+        device = self.target.device
+        self.session = self.kept.session if self.kept else self.drafter.start(len(real), device, self.generator)
+        self._lengths = [self.length.fresh(self.costs) for _ in real]
+        self._policy = Policy(self.stats, self.costs, self.fallback, self.beside, self.session, device)
         self._proxies = [self.proxy.start() if self.proxy else None for _ in real]
         if self.kept:
-            self.session = self.kept.session
             self._tell_proxies([self.kept.tokens])
         else:
-            self.session = self.drafter.start(len(real), self.target.device, self.generator)
             join(self.session, self.target)
         self._untold: list[list[Progress]] = []
         yield from self._read(prompts[:, known:], mask[:, known:])
@@ -133,10 +138,9 @@ class Engine:
 
     def _step(self) -> Step:
         """Draft, search, verify, and tell everyone what came of it."""
-        self._watch.begin()
-        lattices, asked, unread = self._draft()
+        lattices, asked, unread = self._draft(self._policy.begin())
         most = max(asked)
-        self._watch.drafted(most)
+        self._policy.drafted(most)
         with self.stats.timed("search"):
             drafts = [self._search(lattice, at) for at, lattice in enumerate(lattices)]
             drafts = self._filled_up(drafts)
@@ -146,7 +150,7 @@ class Engine:
             out = self.target.score(*self._inputs(trees, depths), self.drafter.taps)
             step, kept = self._settle(out, drafts)
             self.target.keep(kept)
-        self._watch.verified(most, max(len(tree) for tree in trees))
+        self._policy.verified(most, max(len(tree) for tree in trees))
         for at, row in enumerate(step.rows):
             if row is not None and asked[at]:
                 filled = _generated(lattices[at], self.stopping.eos_ids)
@@ -156,7 +160,7 @@ class Engine:
         if most:
             self._tell()
         self._finish(step, [max(of_nodes.tolist()) for of_nodes in depths], draft=True)
-        self._watch.learn(step, most, unread)
+        self._policy.learn(step, most, unread)
         return step
 
     def keep(self, origin: Origin) -> Kept | None:
@@ -190,17 +194,16 @@ class Engine:
                     if proxy is not None and len(tokens):
                         proxy.observe(tokens.tolist())
 
-    def _draft(self) -> tuple[Sequence[Lattice], list[int], int]:
-        """A lattice for every row, how many positions it was asked for, and how many tokens of a row the drafter had to
-        read before."""
-        longest = self._watch.longest()
+    def _draft(self, longest: int) -> tuple[Sequence[Lattice], list[int], int]:
+        """A lattice for every row, how many positions it was asked for (at most the longest), and how many tokens of a
+        row the drafter had to read before."""
         asked = [self._room(at, longest) for at in range(len(self.texts))]
         if not any(asked):
             return [Lattice.empty()] * len(asked), asked, 0
         unread = max(sum(len(news.tokens) for news in untold) for untold in self._untold)
         if any(self._untold):
             self._tell()
-        with self._watch.drafting(max(asked)):
+        with self._policy.drafting(max(asked)):
             lattices = self.session.propose(asked)
         return lattices, asked, unread
 
@@ -340,7 +343,7 @@ class Engine:
             for text in self.texts:
                 if text.stopped_at is None and text.length >= limit:
                     text.stopped_at = text.length
-        self._watch.count(step, depths, draft=draft)
+        self._policy.count(step, depths, draft=draft)
 
     def _news(self, step: Step, kept: list[list[int]], taps: Tensor | None) -> list[Progress]:
         device = self.target.device

@@ -10,12 +10,9 @@ unlucky is soon tried again.
 Which steps are plain changes how fast a text comes, never what it is (see `verify`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from time import perf_counter, thread_time
 from typing import TypeVar
-
-import torch
 
 from zerodraft.common.errors import ZerodraftError
 
@@ -27,7 +24,7 @@ REST = 8
 """Plain steps before the first new try; each further one in a row waits twice as long."""
 LONGEST_REST = 512
 SHORT_REST, CHEAP = 32, 1.2
-"""The longest where a step with a draft takes less than so many plain ones."""
+"""The longest where a step with a draft takes less time than this many plain ones."""
 TRY = 4
 """Positions of the first draft after a rest: enough to see whether anything has changed."""
 READ = 64
@@ -36,14 +33,14 @@ once, and says nothing of drafts to come."""
 RECENT = 9
 """Steps of either kind that say what one takes at present."""
 BUSY = 1.5
-"""A step counts for at most so many times the recent ones: whatever else it did is no matter of drafts."""
+"""A step counts for at most this many times the recent ones: whatever else it did has nothing to do with drafts."""
 UNLIMITED = 1 << 30
 
 
 @dataclass(kw_only=True, slots=True)
 class Fallback:
-    """Decides step by step whether to draft at all. It is told what steps took; the clock is there for those who tell
-    it, so that made-up times can drive it.
+    """Decides step by step whether to draft at all; or, where its plain steps have copies, whether to ask a model for
+    drafts beside them. It is told what steps took, so that made-up times can drive it.
 
     The first drafts are short ones: while nothing is known, a draft of one position is all that is risked, and then as
     many as the account could pay for if the time grew with the length.
@@ -52,18 +49,14 @@ class Fallback:
         allowance: What drafts may lose before they have earned anything, in plain steps.
         share: What they may lose after that, as a share of the plain steps made.
         credit: The most that is kept of what they earned, in plain steps. The next text begins with the allowance.
-        measure: After so many drafts a plain step shows what one takes by now; this doubles up to eight times as many.
-        clock: Seconds; None: see `timer`.
     """
 
     allowance: float = 4.0
     share: float = 0.0125
     credit: float = 8.0
-    measure: int = 48
-    clock: Callable[[], float] | None = None
     _plain: tuple[float, ...] = field(default=(), init=False)
     _plain_tokens: tuple[float, ...] = field(default=(), init=False)
-    _seconds: tuple[tuple[float, int], ...] = field(default=(), init=False)
+    _seconds: tuple[tuple[float, float], ...] = field(default=(), init=False)
     _brought: tuple[float, ...] = field(default=(), init=False)
     _lengths: tuple[float, ...] = field(default=(), init=False)
     _needed: float = field(default=0.0, init=False)
@@ -75,16 +68,12 @@ class Fallback:
     _rest: int = field(default=0, init=False)
     _lost: int = field(default=0, init=False)
     """Texts in a row that ended without drafts."""
-    _drafts: int = field(default=0, init=False)
-    _until: int = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("allowance", "share", "credit"):
             if not getattr(self, name) >= 0:
                 raise ZerodraftError(f"{name}={getattr(self, name)} is out of range; give 0 or more.")
-        if self.measure < 1:
-            raise ZerodraftError(f"measure={self.measure} is out of range; give at least 1.")
-        self._balance, self._until = self.allowance, self.measure
+        self._balance = self.allowance
 
     def begin(self) -> None:
         """A new text, in which drafts may do better or worse than in the last."""
@@ -93,11 +82,6 @@ class Fallback:
         self._balance = self.allowance / 2 if lost else self.allowance
         self._tries, self._rest = 0, min(REST << self._lost, LONGEST_REST) if lost else 0
         self._lost = min(self._lost + 1, 16) if lost else 0
-
-    def timer(self, device: torch.device) -> Callable[[], float]:
-        """The clock for steps on a device. On a CPU the time of this thread, which other programs add nothing to: a
-        machine that is busy for a moment would make drafts look dear."""
-        return self.clock or (thread_time if device.type == "cpu" else perf_counter)
 
     @property
     def resting(self) -> bool:
@@ -111,20 +95,15 @@ class Fallback:
 
     def longest(self) -> int:
         """The most positions to draft in the next step; 0 for a plain one."""
-        if len(self._plain) < FIRST_PLAIN or self._drafts >= self._until:
-            return 0
-        return 0 if self.resting else max(1, min(self._longest, self._affordable()))
+        return 0 if self.resting or len(self._plain) < FIRST_PLAIN else max(1, min(self._longest, self._affordable()))
 
-    def learn(self, k: int, tokens: float, seconds: float | None, read: int = 0) -> None:
-        """Take note of a step that drafted k positions (0: none), and brought so many tokens to a row; before that the
-        drafter had to read so many that it did not know yet. The time of a step that nobody watched is None."""
+    def learn(self, k: int, tokens: float, seconds: float | None, read: float = 0) -> None:
+        """Take note of a step that drafted k positions (0: none) and brought `tokens` to a row; before that the drafter
+        had to `read` tokens that it did not know yet. The time of a step that nobody watched is None."""
         if k == 0:
             if seconds is not None:
                 self._plain = _recent(self._plain, seconds)
                 self._plain_tokens = _recent(self._plain_tokens, tokens)
-            if self._drafts >= self._until:
-                self._until = min(2 * self._until, 8 * self.measure)
-            self._drafts = 0
             self._rest = max(self._rest - 1, 0)
             enough = min(max(self._needed, 0.0) + 0.5, self.allowance)
             self._balance = max(self._balance, min(self._balance + self.share, enough))
@@ -132,7 +111,6 @@ class Fallback:
         if seconds is None:
             # another thread has made drafts rest meanwhile
             return
-        self._drafts += 1
         self._brought = _recent(self._brought, tokens)
         self._lengths = _recent(self._lengths, k)
         # last: where there is none, other threads look at nothing else

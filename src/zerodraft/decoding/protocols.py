@@ -132,6 +132,18 @@ def join(session: DraftSession, target: Target) -> None:
 
 
 @runtime_checkable
+class CopyingSession(DraftSession, Protocol):
+    """A session that copies from the text, and can ask a model for drafts beside the copies.
+
+    `longest` is the most positions that the model may be asked for in the next `propose` (0: copies alone), `asked` how
+    many it was asked for in the last one; None: copies left it nothing to gain.
+    """
+
+    longest: int
+    asked: int | None
+
+
+@runtime_checkable
 class Drafter(Protocol):
     """Anything that fills the next k positions.
 

@@ -186,7 +186,7 @@ class KenLMProxy:
         self.new_state = kenlm.State
         if not any(str(token) in self.model for token in range(LARGEST_VOCABULARY)):
             raise ZerodraftError(
-                f"The words of the KenLM model '{path}' are no token ids: make its text with 'zerodraft ngram words'."
+                f"The words of the KenLM model '{path}' are not token ids: make its text with 'zerodraft ngram words'."
             )
 
     def start(self) -> "KenLMSession":

@@ -72,7 +72,7 @@ class Dice:
             return int(torch.multinomial(p.to(self.device), 1, generator=self.generator))
         except RuntimeError as error:
             raise ZerodraftError(
-                f"The target's probabilities are no distribution ({error}); check its weights and logits processors."
+                f"The target's probabilities are not a distribution ({error}); check its weights and logits processors."
             ) from None
 
     def accept(self, p: Float[Tensor, ""], q: float) -> bool:

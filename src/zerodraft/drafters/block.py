@@ -50,7 +50,7 @@ class BlockDrafter:
         device = target.device
         linear = rounded_linear(device) if rounded else PackedLinear
         if linear is None:
-            raise ZerodraftError(f"Nothing here multiplies rounded weights on '{device}': leave rounded out.")
+            raise ZerodraftError(f"There is no kernel for rounded weights on '{device}': leave rounded out.")
         with torch.no_grad():
             self.head = linear(head[model.draft_ids.to(device)])
             like: Any = head  # its device and dtype; transformers' wrapper of `to` hides torch's types

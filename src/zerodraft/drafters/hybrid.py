@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 
-from zerodraft.decoding.fallback import Fallback
+from zerodraft.decoding.fallback import UNLIMITED
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress, Target, join
 from zerodraft.drafters.lookup import GrowingText, matches
@@ -70,7 +70,7 @@ def copy(text: Int64[np.ndarray, " n"], length: int, max_ngram: int) -> tuple[In
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridDrafter:
-    """Copies from the text, and another drafter's drafts where copies are not to be had or not to be trusted."""
+    """Copies from the text, and another drafter's drafts where there is no copy that can be trusted."""
 
     other: Drafter
     """Drafts what is not copied."""
@@ -80,9 +80,7 @@ class HybridDrafter:
     """The most positions of a copy; the other drafter fills at most its own."""
     least_gain: float | None = None
     """Ask the other drafter where its tokens are expected to add at least this share to those of the copy; None: where
-    steps that asked it have brought more tokens per second than steps that did not."""
-    trial: Fallback = field(default_factory=Fallback, init=False)
-    """What is known of that, kept from call to call: its plain steps are those with copies alone."""
+    steps that asked it have brought more tokens per second than steps that did not (`decoding/policy.py`)."""
 
     @property
     def taps(self) -> Sequence[int]:
@@ -95,7 +93,7 @@ class HybridDrafter:
 
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "HybridSession":
         """A session for `batch` rows."""
-        return HybridSession(self, self.other.start(batch, device, generator), batch, device)
+        return HybridSession(self, self.other.start(batch, device, generator), batch)
 
 
 @dataclass(slots=True)
@@ -111,16 +109,13 @@ class _Row:
 class HybridSession:
     """The texts, what was copied last, and what the other drafter brings."""
 
-    def __init__(self, drafter: HybridDrafter, other: DraftSession, batch: int, device: torch.device) -> None:
+    longest = UNLIMITED
+    asked: int | None = None
+
+    def __init__(self, drafter: HybridDrafter, other: DraftSession, batch: int) -> None:
         self.drafter, self.other = drafter, other
         self.rows = [_Row() for _ in range(batch)]
         self.gain = 0.8
-        self._began = 0.0
-        # positions in this step; None where copies left nothing to gain, or nothing was drafted at all
-        self._asked: int | None = None
-        self._unread = self._read = 0
-        drafter.trial.begin()
-        self._clock = drafter.trial.timer(device)
 
     def join(self, target: Target) -> None:
         """The other drafter may draft with it."""
@@ -128,10 +123,6 @@ class HybridSession:
 
     def observe(self, progress: Sequence[Progress]) -> None:
         """Tells both, and learns from what became of the last drafts."""
-        if self._asked is not None:
-            trial, brought = self.drafter.trial, [len(news.tokens) for news in progress if len(news.tokens)]
-            seconds = self._clock() - self._began
-            trial.learn(self._asked, sum(brought) / len(brought), seconds, self._read)
         for row, news in zip(self.rows, progress, strict=True):
             tokens = news.tokens.cpu().numpy()
             if len(tokens):
@@ -141,13 +132,11 @@ class HybridSession:
                 row.text.append(tokens)
             # the next step may be plain, and has nothing to teach then
             row.copied, row.drafted = row.copied[:0], False
-        self._asked = None
-        self._unread += max(len(news.tokens) for news in progress)
         self.other.observe(progress)
 
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         """A copy and a draft for each row, side by side, or one of them."""
-        self._began = self._clock()
+        self.asked = None
         copies, open_rows = [], []
         for row, length in zip(self.rows, lengths, strict=True):
             row.copied, row.agreement = copy(row.text.tokens, length, self.drafter.max_ngram)
@@ -159,14 +148,13 @@ class HybridSession:
         # once: all rows share a pass of the other drafter
         longest = self.drafter.other.max_length
         if self.drafter.least_gain is None:
-            longest = min(longest, self.drafter.trial.longest())
+            longest = min(longest, self.longest)
         asked = [min(length, longest) * is_open for length, is_open in zip(lengths, open_rows, strict=True)]
         for row, positions in zip(self.rows, asked, strict=True):
             row.drafted = positions > 0
-        self._asked = max(asked)
-        if not self._asked:
+        self.asked = max(asked)
+        if not self.asked:
             return copies
-        self._read, self._unread = self._unread, 0
         drafts = self.other.propose(asked)
         return [_beside(draft, copied) for draft, copied in zip(drafts, copies, strict=True)]
 
@@ -175,8 +163,6 @@ class HybridSession:
         one = self.rows[row]
         one.text.cut(length)
         one.copied, one.drafted = one.copied[:0], False
-        self._asked, self._unread = None, 0
-        self.drafter.trial.begin()
         self.other.rewind(row, length)
 
     def _gains(self, rates: Float64[np.ndarray, " k"]) -> bool:

@@ -4,7 +4,7 @@ are trained is in `training/drafters/kinds.py`."""
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from transformers import AutoModelForCausalLM
 
@@ -22,8 +22,6 @@ from zerodraft.drafters.masked_model import MaskedConfig
 from zerodraft.drafters.retokenized import RetokenizedDrafter, different_tokenizers, retokenized_if_needed
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
-
-Kind = TypeVar("Kind", bound="DrafterKind")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +184,7 @@ def kind_of(path: Path) -> DrafterKind:
     return next(kind for kind in KINDS if kind.recognises(path))
 
 
-def kind_that_can(ability: type[Kind], name: str, who: str) -> tuple[Kind, Path]:
+def kind_that_can(ability: Any, name: str, who: str) -> tuple[Any, Path]:
     """The kind of the drafter called `name`, which must have an ability (`Judged`, `Exported`), and its directory;
     `who` asks.
 
@@ -220,4 +218,4 @@ def check_nothing_denoised(denoising: Denoising, name: str) -> None:
     """Raise `ZerodraftError` for a way of denoising that somebody chose for a drafter that has none."""
     if denoising != Denoising():
         what = f"{denoising.steps} denoising steps are" if denoising.steps != 1 else "doing without a prefix cache is"
-        raise ZerodraftError(f"{what} for drafters that are masked diffusion models, and '{name}' is none")
+        raise ZerodraftError(f"{what} for drafters that are masked diffusion models, and '{name}' is not one")

@@ -172,7 +172,7 @@ def _fill(model: MaskedModel, form: Format, folder: Path, dtype: torch.dtype | N
             continue
         if ours not in shapes:
             raise ZerodraftError(
-                f"'{folder}' holds a tensor '{name}' that a model of its config.json has not: it is of another kind."
+                f"'{folder}' holds a tensor '{name}' that its config.json does not provide for: it is of another kind."
             )
         if tuple(tensor.shape) != shapes[ours]:
             raise ZerodraftError(

@@ -55,7 +55,7 @@ def decoder(
     return DiffuSpec(
         drafter,
         proxy=NgramProxy(ngram, vocab_size=vocabulary) if ngram else None,
-        length=CostAwareTree(k=k, explore=48),
+        length=CostAwareTree(k=k),
         search=SearchConfig(tau=0.98, m_max=12, expand="best_first", budget=max(k, 24)),
         trace=trace,
         reuse=reuse,

@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.choice import TokenChoice, may_remember
+from zerodraft.decoding.costs import Costs
 from zerodraft.decoding.engine import Engine
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.instep import InStep
@@ -74,6 +75,8 @@ class DiffuSpec:
             or off) are not: call `forget` then.
 
     Attributes:
+        costs: What steps take, for all calls; its `explore` says how often something other than the best is tried.
+        beside: The `Fallback` from a `HybridDrafter`'s model to copies alone.
         last_stats: What the last call did (of a running one: so far).
         last_result: What `generate` would have returned, once the steps of `iterate` are over.
     """
@@ -104,7 +107,7 @@ class DiffuSpec:
         self.generator, self.dice = generator, dice
         if fallback is None:
             fallback = False if isinstance(self.length, FixedLength) else Fallback()
-        self.fallback = fallback or None
+        self.fallback, self.beside, self.costs = fallback or None, Fallback(), Costs()
         self.reuse = reuse is not False
         self._kept = reuse if isinstance(reuse, KeptTexts) else KeptTexts(texts=1)
         self.last_stats: DecodeStats | None = None
@@ -259,7 +262,9 @@ class DiffuSpec:
             chunk=None if held else config.prefill_chunk_size,
             generator=self.generator,
             trace=self.trace,
+            costs=self.costs,
             fallback=self.fallback,
+            beside=self.beside,
             kept=kept,
             # hidden states are in no cache: where the drafter wants them, all is read after all
             held=0 if self.drafter.taps else held,

@@ -197,7 +197,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     names = read_json(index, "index").get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ZerodraftError(f"'{index}' is no index of shards: it has no weight_map.")
+        raise ZerodraftError(f"'{index}' is not an index of shards: it has no weight_map.")
     # an index may not lead out of its directory
     if odd := [name for name in names.values() if Path(name).name != name]:
         raise ZerodraftError(f"'{index}' names the file '{odd[0]}', which is not beside it.")

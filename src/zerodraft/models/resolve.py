@@ -127,7 +127,7 @@ def resolve(
         return hub_snapshot(text)
     near = difflib.get_close_matches(text.lower(), SHORT_NAMES, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"short names are {', '.join(map(repr, SHORT_NAMES))}."
-    raise ZerodraftError(f"{text!r} is no model directory, no hub id (owner/name) and no short name: {hint}")
+    raise ZerodraftError(f"{text!r} is not a model directory, a hub id (owner/name) or a short name: {hint}")
 
 
 def hub_snapshot(hub_id: str) -> Path:

@@ -82,7 +82,7 @@ def _tokens(text: str, spans: Sequence[tuple[int, int]] | None, tokenizer: Any) 
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return list(ids), [True] * len(ids)
     if not tokenizer.is_fast:
-        raise ZerodraftError(f"the tokenizer does not tell where its tokens are in a text: use a fast one, {NO_LOSS}")
+        raise ZerodraftError(f"the tokenizer does not say where in a text its tokens are: use a fast one, {NO_LOSS}")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     # a token of nothing but trimmed blanks has no width
     at = [(start, max(end, start + 1)) for start, end in encoding["offset_mapping"]]

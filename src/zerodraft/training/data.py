@@ -244,7 +244,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
     # over a damaged file pyarrow raises its own kinds and Python's (a text that is no UTF-8, a date beyond its range)
     except Exception as error:
-        raise ZerodraftError(f"'{path}' is no whole parquet file: {why(error)}") from error
+        raise ZerodraftError(f"'{path}' is not a complete parquet file: {why(error)}") from error
 
 
 def _unset(source: str) -> str | None:

@@ -47,7 +47,7 @@ def claimed(name: str, recipe: Any, resume: bool) -> Iterator[str | None]:
     """
     folder = Path(name)
     if not name.strip() or folder.resolve() == Path(folder.resolve().anchor):
-        raise ZerodraftError(f"'{name}' is no folder for a run: name a new one, such as runs/first")
+        raise ZerodraftError(f"'{name}' cannot be the folder of a run: name a new one, such as runs/first")
     begun = (folder / LOCK).exists() or (folder / RECIPE).exists()
     if os.environ.get("RANK", "0") != "0":
         yield check_folder(folder, recipe, resume, begun)
@@ -101,7 +101,7 @@ def check_sums(checkpoint: Path) -> None:
     advice = "remove the folder, and the run goes on from an earlier one or from its beginning"
     if not (checkpoint / SUMS).exists():
         raise ZerodraftError(
-            f"The checkpoint '{checkpoint}' is not whole, or of an older version, for it has no {SUMS}: {advice}."
+            f"The checkpoint '{checkpoint}' is incomplete, or of an older version: it has no {SUMS}: {advice}."
         )
     sums = read_json(checkpoint / SUMS, "list of checksums")
     for name, noted in sums.items():

@@ -76,7 +76,7 @@ def _of_row(row: dict[str, Any], path: Path, number: int) -> str:
     instances = row.get("instances") or [{}]
     if not isinstance(instances, list) or not isinstance(instances[0], dict):
         raise ZerodraftError(
-            f"'{path}' line {number} has instances that are no list of objects: expected some like "
+            f"'{path}' line {number} has instances that are not a list of objects: expected something like "
             '[{"input": "..."}], or no such field.'
         )
     if field != "instruction":

@@ -112,7 +112,7 @@ def _messages(row: Mapping[str, Any], name: str, source: str) -> list[dict[str, 
     for message in messages:
         said = message.get("content", "" if "tool_calls" in message else None)
         if not isinstance(message.get("role"), str) or not isinstance(said, str):
-            raise ZerodraftError(f"a row of '{source}' has a message in '{name}' without a text as role and content")
+            raise ZerodraftError(f"a row of '{source}' has a message in '{name}' whose role or content is not a text")
     return messages
 
 

@@ -272,7 +272,7 @@ def check_cycling(config: ZttConfig) -> None:
     if isinstance(start, bool) or not isinstance(start, (int, float)) or not abs(start) < math.inf:
         raise ZerodraftError(f"input_injection_start={start!r} must be a finite number.")
     if not isinstance(config.exit_rule, (dict, type(None))):
-        raise ZerodraftError(f"exit_rule={config.exit_rule!r} is no rule; expected what 'zerodraft calibrate' writes.")
+        raise ZerodraftError(f"exit_rule={config.exit_rule!r} is not one that 'zerodraft calibrate' writes.")
     if not 1 <= config.zero_token_start <= config.cycles + 1:
         raise ZerodraftError(
             f"zero_token_start={config.zero_token_start} must lie between 1 and cycles + 1 = {config.cycles + 1}."

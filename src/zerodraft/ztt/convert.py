@@ -279,7 +279,7 @@ def check_base(model: nn.Module) -> PreTrainedModel:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ZerodraftError(
-            f"{name} is no transformers model; give a PreTrainedModel (a PEFT model: its merge_and_unload())."
+            f"{name} is not a transformers model; give a PreTrainedModel (a PEFT model: its merge_and_unload())."
         )
     problems = {
         "is a Zero Token Transformer already; give a plain model": isinstance(model.config, ZttConfig),

@@ -204,7 +204,7 @@ def scored_rule(rule: str | ExitRule) -> ScoredRule:
     known = scored_names()
     made = RULES[rule].rule(threshold=0.0) if isinstance(rule, str) and rule in known else rule
     if not isinstance(made, ScoredRule) or name_of(type(made)) is None:
-        raise ZerodraftError(f"{rule!r} is no exit rule with a threshold; choose one of {', '.join(known)}.")
+        raise ZerodraftError(f"{rule!r} is not an exit rule with a threshold; choose one of {', '.join(known)}.")
     return made
 
 

@@ -19,7 +19,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from tests.saved import save, save_completions, tiny_llama, tiny_tokenizer
+from tests.saved import save, tiny_llama, tiny_tokenizer
 from tests.training.resuming import learns_and_resumes, losses
 from tests.ztt.tiny import FAMILIES, VOCABULARY, gap, logits, randomise, tiny, tiny_plain, tokens
 from zerodraft.common.errors import ZerodraftError
@@ -42,16 +42,6 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(tiny_llama(tokenizer))
     randomise(model)
     return save(model, tokenizer, tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def target(target_folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(target_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def completions_folder(target: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_completions(tmp_path_factory.mktemp("completions"), target, 12, 20)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

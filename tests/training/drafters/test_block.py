@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
@@ -26,23 +26,6 @@ from zerodraft.training.drafters.run import split_completions
 from zerodraft.training.recipe import read_recipe
 
 VOCABULARY, LAYERS = 64, 3
-
-
-@pytest.fixture(scope="module")
-def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("target")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def target(target_folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(target_folder).eval()
 
 
 @pytest.fixture(scope="module")

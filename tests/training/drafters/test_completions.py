@@ -56,9 +56,9 @@ def test_single_files_in_the_order_given(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is no entry"),
-        ("[]", "line 1 is no entry"),
-        ('{"n": 4, "p": 2}', "line 1 is no entry"),
+        ("{", "line 1 is not an entry"),
+        ("[]", "line 1 is not an entry"),
+        ('{"n": 4, "p": 2}', "line 1 is not an entry"),
         ('{"n": 4, "p": 5, "temp": 0}', "n=4 tokens with p=5"),
         ('{"n": 0, "p": 0, "temp": 0}', "n=0"),
         ('{"n": 4.0, "p": 2, "temp": 0}', "whole numbers"),

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.saved import save_completions
 from tests.training.resuming import learns_and_resumes, losses
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
@@ -33,29 +32,7 @@ from zerodraft.training.drafters.masked_recipe import MaskedDrafterRecipe
 from zerodraft.training.drafters.walk import walk
 from zerodraft.training.recipe import read_recipe
 
-VOCABULARY = 48
-
-
-@pytest.fixture(scope="module")
-def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("target")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def target(target_folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(target_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def completions_folder(target: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_completions(tmp_path_factory.mktemp("completions"), target, 12, 20)
+VOCABULARY, LAYERS = 48, 2
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ def read_shard(index: Path) -> Shard:
             source = str(row.get("src", ""))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ZerodraftError(
-                f"'{index}' line {number} is no entry of an index of completions: expected an object with n, p, temp."
+                f"'{index}' line {number} is not an entry of a completions index: expected an object with n, p, temp."
             ) from error
         if type(n) is not int or type(p) is not int or not 0 <= p <= n or n == 0 or not 0 <= temperature < np.inf:
             raise ZerodraftError(

@@ -269,7 +269,7 @@ def _check_same(folder: Path, made_with: dict[str, Any]) -> None:
         before = read_json(folder / MANIFEST, "manifest")["made_with"]
         known = {**before["settings"], **{key: before[key] for key in before if key != "settings"}}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ZerodraftError(f"'{folder / MANIFEST}' is no manifest of completions: name a new directory.") from error
+        raise ZerodraftError(f"'{folder / MANIFEST}' is not a completions manifest: name a new directory.") from error
     now = {**made_with["settings"], **{key: made_with[key] for key in made_with if key != "settings"}}
     if changed := [key for key in now if known.get(key) != now[key]]:
         raise ZerodraftError(

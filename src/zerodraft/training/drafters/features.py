@@ -90,7 +90,7 @@ class FeatureCache:
         out = self.target(ids, output_hidden_states=True, use_cache=False, **self._options)
         states = torch.stack([out.hidden_states[tap][0] for tap in self.taps], dim=1).float()
         if not states.isfinite().all():
-            raise ZerodraftError("The target's hidden states are not finite: its weights are broken, or its dtype is.")
+            raise ZerodraftError("The target's hidden states hold NaN or infinity: check its weights and its dtype.")
         return states.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu()
 
 
