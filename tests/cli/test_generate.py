@@ -9,11 +9,11 @@ import pytest
 
 from zerodraft import FixedExit, ZttForCausalLM, exit_rule_to_dict
 from zerodraft.cli.depth import colour, legend
-from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.main import main
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.ztt.exits import ConfidenceExit, ZeroMassExit
+from zerodraft.ztt.rules import parse_exit_rule
 
 
 def generate(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

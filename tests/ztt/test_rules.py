@@ -12,10 +12,9 @@ from torch import Tensor
 
 from tests.ztt.tiny import tiny, tokens
 from zerodraft import CycleOutput, exit_rule_from_dict, exit_rule_to_dict
-from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.ztt.calibrate import ComputeBudget, calibrate
 from zerodraft.ztt.exits import ReadingRule, ScoredRule
-from zerodraft.ztt.rules import RULES, RuleEntry, name_of, scored_names, written_rules
+from zerodraft.ztt.rules import RULES, RuleEntry, name_of, parse_exit_rule, scored_names, written_rules
 
 ROOT = Path(__file__).resolve().parents[2]
 

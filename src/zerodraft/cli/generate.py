@@ -1,10 +1,10 @@
 """`zerodraft generate`: writes with a Zero Token Transformer and shows how deep each token went, or writes with any
-target and a drafter and shows what was drafted.
+target and a drafter and shows what was drafted, or answers a file of prompts (`batch`).
 """
 
 import time
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.text import Text
@@ -12,15 +12,15 @@ from rich.text import Text
 from zerodraft.cli.command import Command, Result, metavar, positional, settings_of
 from zerodraft.cli.decoding import Drafting, Sampling, check_prompt, decode_and_report, load_target
 from zerodraft.cli.depth import colour, legend
-from zerodraft.cli.exit_rule import parse_exit_rule
 from zerodraft.cli.loading import Dtype, load_ztt
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import model_type, read_text, user_path, whole_characters
 from zerodraft.models.tokenizers import encode, load_tokenizer
-from zerodraft.ztt.rules import written_rules
+from zerodraft.ztt.rules import rule_of, written_rules
 
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
 OF_EXITS = ("exit_rule", "show_depth")
+OF_ONE_TEXT = ("compare", "trace", "show_depth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,9 @@ class Generate(Command):
     A drafter proposes tokens, the target checks them all in one pass. Drafters: a directory from 'zerodraft
     train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), 'self' (a
     looped target's first cycle; self:C for C cycles), or a small causal language model with the target's tokenizer.
-    Exit rules stop a token's cycles early: {rules}, calibrated (what 'zerodraft calibrate' found) or off.
+    With --out every line of --prompt-file is a JSON object with a prompt or messages, OpenAI's batch form included, and
+    the same command goes on after an interruption. Exit rules stop a token's cycles early: {rules}, calibrated (what
+    'zerodraft calibrate' found) or off.
     """
 
     example: ClassVar[str] = "zerodraft generate --target smollm2 --chat --compare --trace 'What is a fox?'"
@@ -51,7 +53,11 @@ class Generate(Command):
     trace: bool = False
     """Colour (or mark) accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")
-    """Read the prompt from this file instead."""
+    """Read the prompt from this file instead; with --out, prompts from its lines."""
+    out: str = metavar("FILE", default="")
+    """Answer every line of --prompt-file, with a line of this file each."""
+    batch: int = 1
+    """With --out: decode so many greedy prompts together."""
     chat: bool = False
     """Put the prompt into the model's chat template as the user's message."""
     sampling: Sampling = settings_of(Sampling)
@@ -62,17 +68,21 @@ class Generate(Command):
 
     def check(self) -> None:
         """Reads the prompt and looks at the numbers."""
+        if self.out:
+            self._check_batch()
+        elif self.batch != 1:
+            raise ZerodraftError("--batch is for a file of prompts: name the file for the answers with --out")
         file = user_path(self.prompt_file) if self.prompt_file else None
-        if self.prompt or file is None or file.is_file() or file.is_dir() or not file.exists():
+        if not self.out and (self.prompt or file is None or file.is_file() or file.is_dir() or not file.exists()):
             # what comes through a pipe can be read once only, and is read later
             self._prompt()
         self.sampling.check()
         if bool(self.model) == bool(self.target):
             raise ZerodraftError("give the model with either --model or --target")
         exits, drafts = self._given(OF_EXITS), self._given(OF_DRAFTS)
-        if exits and drafts:
+        if exits and drafts and not self.out:
             raise ZerodraftError(f"{drafts[0]} is for decoding with drafts, {exits[0]} for decoding with early exits")
-        if exits and self.target:
+        if exits and self.target and not self.out:
             raise ZerodraftError(f"{exits[0]} belongs to --model")
         self.drafting.check()
 
@@ -80,6 +90,8 @@ class Generate(Command):
         """Loads, generates and reports."""
         from zerodraft.models.resolve import resolve
 
+        if self.out:
+            return self._run_batch(console)
         plainly = not self.target and not self._given(OF_DRAFTS)
         if plainly and (self._given(OF_EXITS) or model_type(resolve(self.model)) == "ztt"):
             return self._run_ztt(console)
@@ -91,8 +103,8 @@ class Generate(Command):
         given = {field.name for part, field in parts if getattr(part, field.name) != field.default}
         return [f"--{name.replace('_', '-')}" for name in names if name in given]
 
-    def _decode(self, console: Console, target: str) -> Result:
-        """With drafts: speed, and what came of them."""
+    def _decoder(self, target: str) -> tuple[Any, Any, Any, str]:
+        """The model, its tokenizer, how it decodes, and what the drafter is called."""
         from zerodraft.decoding.ngram import open_table
         from zerodraft.generate.decoder import decoder
 
@@ -101,12 +113,53 @@ class Generate(Command):
             open_table(self.ngram)
         model, tokenizer = load_target(target, self.dtype)
         drafter, name = self.drafting.find(model, target)
-        decode = decoder(model, drafter, ngram=self.ngram, trace=self.trace)
+        return model, tokenizer, decoder(model, drafter, ngram=self.ngram, trace=self.trace), name
+
+    def _decode(self, console: Console, target: str) -> Result:
+        """With drafts: speed, and what came of them."""
+        model, tokenizer, decode, name = self._decoder(target)
         inputs = encode(tokenizer, self._prompt(), self.chat)
         result = decode_and_report(
             model, tokenizer, decode, inputs, self.sampling, console, name=name, plainly_too=self.compare
         )
         return {**result, "target": target, "drafter": name, "seed": self.sampling.seed}
+
+    def _check_batch(self) -> None:
+        if not self.prompt_file:
+            raise ZerodraftError("--out needs a file of prompts: name it with --prompt-file")
+        if self.prompt:
+            raise ZerodraftError("give prompts either as a word or with --prompt-file, not both")
+        if given := self._given(OF_ONE_TEXT):
+            raise ZerodraftError(f"{given[0]} is for one text, and --out for a file of prompts")
+        if self.batch < 1:
+            raise ZerodraftError(f"--batch is {self.batch}; it must be at least 1")
+        if user_path(self.prompt_file).resolve() == user_path(self.out).resolve():
+            raise ZerodraftError("--out is the file of prompts: name another one")
+
+    def _run_batch(self, console: Console) -> Result:
+        """All lines of a file."""
+        from zerodraft.cli.batch import answer_file, kept_lines
+        from zerodraft.cli.requests import read_requests
+
+        out, name = user_path(self.out), self.target or self.model
+        requests = read_requests(user_path(self.prompt_file), self.sampling)
+        keys = [request.key(name, self.dtype, self.exit_rule, str(self.chat)) for request in requests]
+        # another file's answers are told before anything is loaded
+        if kept_lines(out, keys) == len(requests):
+            console.print(f"{self.out} has all {len(requests)} answers already")
+            return {"answered": 0, "kept": len(requests), "failed": 0, "new_tokens": 0}
+        model, tokenizer, decode, drafter = self._decoder(name)
+        rule = rule_of(model, self.exit_rule)
+        options = {} if rule is None else {"exit_rule": rule}
+        started = time.perf_counter()
+        result = answer_file(
+            model, tokenizer, decode, requests, out, keys=keys, rows=self.batch, chat=self.chat, name=name, **options
+        )
+        speed = result["new_tokens"] / (time.perf_counter() - started)
+        went_on = f" ({result['kept']} were there)" if result["kept"] else ""
+        refused = f", {result['failed']} refused" if result["failed"] else ""
+        console.print(f"{result['answered']} prompts answered{went_on}{refused}, {speed:.1f} tokens/s, in {self.out}")
+        return {**result, "tokens_per_second": speed, "drafter": drafter}
 
     def _run_ztt(self, console: Console) -> Result:
         """With a Zero Token Transformer: speed and depth."""
@@ -116,7 +169,7 @@ class Generate(Command):
 
         model, path = load_ztt(self.model)
         tokenizer = load_tokenizer(path)
-        rule = parse_exit_rule(self.exit_rule, model.config.exit_rule)
+        rule = rule_of(model, self.exit_rule)
         inputs = encode(tokenizer, self._prompt(), self.chat).to(model.device)
         check_prompt(model, inputs["input_ids"])
 

@@ -6,7 +6,12 @@ once; what a rule reads and where its threshold stops a token (`reads_zero_mass`
 
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from zerodraft.common.errors import ZerodraftError, did_you_mean
+
+if TYPE_CHECKING:
+    from zerodraft.ztt.exits import ExitRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,3 +65,54 @@ def name_of(rule: type[Any]) -> str | None:
 def written_rules() -> list[str]:
     """Every rule with its example, as people write it: `zero-mass:0.5`."""
     return [f"{name}:{entry.example}" for name, entry in RULES.items()]
+
+
+def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule | None":
+    """The rule that `text` describes, None for `off`.
+
+    Args:
+        text: `NAME:VALUE`, `calibrated` or `off`.
+        calibrated: what `zerodraft calibrate` wrote into the model's config.
+
+    Raises:
+        ZerodraftError: unknown name, no value, a value that is not a number, or nothing calibrated yet.
+    """
+    from zerodraft.ztt.exits import exit_rule_from_dict
+
+    name, colon, value = text.strip().partition(":")
+    if name in ("off", "calibrated") and not colon:
+        if name == "off":
+            return None
+        if calibrated is None:
+            raise ZerodraftError(
+                "this model has no calibrated exit rule: run 'zerodraft calibrate' on it, or give a rule and its "
+                "threshold, such as zero-mass:0.5"
+            )
+        return exit_rule_from_dict(calibrated)
+    if name not in RULES:
+        raise ZerodraftError(f"unknown exit rule '{name}'{did_you_mean(name, ['off', 'calibrated', *RULES])}")
+    entry = RULES[name]
+    try:
+        number = int(value) if entry.is_whole else float(value)
+    except ValueError:
+        kind = "a whole number" if entry.is_whole else "a number"
+        *first, last = "off", "calibrated", *written_rules()
+        raise ZerodraftError(
+            f"exit rule '{text}' needs {kind} after the colon; expected one of {', '.join(first)} or {last}"
+        ) from None
+    return entry.rule(**{entry.parameter: number})
+
+
+def rule_of(model: Any, text: str) -> Any:
+    """The exit rule that a text means for a model, None without one.
+
+    Raises:
+        ZerodraftError: the model has no cycles to leave, or there is no such rule.
+    """
+    is_ztt = model.config.model_type == "ztt"
+    if text != "off" and not is_ztt:
+        raise ZerodraftError(
+            f"the exit rule '{text}' is for Zero Token Transformers, and this is a plain {model.config.model_type} "
+            "model: leave it out"
+        )
+    return parse_exit_rule(text, model.config.exit_rule if is_ztt else None)

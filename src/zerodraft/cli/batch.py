@@ -1,0 +1,167 @@
+"""`zerodraft generate --out`: answers a file of requests, line by line; what is there already is not made again."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from zerodraft.cli.console import LiteralConsole
+from zerodraft.cli.decoding import check_prompt
+from zerodraft.cli.progress import LiveProgress
+from zerodraft.cli.requests import Answered, Request, key_of, line_of
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import json_object
+from zerodraft.models.tokenizers import encode, encode_messages
+
+
+def kept_lines(out: Path, keys: Sequence[str]) -> int:
+    """How many requests the file answers already; a line that was not written to its end is dropped.
+
+    Args:
+        out: The file; it need not be there.
+        keys: Those of all requests, in order.
+
+    Raises:
+        ZerodraftError: the file holds something else than the first answers.
+    """
+    if not out.exists():
+        return 0
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8", "replace").split("\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        found = key_of(json_object(line, f"Line {number} of '{out}'"))
+        if number > len(keys) or found != keys[number - 1]:
+            raise ZerodraftError(
+                f"line {number} of '{out}' is not the answer to request {number} with these settings: name a new file, "
+                "or give the same prompts and flags to go on"
+            )
+    if len(whole) < len(content):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    return len(lines)
+
+
+def prompts_of(tokenizer: Any, model: Any, requests: Iterable[Request], *, chat: bool) -> list[tuple[Request, Any]]:
+    """Requests with the tensors of their prompts. One in OpenAI's form that cannot be read has an error instead.
+
+    Raises:
+        ZerodraftError: another one cannot be read.
+    """
+    found = []
+    for request in requests:
+        inputs = None
+        try:
+            if not request.error:
+                if request.messages:
+                    inputs = encode_messages(tokenizer, list(request.messages))
+                else:
+                    inputs = encode(tokenizer, request.prompt, chat)
+                check_prompt(model, inputs["input_ids"])
+        except ZerodraftError as error:
+            if request.custom_id is None:
+                raise ZerodraftError(f"line {request.number}: {error}") from error
+            request = replace(request, error=str(error))
+        found.append((request, inputs))
+    return found
+
+
+def groups(prompts: Iterable[tuple[Request, Any]], rows: int) -> Iterator[list[tuple[Request, Any]]]:
+    """Neighbours that are decoded together: greedy ones with the same settings. The draws of a row would depend on the
+    others, and so would the end of one that ends with a text."""
+
+    def alike(item: tuple[Request, Any]) -> Any:
+        request, _ = item
+        alone = request.error or request.sampling.temperature > 0 or request.sampling.stop
+        return request.number if alone else replace(request.sampling, seed=0)
+
+    for _, same in groupby(prompts, key=alike):
+        block = list(same)
+        yield from (block[start : start + rows] for start in range(0, len(block), rows))
+
+
+def decode_together(
+    model: Any, tokenizer: Any, decode: Any, group: Sequence[tuple[Request, Any]], **options: Any
+) -> list[Answered | None]:
+    """The answers to a group; None to a request with an error."""
+    import torch
+
+    if group[0][0].error:
+        return [None] * len(group)
+    prompts = [inputs["input_ids"][0] for _, inputs in group]
+    width, pad = max(map(len, prompts)), tokenizer.eos_token_id
+    ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in prompts])
+    mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in prompts])
+    sampling = group[0][0].sampling
+    torch.manual_seed(sampling.seed)
+    out = decode.generate(
+        model, ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
+        **sampling.arguments(tokenizer), **options,
+    )  # fmt: skip
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    answers: list[Answered | None] = []
+    for prompt, row in zip(prompts, out[:, width:].tolist(), strict=True):
+        tokens = row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
+        stopped = tokens[-1] in ends or any(stop in tokenizer.decode(tokens) for stop in sampling.stop)
+        answers.append(
+            Answered(
+                text=tokenizer.decode(tokens, skip_special_tokens=True),
+                tokens=tokens,
+                finish_reason="stop" if stopped else "length",
+                prompt_tokens=len(prompt),
+                stats=decode.last_stats,
+            )
+        )
+    return answers
+
+
+def answer_file(
+    model: Any,
+    tokenizer: Any,
+    decode: Any,
+    requests: Sequence[Request],
+    out: Path,
+    *,
+    keys: Sequence[str],
+    rows: int,
+    chat: bool,
+    name: str,
+    **options: Any,
+) -> dict[str, Any]:
+    """Answers the requests that the file does not answer yet, in order.
+
+    Args:
+        model: The target.
+        tokenizer: Its tokenizer.
+        decode: How it decodes.
+        requests: All of them.
+        out: The file; lines are added to it as they come.
+        keys: Of the requests.
+        rows: Requests that are decoded together.
+        chat: Put prompts into the chat template.
+        name: What the model is called.
+        **options: Further ones of `generate`.
+
+    Raises:
+        ZerodraftError: a request that cannot be read, or a file with other answers.
+    """
+    import json
+
+    done = kept_lines(out, keys)
+    prompts = prompts_of(tokenizer, model, requests[done:], chat=chat)
+    at, tokens, failed = done, 0, 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("ab") as file, LiveProgress(LiteralConsole(stderr=True)) as progress:
+        for group in groups(prompts, rows):
+            progress.show("prompts answered", at, len(requests))
+            for (request, _), answered in zip(
+                group, decode_together(model, tokenizer, decode, group, **options), strict=True
+            ):
+                line = line_of(request, answered, keys[at], name)
+                file.write((json.dumps(line) + "\n").encode())
+                at, failed = at + 1, failed + (answered is None)
+                tokens += 0 if answered is None else len(answered.tokens)
+            file.flush()
+    return {"answered": at - done, "kept": done, "failed": failed, "new_tokens": tokens}
