@@ -13,7 +13,7 @@ CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_ca
 	tests/fast/test_caches.py tests/generate/test_huggingface_door.py tests/drafters/test_block.py \
 	tests/fast/test_best.py tests/fast/test_lean.py tests/fast/test_lean_ztt.py tests/training/ztt/test_run.py \
 	tests/training/ztt/test_adapters.py tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py \
-	tests/benchmarks/test_tasks.py
+	tests/benchmarks/test_tasks.py tests/evaluation/test_harness.py
 
 .PHONY: demo test test-newest quality docs format env env-newest clean
 

@@ -3,38 +3,32 @@
     ZERODRAFT_DATA=DIR python benchmarks/tasks.py runs/evidence/retrofit
 
 Sums of log probabilities are those of lm-evaluation-harness, as are the prompts; it is not used itself, since it is
-not on bare machines with a GPU and takes its questions from the hub. Writes
+not on bare machines with a GPU. Writes
 `results/evidence/tasks-TABLE.json`, from which `python benchmarks/evidence.py report` makes a section of the page.
 """
 
-import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evidence_plan import Run
 from evidence_tasks import START, TaskScore, TaskTable
 from finished_runs import FinishedRun, check_same_text, look, look_arguments
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.evaluation.likelihood import Answer, Reader
+from zerodraft.evaluation.questions import data_folder, read_questions
 from zerodraft.models.loading import default_device, load_pretrained
 from zerodraft.models.resolve import resolve
 
-TASKS = {
-    "lambada": "eval/lambada/lambada_openai.jsonl",
-    "piqa": "eval/piqa/piqa_valid_foundry.jsonl",
-    "arc-easy": "eval/arc/arc_easy_test.jsonl",
-}
-"""Files in `$ZERODRAFT_DATA`."""
+TASKS = {"lambada": "lambada_openai", "piqa": "piqa", "arc-easy": "arc_easy"}
+"""What lm-evaluation-harness calls them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,66 +41,31 @@ class Item:
     gold: int = 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """How likely a text is after another."""
-
-    log_p: float
-    """Sum over its tokens."""
-    is_greedy: bool
-    """Whether each of its tokens is the most likely one."""
-
-
 def read_items(task: str, limit: int) -> list[Item]:
-    """The questions of a task, taken evenly; 0: all.
+    """The questions of a task in `$ZERODRAFT_DATA`, taken evenly; 0: all.
 
     Raises:
         ZerodraftError: they are not there.
     """
-    path = Path(os.environ.get("ZERODRAFT_DATA", "")) / TASKS[task]
-    if not path.is_file():
-        raise ZerodraftError(f"no questions at '{path}': set ZERODRAFT_DATA to the folder that holds '{TASKS[task]}'")
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    if not rows:
-        raise ZerodraftError(f"'{path}' holds no questions: expected a JSON object in every line")
+    rows = read_questions(TASKS[task], data_folder())
     if 0 < limit < len(rows):
         rows = [rows[at * len(rows) // limit] for at in range(limit)]
     return [item_of(row) for row in rows]
 
 
 def item_of(row: dict[str, Any]) -> Item:
-    """A question from its line."""
+    """A question from its fields."""
     if "continuation" in row:
-        return Item(context=row["context"], choices=(f" {row['continuation']}",))
-    choices = tuple(f" {choice}" for choice in row["choices"])
-    return Item(context=f"{row['query'].rstrip()}\nAnswer:", choices=choices, gold=row["gold"])
+        return Item(context=row["context"], choices=(row["continuation"],))
+    return Item(context=row["query"], choices=tuple(f" {choice}" for choice in row["choices"]), gold=row["gold"])
 
 
-@torch.no_grad()
 def answers(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Answer]:
     """How likely the second text of each pair is after the first."""
     encode: Callable[[str], list[int]] = partial(tokenizer.encode, add_special_tokens=False)
-    texts = [(len(encode(context)), encode(context + choice)) for context, choice in pairs]
-    found: dict[int, Answer] = {}
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index][1]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        # what follows the last token of a text changes nothing before it
-        ids = torch.zeros(len(batch), len(texts[batch[0]][1]), dtype=torch.long)
-        for row, index in enumerate(batch):
-            ids[row, : len(texts[index][1])] = torch.tensor(texts[index][1])
-        logits = model(ids.to(model.device), use_cache=False).logits
-        for row, index in enumerate(batch):
-            begin, tokens = texts[index]
-            found[index] = answer(logits[row, begin - 1 : len(tokens) - 1], ids[row, begin : len(tokens)])
-    return [found[index] for index in range(len(texts))]
-
-
-def answer(logits: Tensor, tokens: Tensor) -> Answer:
-    """From the logits `(t, vocabulary)` before each of `t` tokens."""
-    tokens = tokens.to(logits.device)
-    log_p = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).sum()
-    return Answer(log_p=float(log_p), is_greedy=bool((logits.argmax(-1) == tokens).all()))
+    texts = ((encode(context), encode(context + choice)) for context, choice in pairs)
+    ids = [(before, whole[len(before) :]) for before, whole in texts]
+    return Reader(model=model, batch_size=batch_size).answers(ids)
 
 
 def score(run: Run, task: str, items: Sequence[Item], model: Any, tokenizer: Any, batch_size: int) -> TaskScore:

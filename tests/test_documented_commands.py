@@ -27,6 +27,7 @@ FOREIGN = {
     "src/zerodraft/bench/report.py": {"--accent", "--ink", "--line", "--soft"},  # a style sheet's
     "src/zerodraft/cli/command.py": {"--field.key", "--key"},
     "src/zerodraft/cli/flags.py": {"--max", "--max-steps", "--training"},
+    "src/zerodraft/evaluation/__main__.py": {"--include"},
     "src/zerodraft/models/wheel.py": {
         "--dest", "--disable-pip-version-check", "--no-deps", "--no-input", "--only-binary", "--retries",
     },

@@ -51,6 +51,7 @@ NOT_RUN = {
     "import ctypes, llama_cpp": "needs llama.cpp and a GGUF file",
     "zerodraft pretrain recipes/ztt-tiny.yaml --resume": "goes on with a run of hours",
     "zerodraft serve": "runs until it is told to end; tests/serve ask it",
+    "zerodraft eval": "needs lm-evaluation-harness; tests/evaluation runs it where it is",
 }
 """What does not run here, by how it begins, and why."""
 

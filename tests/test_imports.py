@@ -22,6 +22,7 @@ OPTIONAL = (
     "hypothesis",
     "kenlm",
     "llguidance",
+    "lm_eval",
     "matplotlib",
     "openai",
     "pandas",

@@ -147,10 +147,12 @@ def write_text(folder: Path) -> None:
     """Corpora and questions, as `text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from tasks import TASKS
+    from zerodraft.evaluation import questions
 
+    files = (f"eval/{questions.TASKS[name].file}" for name in TASKS.values())
     folder.mkdir(parents=True)
     with tarfile.open(folder / "text.tar.xz", "w:xz") as tar:
-        for name in (*CORPORA, *TASKS.values()):
+        for name in (*CORPORA, *files):
             tar.add(Path(os.environ["ZERODRAFT_DATA"]) / name, arcname=name)
 
 

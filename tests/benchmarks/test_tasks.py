@@ -14,6 +14,7 @@ from evidence_tasks import START, TaskScore, TaskTable, section
 from tasks import TASKS, Item, answers, item_of, main, score
 from tests.saved import save_target, tiny_tokenizer
 from tests.ztt.tiny import tiny_plain
+from zerodraft.evaluation import questions
 
 PAIRS = [
     ("the cat sat on the", " mat."),
@@ -74,8 +75,8 @@ def test_a_word_is_right_if_it_is_the_most_likely_one() -> None:
 
 
 def test_prompts() -> None:
-    assert item_of({"context": "a b", "continuation": "c"}) == Item(context="a b", choices=(" c",))
-    asked = item_of({"query": "Question: why?\n", "choices": ["x", "y"], "gold": 1})
+    assert item_of({"context": "a b", "continuation": " c"}) == Item(context="a b", choices=(" c",))
+    asked = item_of({"query": "Question: why?\nAnswer:", "choices": ["x", "y"], "gold": 1})
     assert asked == Item(context="Question: why?\nAnswer:", choices=(" x", " y"), gold=1)
 
 
@@ -89,11 +90,12 @@ def test_from_runs_to_the_page(
     words = [str(tmp_path / "runs" / "tiny"), "--results", str(tmp_path)]
     monkeypatch.setenv("ZERODRAFT_DATA", str(tmp_path / "nowhere"))
     assert main(words) == 2
-    assert "set ZERODRAFT_DATA to the folder that holds 'eval/lambada" in capsys.readouterr().err
+    assert "set ZERODRAFT_DATA to the one that holds 'eval/lambada" in capsys.readouterr().err
     monkeypatch.setenv("ZERODRAFT_DATA", str(tmp_path))
     for task, rows in QUESTIONS.items():
-        (tmp_path / TASKS[task]).parent.mkdir(parents=True)
-        (tmp_path / TASKS[task]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        file = tmp_path / "eval" / questions.TASKS[TASKS[task]].file
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert main([*words, "--items", "2"]) == 0
     found = read_result(TaskTable, tmp_path / "tasks-tiny.json")
     assert [one.arm for one in found.results if one.task == "piqa"] == ["(start)", "vanilla", "ztt"]

@@ -85,12 +85,11 @@ class Drafting:
     """Which drafter, and how it drafts."""
 
     drafter: str = metavar("DIR|NAME", default="")
-    """lookup, lookup:N, self, self:C, a drafter's directory or a small causal language model; default: the target's own
-    in models/, else lookup."""
+    """A model, lookup[:N] or self[:C]; default: its own, else lookup."""
     drafter_steps: int = 1
-    """Denoising steps of a draft, if the drafter is a masked diffusion model."""
+    """Denoising steps of a masked diffusion drafter."""
     prefix_cache: bool = True
-    """Such a drafter keeps what it computed for known tokens (cheaper, approximate drafts)."""
+    """Such a drafter keeps what it computed (approximate drafts)."""
 
     def check(self) -> None:
         """Raises for a name that cannot be one, and for fewer than one step."""

@@ -28,11 +28,9 @@ class Generate(Command):
     """Write text: faster by drafts, with the same tokens, or with a Zero Token Transformer.
 
     A drafter proposes tokens, the target checks them all in one pass. Drafters: a directory from 'zerodraft
-    train-drafter', 'lookup' (what followed earlier in the text; lookup:N for matches of up to N tokens), 'self' (a
-    looped target's first cycle; self:C for C cycles), or a small causal language model with the target's tokenizer.
-    With --out every line of --prompt-file is a JSON object with a prompt or messages, OpenAI's batch form included, and
-    the same command goes on after an interruption. Exit rules stop a token's cycles early: {rules}, calibrated (what
-    'zerodraft calibrate' found) or off.
+    train-drafter', lookup (what followed earlier in the text; lookup:N after N tokens), self (a looped target's first
+    cycle; self:C), or a small causal model. Exit rules stop a token's cycles early: {rules}, calibrated (by 'zerodraft
+    calibrate') or off.
     """
 
     example: ClassVar[str] = "zerodraft generate --target smollm2 --chat --compare --trace 'What is a fox?'"
@@ -40,7 +38,7 @@ class Generate(Command):
     prompt: str = positional("PROMPT", default="")
     """The text to continue."""
     model: str = metavar("DIR|NAME", default="")
-    """The model: directory, hub id, short name, GGUF file or LoRA folder. A Zero Token Transformer shows its depth."""
+    """The model: directory, hub id, short name, GGUF file, LoRA folder."""
     target: str = metavar("DIR|NAME", default="")
     """The same, always to decode with drafts."""
     dtype: Dtype = "auto"
@@ -53,9 +51,9 @@ class Generate(Command):
     trace: bool = False
     """Colour (or mark) accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")
-    """Read the prompt from this file instead; with --out, prompts from its lines."""
+    """Read the prompt from this file; with --out one from each line."""
     out: str = metavar("FILE", default="")
-    """Answer every line of --prompt-file, with a line of this file each."""
+    """Answer JSON lines of prompts, one by one; goes on if interrupted."""
     batch: int = 1
     """With --out: decode so many greedy prompts together."""
     chat: bool = False

@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": "Convert",
     "info": "Info",
     "calibrate": "Calibrate",
+    "eval": "Eval",
     "distill": "Distill",
     "train-drafter": "TrainDrafter",
     "eval-drafter": "EvalDrafter",
@@ -111,6 +112,8 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
     if HELP & set(flags):
         sys.stdout.write(command_help(name, cls, complete="--help-all" in flags) + "\n")
         return OK
+    # before anything is imported
+    no_bars_in_a_pipe()
     command = parse(cls, rest, name)
     command.check()
     from zerodraft.cli.console import LiteralConsole
@@ -119,7 +122,6 @@ def _dispatch(words: list[str], prepare: Callable[[], None]) -> int:
     first = os.environ.get("RANK", "0") == "0"
     console = LiteralConsole(stderr=command.json, soft_wrap=True, quiet=not first)
     log_to_stderr(logging.INFO if first else logging.WARNING)
-    no_bars_in_a_pipe()
     prepare()
     _quiet_transformers()
     result = command.run(console)
