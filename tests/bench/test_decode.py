@@ -21,6 +21,7 @@ from zerodraft.bench.methods import Decoded, HuggingFace, Ours
 from zerodraft.bench.prompts import read_questions
 from zerodraft.bench.rows import RowFile
 from zerodraft.cli.main import main
+from zerodraft.decoding.costs import Costs
 from zerodraft.decoding.fallback import UNLIMITED, Fallback
 from zerodraft.drafters.hybrid import HybridSession
 from zerodraft.training.tokenizer import train_tokenizer
@@ -99,6 +100,7 @@ def test_all_methods_run_and_write_the_same_tokens(
 def test_steps_that_only_copied_are_told_apart(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # on so small a target no drafter pays, so whether one is asked would hang on the clock
     monkeypatch.setattr(Fallback, "longest", lambda fallback: UNLIMITED)
+    monkeypatch.setattr(Costs, "trial", lambda costs, arm: 0)
     asked = True
     monkeypatch.setattr(HybridSession, "_gains", lambda session, rates: asked)
 
@@ -306,7 +308,7 @@ def test_references_of_another_target_or_text_are_refused(
     assert "another target or another text" in bench(*words, "--target", str(other), code=2)["error"]
     half = LlamaForCausalLM.from_pretrained(target_dir, dtype="bfloat16"), AutoTokenizer.from_pretrained(target_dir)
     with monkeypatch.context() as patch:
-        patch.setattr("zerodraft.cli.decoding.load_target", lambda *_: half)
+        patch.setattr("zerodraft.cli.bench.load_target", lambda *_: half)
         assert "another target or another text" in bench(*words, code=2)["error"]
     text = tmp_path / "questions.jsonl"
     text.write_text(prompts.read_text(encoding="utf-8").replace(" cat ", " fox "), encoding="utf-8")

@@ -49,6 +49,9 @@ class Drafter:
     def observe(self, progress: Sequence[Progress]) -> None:
         self.known += len(progress[0].tokens)
 
+    def rewind(self, row: int, length: int) -> None:
+        self.known = length
+
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
         self.asked.append((self.known, lengths[0]))
         log_q, ids = drafted(self.answer, self.known, lengths[0], self.right).sort(dim=-1, descending=True, stable=True)

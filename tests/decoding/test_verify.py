@@ -379,7 +379,7 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, dtype: torch.dtype) 
 
 
 def test_probabilities_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(ZerodraftError, match="no distribution"):
+    with pytest.raises(ZerodraftError, match="not a distribution"):
         Dice().draw(torch.tensor([0.5, torch.nan]))
 
 
