@@ -113,6 +113,7 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "z-lab/Qwen3-4B-DFlash-b16": home / "dflash-z",
         "Dream-v0-Instruct-7B": home / "dream",
         "more-completions": home / "completions",
+        "models/ztt-million": ROOT / "models" / "ztt-million",
         "recipes": ROOT / "recipes",
         "examples": ROOT / "examples",
     }.items():

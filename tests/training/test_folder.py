@@ -159,7 +159,7 @@ def test_a_checkpoint_is_what_was_written(tmp_path):
     with pytest.raises(ZerodraftError, match="is no file"):
         check_sums(tmp_path)
     (tmp_path / "sums.json").unlink()
-    with pytest.raises(ZerodraftError, match="is not whole"):
+    with pytest.raises(ZerodraftError, match="is incomplete"):
         check_sums(tmp_path)
 
 

@@ -219,7 +219,7 @@ def test_a_directory_keeps_to_one_way_of_making_them(tmp_path: Path) -> None:
             chosen=DistillSettings(batch_size=2, max_new_tokens=5, max_prompt_tokens=40, seed=1, top_k=5),
         )
     (tmp_path / "out" / "manifest.json").write_text("{}")
-    with pytest.raises(ZerodraftError, match="no manifest of completions"):
+    with pytest.raises(ZerodraftError, match="not a completions manifest"):
         run(tmp_path / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
