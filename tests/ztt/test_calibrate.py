@@ -136,7 +136,7 @@ def test_what_cannot_be_calibrated_is_refused(model: ZttForCausalLM, blocks: tor
         (model, blocks[:, :1], "zero-mass", "at least one block of two tokens, got 6 of 1"),
         (model, blocks[:0], "zero-mass", "got 0 of 16"),
         (model, blocks, "zero", "choose one of zero-mass, confidence"),
-        (model, blocks, FixedExit(cycles=2), "no exit rule with a threshold"),
+        (model, blocks, FixedExit(cycles=2), "not an exit rule with a threshold"),
     ]
     for candidate, text, rule, message in cases:
         with pytest.raises(ZerodraftError, match=message):
