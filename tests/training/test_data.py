@@ -87,7 +87,7 @@ def test_errors(tmp_path, monkeypatch, recipe, source, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("a.txt", "not UTF-8"), ("a.jsonl", "not UTF-8"), ("a.parquet", "not a complete parquet file")]
+    ("name", "message"), [("a.txt", "not UTF-8"), ("a.jsonl", "not UTF-8"), ("a.parquet", "not a complete parquet")]
 )
 def test_damaged_files(tmp_path, recipe, name, message):
     (tmp_path / name).write_bytes(b"PAR1\xff\xfe\xe4")
