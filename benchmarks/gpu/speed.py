@@ -268,7 +268,7 @@ def depths(report: Report, dtype: torch.dtype) -> dict[str, Any]:
     """Tokens per second of the shipped Zero Token Transformer by its cycles, with its own rule, and without one."""
     model: Any = load_pretrained(ZttForCausalLM, ROOT / "models" / "ztt-million-exits", dtype=dtype)
     model = model.to(report.device).eval()
-    new, prompt = 6 if report.small else 48, torch.randint(5, 4000, (1, 32), device=report.device)
+    new, prompt = 6 if report.small else 48, torch.randint(5, model.config.vocab_size, (1, 32), device=report.device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     plain = DiffuSpec(NoDrafter(), length=FixedLength(0))
     ways: dict[str, dict[str, Any]] = {
