@@ -333,6 +333,7 @@ def summary(console: Console, result: Mapping[str, Any]) -> None:
     table.add_row("loss", f"{off['loss']:.4f}", f"{on['loss']:.4f}", f"{on['loss_increase']:+.4f}")
     console.print(table)
     console.print(f"everything was measured in this run, which took {result['seconds']:.0f} seconds")
+    console.print("to see it in a browser: .venv/bin/zerodraft serve smollm2, and open the address that it names")
 
 
 def sum_up_drafts(console: Console, drafts: Mapping[str, Any]) -> None:

@@ -199,6 +199,7 @@ def make_app(served: Served, *, cors: Sequence[str] = ()) -> FastAPI:
             "created": served.created,
             "owned_by": "zerodraft",
             "max_model_len": limits.total_tokens,
+            "zerodraft": {"chat": bool(served.prompts.tokenizer.chat_template), "cycles": served.cycles},
         }
 
     @app.post("/tokenize")

@@ -25,6 +25,8 @@ HEADERS = {
     b"x-frame-options": b"DENY",
     b"referrer-policy": b"no-referrer",
     b"cross-origin-opener-policy": b"same-origin",
+    # an older page's script would not know what a newer server tells
+    b"cache-control": b"no-cache",
     b"content-security-policy": b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
