@@ -72,6 +72,7 @@ def make_runs(
     minutes: float = math.inf,
     together: int = 1,
     turn: AbstractContextManager[Any] | None = None,
+    timed: bool = True,
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Table:
     """Makes the runs of a plan that are not done, and writes the table after each.
@@ -84,8 +85,9 @@ def make_runs(
         only: Only runs of this name.
         minutes: Begin no run after this time, and stop one at a checkpoint.
         together: Train at most this many runs of an arm as one.
-        turn: Entered while runs are trained as one; their preparation is outside. Where there is one, others work
-            beside these runs: of those that are trained alone no seconds are kept.
+        turn: Entered while runs are trained as one; their preparation is outside. Runs that are trained alone take no
+            turns.
+        timed: Whether seconds are kept: not where others work beside these runs.
         tell: Takes a line about what happens.
 
     Returns:
@@ -120,8 +122,9 @@ def make_runs(
                 break
             for found in made:
                 if isinstance(found, Row):
-                    seconds = None if alone and turn is not None else found.seconds
-                    row = replace(found, seconds=seconds, provenance={**found.provenance, **source})
+                    row = replace(
+                        found, seconds=found.seconds if timed else None, provenance={**found.provenance, **source}
+                    )
                     table = replace(table, rows=(*table.rows, row))
                     tell(f"{found.run}: validation loss {found.loss:.4f} after {found.tokens:,} tokens")
                 else:

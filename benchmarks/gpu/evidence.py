@@ -3,9 +3,10 @@
     ZERODRAFT_DATA=DIR python benchmarks/gpu/evidence.py recipes/evidence/million.yaml --minutes 8 --out OUT
 
 Every arm is a process of its own. Some (`--at-once`) read and compile at the same time; they train in turn, so that
-seconds can be compared. Runs that begin with an existing model are trained one by one and take no turns: give their
-plan a call of its own. Tables are written after every arm, and models named by `--keep` are packed beside them, into
-archives of 15 MB. What a run that is cut off has finished stays.
+seconds can be compared. Arms that are not compiled (`--eager`) wait for Python more than for the card, and runs that
+begin with an existing model are trained one by one: such arms take no turns and no seconds are kept of them. Tables
+are written after every arm, and models named by `--keep` are packed beside them, into archives of 15 MB. What a run
+that is cut off has finished stays.
 """
 
 import argparse
@@ -64,6 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, help="make this many steps instead: for a trial of the speed")
     parser.add_argument("--eager", action="store_true", help="compile nothing: many layers take minutes to compile")
+    parser.add_argument("--untimed", action="store_true", help="keep no seconds: other work is on the card")
     parser.add_argument("--rehearse", action="store_true", help="four steps on the CPU, to see that all parts run")
     options = parser.parse_args(words)
     deadline = time.monotonic() + 60 * options.minutes
@@ -156,6 +158,8 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
     began = time.monotonic()
     words = ["python", "benchmarks/gpu/evidence.py", path, *["--eager"] * options.eager]
     words += ["--steps", str(options.steps)] if options.steps else []
+    first = next(run for run in plan.runs() if run.arm == arm)
+    in_turn = not options.eager and plan.recipe_of(first, options.runs).model.start is None
     try:
         make_runs(
             plan,
@@ -165,7 +169,8 @@ def make_arm(plan: Plan, path: str, arm: str, options: argparse.Namespace, deadl
             only=asked(plan, arm, options) or arm,
             minutes=(deadline - began) / 60,
             together=options.together,
-            turn=turn,
+            turn=turn if in_turn else None,
+            timed=in_turn and not options.untimed,
             tell=lambda text: print(f"{time.monotonic() - began:6.1f} s  {text}", file=sys.stderr, flush=True),
         )
     except ZerodraftError as error:

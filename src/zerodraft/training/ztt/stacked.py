@@ -72,8 +72,8 @@ def pretrain_stacked(
     Args:
         recipes: One a run; they differ in nothing but `MAY_DIFFER`.
         deadline: In seconds of `time.monotonic`: at this time all are stopped at a checkpoint.
-        turn: Entered for the training alone, after what the device need not wait for: reading, compiling. Processes
-            that share a device take turns by it.
+        turn: Entered for the training alone, after what the device need not wait for: reading, compiling, for all
+            numbers of cycles. Processes that share a device take turns by it.
         tell: Takes a line about the progress.
 
     Returns:
@@ -171,7 +171,8 @@ class _Runs:
         state = Path(self.recipe.output) / STATE
         resumed = self._load(state)
         logs = [start_folder(Path(recipe.output), recipe, resumed) for recipe in self.recipes]
-        self._prepare()
+        for step in range(resumed, self.recipe.training.steps):
+            self._prepare(step)
         with turn:
             written, seconds = self._make_steps(resumed, deadline, tell, logs)
             evaluated = self._evaluate()
@@ -235,12 +236,12 @@ class _Runs:
 
     def _one_step(self) -> Float[Tensor, " runs"]:
         self.optimizer.begin_step(learning_rate_scale(self.recipe.training, self.step))
-        return self._prepare()()
+        return self._prepare(self.step)()
 
-    def _prepare(self) -> Callable[[], Tensor]:
-        """What makes the next step: steps that run the same cycles share it."""
-        progress = self.step / self.recipe.training.steps
-        arguments = self.cycle_loss.forward_arguments(self.step, 0, self.ids.shape[1:], progress=progress)
+    def _prepare(self, step: int) -> Callable[[], Tensor]:
+        """What makes a step: steps that run the same cycles share it."""
+        progress = step / self.recipe.training.steps
+        arguments = self.cycle_loss.forward_arguments(step, 0, self.ids.shape[1:], progress=progress)
         key = tuple(arguments.items())
         if key not in self._steps:
             self._steps[key] = self._prepared(arguments)
