@@ -202,7 +202,7 @@ def test_what_cannot_draft_for_itself_is_one_sentence() -> None:
 
 def test_a_target_that_exits_early_can_draft_for_itself() -> None:
     model = over("llama", cycles=3)
-    options = {**PLAIN, "exit_rule": LatentExit(threshold=0.45)}
+    options = {**PLAIN, "exit_rule": LatentExit(threshold=0.55)}
     answers, depths = model.generate(**prompts(1), **options), model.last_exit
     for make in MAKE.values():
         spec = DiffuSpec(SelfDrafter(model), length=FixedLength(3), make_target=make, tree=False)

@@ -1,6 +1,7 @@
 """What comes out of `generate` beside the tokens, what is refused, and what stays as it was."""
 
 import copy
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from transformers import (
 
 from tests.decoding.drafters import NoisyDrafter
 from tests.decoding.generating import NEW, both, ends_of, letters, model_of, prompts_of, spec_for
+from tests.fast.cycled import over
 from tests.ztt.tiny import VOCABULARY, gap, tiny, tiny_plain, tokens
-from zerodraft import ZerodraftError, ZeroMassExit
+from zerodraft import LatentExit, ZerodraftError, ZeroMassExit
 from zerodraft.generate import door
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.models.caches import CACHE
@@ -143,8 +145,38 @@ def test_steps_can_be_followed() -> None:
     assert text == plain[0].tolist()
     assert torch.equal(spec.last_result, plain)
     assert spec.last_stats.trace[0].rows[0].drafted == []
-    with pytest.raises(ZerodraftError, match="exit_rule"):
-        spec.iterate(tiny("qwen3"), prompt, exit_rule=ZeroMassExit(threshold=0.2))
+
+
+@pytest.mark.parametrize("make_target", [None, "auto"])
+def test_steps_under_exit_rules_can_be_followed_in_turn(make_target: Any) -> None:
+    """Two texts at once, another rule each, by trees of drafts: the tokens and depths of plain decoding alone."""
+    model, options = over("llama", cycles=3), {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    prompts, rules = [tokens(1, 9), tokens(1, 6, seed=4)], [LatentExit(threshold=0.55), LatentExit(threshold=0.54)]
+    runs, wanted, found = [], [], [([], []) for _ in rules]
+    for prompt, rule in zip(prompts, rules, strict=True):
+        text = model.generate(prompt, exit_rule=rule, **options)
+        wanted.append((text[0, prompt.shape[1] :].tolist(), model.last_exit[0, prompt.shape[1] - 1 :].tolist()))
+        spec = spec_for(text, make_target=make_target)
+        runs.append(spec.iterate(model, prompt, exit_rule=rule, prefill_chunk_size=4, **options))
+    assert all(len(set(depths)) > 1 for _, depths in wanted)
+    branched = False
+    for steps in zip_longest(*runs):
+        for step, (text, depths) in zip(steps, found, strict=True):
+            if step is not None and (row := step.rows[0]) is not None:
+                text += row.tokens
+                depths += row.cycles
+                branched |= row.accepted != list(range(len(row.accepted)))
+    assert found == wanted
+    # else the order of nodes would say nothing
+    assert branched
+
+
+def test_exit_rules_of_steps_are_for_one_text_of_a_looped_model() -> None:
+    spec, rule = spec_for(tokens(1, 20)), ZeroMassExit(threshold=0.2)
+    with pytest.raises(ZerodraftError, match="exit_rule is for Zero Token Transformers"):
+        spec.iterate(tiny_plain("llama"), tokens(1, 7), exit_rule=rule)
+    with pytest.raises(ZerodraftError, match="one text at a time here, and there are 2"):
+        next(spec.iterate(tiny("qwen3"), tokens(2, 7), exit_rule=rule, max_new_tokens=4))
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

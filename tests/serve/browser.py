@@ -1,7 +1,6 @@
 """A real browser without a window: Chromium, told what to do through a pipe by its own debugging protocol."""
 
 import base64
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = () if os.name == "nt" else ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Page:
@@ -98,6 +98,8 @@ class Page:
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
     """A browser whose files lie in this folder."""
+    import fcntl
+
     assert CHROMIUM is not None
     (its_read, commands), (answers, its_write) = os.pipe(), os.pipe()
     # the protocol's pipes are 3 and 4 of the browser, whatever they are here

@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -11,11 +12,14 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
+from tests.saved import save_ztt
 from tests.serve.running import ask, running
+from zerodraft import ZerodraftError, ZttForCausalLM
 from zerodraft.serve.api import ResponseFormat
 from zerodraft.serve.app import Served
 from zerodraft.serve.grammar import Grammar
 from zerodraft.serve.load import serve_model
+from zerodraft.ztt.rules import rule_of
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = "the cat sat on the mat. the cat sat"
@@ -341,3 +345,30 @@ def test_time_limits_end_answers(model: Any, tokenizer: Any) -> None:
         answer = good(url, COMPLETE, {**GREEDY, "max_tokens": 1900})
     assert answer["choices"][0]["finish_reason"] == "timeout"
     assert 0 < answer["usage"]["completion_tokens"] < 1900
+
+
+def test_exit_rules_stop_tokens_early_and_traces_tell(tokenizer: Any, tmp_path: Path) -> None:
+    """As `generate` with the rule, in company too."""
+    looped = ZttForCausalLM.from_pretrained(save_ztt(tmp_path / "looped", tokenizer)).eval()
+    prompts, rule = [PROMPT, "once upon a time there was"], "latent:0.405"
+    wanted = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        new = plain(looped, tokenizer, ids, 24, exit_rule=rule_of(looped, rule))
+        assert looped.last_exit is not None
+        wanted.append((new, looped.last_exit[0, len(ids) - 1 :].tolist()))
+    assert len({depth for _, depths in wanted for depth in depths}) > 1
+    with running(serve_model(looped, tokenizer, "tiny", "lookup", exit_rule=rule)) as url:
+        told = ask(url, "/v1/models")[1]["data"][0]["zerodraft"]
+        body = {**GREEDY, "prompt": prompts, "max_tokens": 24, "zerodraft": {"trace": True}}
+        choices = good(url, COMPLETE, body)["choices"]
+    assert told == {"chat": False, "cycles": 3, "exit_rule": rule}
+    for choice, expected in zip(choices, wanted, strict=True):
+        steps = choice["zerodraft"]["trace"]
+        tokens = [token["id"] for step in steps for token in step["tokens"]]
+        assert (tokens, [depth for step in steps for depth in step["cycles"]]) == expected
+
+
+def test_plain_models_have_no_exits(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ZerodraftError, match="exit rule 'latent:1' is for Zero Token Transformers"):
+        serve_model(model, tokenizer, "tiny", "lookup", exit_rule="latent:1")

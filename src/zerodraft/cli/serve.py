@@ -58,6 +58,8 @@ class Serve(Command):
     """Seconds for running answers at the end."""
     kept_mib: float = 512.0
     """Memory for keys and values of finished texts, in MiB."""
+    exit_rule: str = metavar("RULE", default="off")
+    """When a looped model's tokens stop (see 'zerodraft generate')."""
 
     def check(self) -> None:
         """The numbers, and that there is something to serve with."""
@@ -107,6 +109,7 @@ class Serve(Command):
             prompt_tokens=self.max_prompt_tokens,
             total_tokens=self.max_total_tokens,
             seconds=self.max_seconds,
+            exit_rule=self.exit_rule,
         )
         server = Server(
             served,

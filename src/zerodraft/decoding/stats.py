@@ -19,6 +19,7 @@ class RowStep:
         accepted: The nodes that became text, in order.
         tokens: What became text: the accepted nodes' tokens, then (unless the text ended before) the target's own one.
         own: The target's own token after the accepted ones; None if the text ended before it.
+        cycles: After how many cycles each of `tokens` was written, where `iterate` was given an exit rule.
     """
 
     drafted: list[int]
@@ -26,6 +27,7 @@ class RowStep:
     accepted: list[int]
     tokens: list[int]
     own: int | None
+    cycles: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

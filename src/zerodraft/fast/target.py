@@ -22,6 +22,7 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.fast.cache import DraftCache, check_readable, drops_windows
 from zerodraft.models.caches import argument_of
+from zerodraft.ztt.interface import current
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -106,6 +107,9 @@ class HfTarget:
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """See `Target.keep`."""
         before = self.cache.lengths
+        exits = current.generation
+        if exits is not None and exits.model is self.model and len(kept) == 1:
+            exits.keep(self.cache.extent.start, kept[0])
         self.cache.keep(kept)
         self._positions = [position + len(nodes) for position, nodes in zip(self._positions, kept, strict=True)]
         if self._padded or len(kept) > 1:

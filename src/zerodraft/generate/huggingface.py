@@ -7,6 +7,7 @@ sampling. What is not supported is one clear error. The model is not changed.
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,9 @@ from zerodraft.fast.target import HfTarget
 from zerodraft.generate.door import PREFIX, RestoringSignature
 from zerodraft.generate.feeding import feeding
 from zerodraft.models.caches import CACHE, for_return, the_one
+from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.interface import current
+from zerodraft.ztt.pretrained import ExitRecord, ZttPreTrainedModel
 
 MakeTarget = Callable[[Any], Target | None]
 Result = Tensor | GenerateDecoderOnlyOutput
@@ -157,13 +160,33 @@ class DiffuSpec:
             arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, texts)])
         return model.generate(inputs, custom_generate=_Streamed(self, streamer), **arguments)
 
-    def iterate(self, model: Any, inputs: Int[Tensor, "B T"] | None = None, **arguments: Any) -> Iterator[Step]:
-        """Decode step by step: the arguments are those of `model.generate`, whose result is then in `last_result`."""
-        if arguments.get("exit_rule") is not None:
+    def iterate(
+        self,
+        model: Any,
+        inputs: Int[Tensor, "B T"] | None = None,
+        *,
+        exit_rule: ExitRule | None = None,
+        exit_policy: ExitPolicy = "propagate",
+        **arguments: Any,
+    ) -> Iterator[Step]:
+        """Decode step by step: the arguments are those of `model.generate`, whose result is then in `last_result`.
+
+        With an exit rule for a Zero Token Transformer one text is followed, and its steps tell the `cycles` of each
+        token. Several texts may be followed in turn, each with a rule of its own.
+
+        Raises:
+            ZerodraftError: an exit rule for another model, or for several texts.
+        """
+        # a generator: nothing runs before its first step
+        steps = model.generate(inputs, custom_generate=_Steps(self), **arguments)
+        if exit_rule is None:
+            return steps
+        if not isinstance(model, ZttPreTrainedModel):
             raise ZerodraftError(
-                "exit_rule holds during generate, and the steps run after it; use custom_generate=spec instead."
+                f"exit_rule is for Zero Token Transformers, and {type(model).__name__} is another model: leave it out."
             )
-        return model.generate(inputs, custom_generate=_Steps(self), **arguments)
+        check_policy(exit_policy)
+        return _exiting(steps, ExitRecord(model, exit_rule, exit_policy))
 
     def _followed(self, model: Any, input_ids: Int[Tensor, "B T"], **arguments: Any) -> Iterator[Step]:
         self.last_result = None
@@ -313,6 +336,26 @@ class DiffuSpec:
 def _exits_early() -> bool:
     """Whether a Zero Token Transformer decodes with an exit rule: what it keeps depends on the rule."""
     return current.generation is not None
+
+
+def _exiting(steps: Iterator[Step], exits: ExitRecord) -> Iterator[Step]:
+    """One text's steps under an exit rule, which holds within them alone, with the cycles that each token took."""
+    try:
+        while True:
+            with exits.holds():
+                step = next(steps, None)
+            if step is None:
+                return
+            if len(step.rows) > 1:
+                raise ZerodraftError(f"exit_rule is for one text at a time here, and there are {len(step.rows)}.")
+            (row,) = step.rows
+            if row is not None and exits.depth is not None:
+                # a token's depth is that of the position before it, and the last one has been nowhere yet
+                depths = exits.depth[0, exits.depth.shape[1] - len(row.tokens) :]
+                step = Step([replace(row, cycles=depths.tolist())])
+            yield step
+    finally:
+        steps.close()  # pyright: ignore[reportAttributeAccessIssue]  # a generator
 
 
 class _Streamed:

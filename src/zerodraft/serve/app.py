@@ -43,7 +43,8 @@ class Served:
         grammars: Know what answers in a form may hold.
         metrics: Counts.
         eos: Tokens that end a text.
-        cycles: Of each token, where the model is a looped one.
+        cycles: The most of a token, where the model is a looped one.
+        exit_rule: When tokens stop before, as people write it.
         seconds: The longest that a request may take.
         created: When it was loaded.
     """
@@ -55,6 +56,7 @@ class Served:
     metrics: Metrics
     eos: frozenset[int]
     cycles: int | None
+    exit_rule: str
     seconds: float
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -199,7 +201,11 @@ def make_app(served: Served, *, cors: Sequence[str] = ()) -> FastAPI:
             "created": served.created,
             "owned_by": "zerodraft",
             "max_model_len": limits.total_tokens,
-            "zerodraft": {"chat": bool(served.prompts.tokenizer.chat_template), "cycles": served.cycles},
+            "zerodraft": {
+                "chat": bool(served.prompts.tokenizer.chat_template),
+                "cycles": served.cycles,
+                "exit_rule": served.exit_rule,
+            },
         }
 
     @app.post("/tokenize")

@@ -11,6 +11,7 @@ from zerodraft.serve.conversation import Limits, Prompts
 from zerodraft.serve.grammar import Grammars
 from zerodraft.serve.metrics import Metrics
 from zerodraft.serve.scheduler import Scheduler
+from zerodraft.ztt.rules import rule_of
 
 
 def serve_model(
@@ -25,6 +26,7 @@ def serve_model(
     prompt_tokens: int | None = None,
     total_tokens: int | None = None,
     seconds: float = 600.0,
+    exit_rule: str = "off",
 ) -> Served:
     """Everything behind the endpoints.
 
@@ -39,17 +41,19 @@ def serve_model(
         prompt_tokens: The longest prompt.
         total_tokens: The longest prompt and answer together.
         seconds: The longest that a request may take.
+        exit_rule: When a looped model's tokens stop, as for `zerodraft generate`.
 
     Raises:
-        ZerodraftError: a drafter that does not fit the model.
+        ZerodraftError: a drafter or an exit rule that does not fit the model.
     """
+    rule = rule_of(model, exit_rule)
     kept = KeptTexts(mib=kept_mib)
     metrics = Metrics(kept)
     decode = decoder(model, drafter, reuse=kept)
     if model.device.type == "cuda":
         # recorded passes serve one text at a time, and texts that are kept would hold on to theirs
         decode.make_target = None
-    scheduler = Scheduler(model, decode, metrics, parallel=parallel, queue=queue)
+    scheduler = Scheduler(model, decode, metrics, parallel=parallel, queue=queue, exit_rule=rule)
     eos = frozenset(_ids(model.generation_config.eos_token_id))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return Served(
@@ -60,6 +64,7 @@ def serve_model(
         metrics=metrics,
         eos=eos,
         cycles=model.config.cycles if model.config.model_type == "ztt" else None,
+        exit_rule=exit_rule,
         seconds=seconds,
     )
 

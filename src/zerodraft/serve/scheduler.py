@@ -20,6 +20,7 @@ from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.serve.api import ApiError
 from zerodraft.serve.metrics import Metrics
 from zerodraft.serve.writer import Piece, Writer
+from zerodraft.ztt.exits import ExitRule
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,20 @@ class Scheduler:
         metrics: Are told what happens.
         parallel: Jobs that take turns.
         queue: Jobs that may wait beside these.
+        exit_rule: When a looped model's tokens stop; None: they run all cycles.
     """
 
-    def __init__(self, model: Any, decode: DiffuSpec, metrics: Metrics, *, parallel: int, queue: int) -> None:
-        self.model, self.decode, self.metrics = model, decode, metrics
+    def __init__(
+        self,
+        model: Any,
+        decode: DiffuSpec,
+        metrics: Metrics,
+        *,
+        parallel: int,
+        queue: int,
+        exit_rule: ExitRule | None = None,
+    ) -> None:
+        self.model, self.decode, self.metrics, self.exit_rule = model, decode, metrics, exit_rule
         self.parallel, self.queue = parallel, queue
         self._running: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
@@ -177,7 +188,9 @@ class Scheduler:
             if job.steps is None:
                 ids = torch.tensor([job.ids], device=self.model.device)
                 job.decode = self.decode.seeded(job.seed)
-                job.steps = job.decode.iterate(self.model, ids, attention_mask=torch.ones_like(ids), **job.arguments)
+                job.steps = job.decode.iterate(
+                    self.model, ids, exit_rule=self.exit_rule, attention_mask=torch.ones_like(ids), **job.arguments
+                )
             step = next(job.steps, None)
             if step is None:
                 return "length"

@@ -35,7 +35,7 @@ class Writer:
         stops: Texts that do.
         recorder: Knows the log probabilities.
         trace: Keep the steps.
-        cycles: Of each token, where the model is a looped one.
+        cycles: Of each token, where the model is a looped one, unless its step tells of less.
 
     Attributes:
         ended: Why there is no more to come: "stop"; empty as long as there may be.
@@ -110,7 +110,10 @@ class Writer:
             ],
             "accepted": row.accepted[: len(tokens)],
         }
-        return step if self.cycles is None else {**step, "cycles": [self.cycles] * len(tokens)}
+        if self.cycles is None:
+            return step
+        cycles = row.cycles or [self.cycles] * len(tokens)
+        return {**step, "cycles": cycles[: len(tokens)]}
 
     def _token(self, token: int) -> dict[str, Any]:
         return {"id": token, "text": self.tokenizer.decode([token])}

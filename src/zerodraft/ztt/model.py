@@ -34,7 +34,6 @@ from zerodraft.models.caches import for_return, the_one
 from zerodraft.ztt.cycling import CycleOptions, CycleRun
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import build_family
-from zerodraft.ztt.interface import current
 from zerodraft.ztt.pretrained import OWN_PARTS, ExitRecord, ZttPreTrainedModel
 
 # Arguments of the loss alone; the family would hand them down to the attention of every layer.
@@ -276,11 +275,8 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
             yield
             return
         check_policy(policy)
-        outer, current.generation = current.generation, ExitRecord(self, rule, policy)
-        try:
+        with ExitRecord(self, rule, policy).holds():
             yield
-        finally:
-            current.generation = outer
 
     def generate(
         self, *args: Any, exit_rule: ExitRule | None = None, exit_policy: ExitPolicy = "propagate", **kwargs: Any

@@ -5,7 +5,8 @@ besides that there are the `OWN_PARTS` and nothing else.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -57,6 +58,21 @@ class ExitRecord:
             # Positions that a cache from an earlier call brought along were not computed here.
             self.depth = depth.new_zeros(len(depth), start)
         self.tell(torch.cat([self.depth[:, :start], depth], 1))
+
+    def keep(self, start: int, kept: Sequence[int]) -> None:
+        """Of the positions that were noted from `start` on these are the text's, in this order: a draft's tree was
+        computed, and one of its paths accepted. For a single row."""
+        if self.depth is not None:
+            self.tell(torch.cat([self.depth[:, :start], self.depth[:, start:][:, list(kept)]], 1))
+
+    @contextmanager
+    def holds(self) -> Iterator[None]:
+        """Every forward pass of the model within this context, in this thread, exits early."""
+        outer, current.generation = current.generation, self
+        try:
+            yield
+        finally:
+            current.generation = outer
 
     def tell(self, depth: Int[Tensor, "b t"]) -> None:
         """Take over the depths of all positions so far; streamers read them while the text grows."""

@@ -42,9 +42,10 @@ async function meet() {
     say(error instanceof ServerError ? error.message : String(error));
     return;
   }
-  const { chat, cycles } = model.zerodraft;
+  const { chat, cycles, exit_rule: rule } = model.zerodraft;
   at("key-form").hidden = true;
-  const looped = cycles ? `, a looped model of ${cycles} cycles` : "";
+  const exits = rule === "off" ? "" : `, exit rule ${rule}`;
+  const looped = cycles ? `, a looped model of ${cycles} cycles${exits}` : "";
   at("model").textContent = `${model.id}${looped}; prompt and answer have room for ${model.max_model_len} tokens`;
   at("max-tokens").value = Math.min(256, Math.floor(model.max_model_len / 2));
   at("no-chat").hidden = chat;
