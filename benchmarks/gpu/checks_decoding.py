@@ -9,6 +9,8 @@ import torch
 from report import Report
 
 from tests.drafters import four_tokens, tiny_dflash
+from tests.drafters.recording import check_recorded, pair_of
+from tests.fast.tape import Taped
 from tests.ztt.tiny import left_padded, tiny, tiny_plain, tokens
 from zerodraft import AutoregressiveDrafter, DiffuSpec, FixedLength, PromptLookupDrafter
 from zerodraft.drafters.dflash import DFlashDrafter
@@ -105,11 +107,21 @@ def check_kept_recordings(device: torch.device) -> dict[str, int]:
     return {"recordings": len({id(one) for one in kept if one is not None})}
 
 
+def check_recorded_drafts(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Recorded drafts against those of the usual path, the second text with what the first one recorded."""
+    # what records on a CPU is the tests' stand-in
+    recorded, usual = pair_of("qwen3", 8, None if device.type == "cuda" else Taped, device, dtype)
+    close = 2e-5 if dtype is torch.float32 else 0.1
+    return {f"apart, text {seed}": check_recorded(recorded, usual, close, seed) for seed in (1, 2)}
+
+
 def drafters(report: Report) -> None:
     """Every kind of drafter: greedy tokens, distributions, dice."""
     device = report.device
     report.step("the target that is chosen", lambda: check_choice(device))
     report.step("recordings are kept", lambda: check_kept_recordings(device))
+    for dtype in (torch.float32, torch.bfloat16):
+        report.step(f"recorded drafts, {dtype}", lambda dtype=dtype: check_recorded_drafts(device, dtype))
     for kind in KINDS:
         report.step(f"greedy, {kind}", lambda kind=kind: check_greedy(device, kind, 5 if report.small else 40))
     for kind in ("tree",) if report.small else four_tokens.KINDS:

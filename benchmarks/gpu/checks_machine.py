@@ -84,7 +84,11 @@ def commands(report: Report) -> None:
 
 def tests(report: Report) -> None:
     """The tests that need CUDA, and those that say what it can do, with pytest."""
-    files = ["tests/fast/test_cuda_graphs.py", "tests/ztt/test_attention.py::test_capability_on_cuda"]
+    files = [
+        "tests/fast/test_cuda_graphs.py",
+        "tests/drafters/test_recorded_block.py::test_cuda_graphs_draft_what_the_usual_path_drafts",
+        "tests/ztt/test_attention.py::test_capability_on_cuda",
+    ]
     # to have annotations checked takes longer than all of these tests
     files += ["--noconftest"] * report.small
 

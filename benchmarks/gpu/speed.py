@@ -1,9 +1,10 @@
 """How fast it is on a GPU, and where the time goes: decoding SmolLM2, the depths of a looped model, a training step."""
 
+import copy
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter, load_block
 from zerodraft.drafters.block_model import drafter_from_target
 from zerodraft.drafters.none import NoDrafter
-from zerodraft.fast.graphed import graphed_target
+from zerodraft.fast.graphed import CudaGraphs, graphed_target
+from zerodraft.fast.recorded import Recorder
 from zerodraft.fast.target import HfTarget
 from zerodraft.generate.drafters import find_drafter
 from zerodraft.models.loading import load_pretrained
@@ -176,6 +178,29 @@ def pass_costs(target: Any, prompt: Tensor, taps: Sequence[int], sizes: Sequence
     return found
 
 
+def draft_costs(
+    drafter: BlockDrafter, recorder: Callable[[torch.device], Recorder] | None, prompt: Tensor, repeats: int
+) -> dict[str, float]:
+    """Milliseconds of a draft behind two new states, recorded or not, and of the first two: behind the prompt, which
+    is not recorded, and behind it with the recording."""
+    drafter = copy.copy(drafter)
+    drafter.recorder = recorder
+    like = drafter.model.norm.weight
+    states = torch.randn(len(prompt), len(drafter.taps), len(like), device=like.device, dtype=like.dtype)
+    session = drafter.start(1, like.device, None)
+
+    def draft(known: int = 2) -> None:
+        session.observe([Progress(prompt[:known], states[:known])])
+        session.propose([drafter.max_length])
+
+    firsts = {}
+    for name, known in (("prompt", len(prompt)), ("first", 2)):
+        began = time.perf_counter()
+        finished(partial(draft, known))()
+        firsts[name] = 1e3 * (time.perf_counter() - began)
+    return timed(draft, repeats) | firsts
+
+
 def costs(report: Report) -> dict[str, Any]:
     """What the parts of a step take: passes of the target by their size, a draft, a prompt, the choice of a target."""
     dtype = torch.bfloat16
@@ -199,16 +224,8 @@ def costs(report: Report) -> dict[str, Any]:
         add("recorded passes", pass_costs(graphs(model), short, taps, sizes, repeats))
         add("passes", pass_costs(HfTarget(model), short, taps, sizes, repeats))
         add("recorded passes, again", pass_costs(graphs(model), short, taps, sizes[:1], repeats))
-    session = drafter.start(1, report.device, None)
-    states = torch.randn(short.shape[1], len(taps), model.config.hidden_size, device=report.device, dtype=dtype)
-    session.observe([Progress(short[0, :1].expand(short.shape[1] + 1), states)])
-    session.propose([drafter.max_length])
-
-    def draft() -> None:
-        session.observe([Progress(short[0, :2], states[:2])])
-        session.propose([drafter.max_length])
-
-    add("draft", timed(draft, repeats))
+    for name, records in (("draft", recorder or CudaGraphs), ("draft, unrecorded", None)):
+        add(name, draft_costs(drafter, records, short[0], repeats))
     with torch.no_grad():
         add("recorded passes, long text", pass_costs(graphs(model), long, taps, sizes[::3], repeats))
         add("passes, long text", pass_costs(HfTarget(model), long, taps, sizes[::3], repeats))

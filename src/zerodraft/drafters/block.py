@@ -3,6 +3,11 @@
 Legend: M new context positions, K slots, k of them wanted, m candidates, F tapped states, H hidden size.
 """
 
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from os import PathLike
 from typing import Any
 
@@ -16,11 +21,16 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.drafters.block_layers import block_layers
 from zerodraft.drafters.block_model import BlockDrafterModel
+from zerodraft.drafters.recorded_block import RecordedDrafts, can_be_recorded, recorded_size
 from zerodraft.drafters.tapped import FIRST_SLOTS, TappedRow, TappedSession, grown, on_host, readable_weights, release
+from zerodraft.fast.graphed import CudaGraphs
 from zerodraft.fast.int8 import rounded_linear
 from zerodraft.fast.packed import PackedLinear
+from zerodraft.fast.recorded import FIRST_ROOM, Recorder, RecordingError
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
+
+logger = logging.getLogger(__name__)
 
 
 class BlockDrafter:
@@ -32,6 +42,7 @@ class BlockDrafter:
         candidates: tokens per position in the lattice.
         rounded: keep the weights in bfloat16 or int8, whatever this machine multiplies fastest: drafts lose a little,
             a pass on a CPU takes half the time.
+        recorder: Makes what records drafts on a device, instead of CUDA graphs; then on any device.
 
     Raises:
         ZerodraftError: the drafter was made for a target of another size, the target's embeddings cannot be read, or
@@ -39,7 +50,13 @@ class BlockDrafter:
     """
 
     def __init__(
-        self, model: BlockDrafterModel, target: PreTrainedModel, candidates: int = 16, *, rounded: bool = False
+        self,
+        model: BlockDrafterModel,
+        target: PreTrainedModel,
+        candidates: int = 16,
+        *,
+        rounded: bool = False,
+        recorder: Callable[[torch.device], Recorder] | None = None,
     ) -> None:
         self.model = model.eval()
         self.taps = tuple(model.config.layers)
@@ -59,6 +76,9 @@ class BlockDrafter:
             self.coupling = None if model.coupling is None else _FastCoupling(model, self.embedding, head)
             self.layers = block_layers(model, linear)
         self.draft_ids = model.draft_ids
+        self.recorder = recorder or (CudaGraphs if device.type == "cuda" else None)
+        """None: drafts are not recorded."""
+        self._idle: deque[RecordedDrafts] = deque(maxlen=1)
 
     @classmethod
     def from_pretrained(
@@ -93,8 +113,60 @@ class BlockDrafter:
                 )
 
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> TappedSession:
-        """A session for `batch` rows."""
-        return TappedSession([_Row(self) for _ in range(batch)])
+        """A session for `batch` rows; drafts of a single one are recorded on a GPU (`recorded_block.py`)."""
+        return TappedSession([_Row(self, self._recording() if batch == 1 else None) for _ in range(batch)])
+
+    def _recording(self) -> RecordedDrafts | None:
+        """Buffers for a text, with what an earlier one has recorded if nobody uses it and it still holds."""
+        if self.recorder is None or not can_be_recorded(self.model, self.layers):
+            return None
+        held = (self.embedding, *self.model.parameters(), *self.model.buffers())
+        mark = (self.recorder, tuple((tensor.data_ptr(), tensor.dtype) for tensor in held))
+        # taken out while it is in use: another text that is decoded at the same time gets its own
+        with suppress(IndexError):
+            recording = self._idle.pop()
+            if recording.mark == mark:
+                return recording
+        return RecordedDrafts(self.recorder, mark, self.new_cache(FIRST_ROOM), len(self.model.norm.weight))
+
+    def release(self) -> None:
+        """Forgets what was recorded; the memory is free when no text uses it any more."""
+        self._idle.clear()
+
+    def new_cache(self, positions: int) -> Float[Tensor, "F 2 nk S D"]:
+        """Zeros, where keys and values of one row of text will be."""
+        first: Any = self.model.layers[0]
+        attention = first.self_attn
+        shape = (len(self.model.layers), 2, attention.num_kv_heads, positions, attention.head_dim)
+        return self.model.norm.weight.new_zeros(shape)
+
+    def compute(
+        self,
+        state: Float[Tensor, " H"],
+        newest: Int[Tensor, "1"],
+        layers: Callable[[Tensor], Tensor],
+        length: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Candidates (k, m), their log-probabilities and, with a coupling, those of pairs (k, m, m).
+
+        Args:
+            state: the first tap at the last position that has states.
+            newest: the token behind it.
+            layers: runs the layers over the slots.
+            length: how many slots are wanted; None: all.
+        """
+        # torch asks a GPU for the number that a tensor without dimensions indexes by, and waits
+        embedding = self.embedding.index_select(0, newest)[0]
+        entry = self.model.entry(state, embedding)[None]
+        x_KH = layers(state + self.slots(entry).view(self.max_length, -1))
+        states_KH = self.model.norm(x_KH)[:length]
+        logits = self.head(states_KH)
+        scores, columns = logits.topk(self.candidates)
+        log_q = scores.float() - logits.float().logsumexp(-1, keepdim=True)
+        ids = self.draft_ids[columns]
+        if self.coupling is None:
+            return ids, log_q
+        return ids, log_q, self.coupling(states_KH, embedding, columns, scores, log_q)
 
 
 def load_block(path: str | PathLike[str]) -> BlockDrafterModel:
@@ -111,36 +183,38 @@ def load_block(path: str | PathLike[str]) -> BlockDrafterModel:
 class _Row(TappedRow):
     """Keys and values of one row's context."""
 
-    def __init__(self, drafter: BlockDrafter) -> None:
+    def __init__(self, drafter: BlockDrafter, recorded: RecordedDrafts | None = None) -> None:
         super().__init__()
-        self.drafter = drafter
-        model = drafter.model
-        first: Any = model.layers[0]
-        shape = (len(model.layers), 2, first.self_attn.num_kv_heads, FIRST_SLOTS, first.self_attn.head_dim)
-        self.cache = model.norm.weight.new_zeros(shape)
+        self.drafter, self.recorded = drafter, recorded
+        self.cache = drafter.new_cache(FIRST_SLOTS) if recorded is None else recorded.begin()
+        if recorded is not None:
+            weakref.finalize(self, drafter._idle.append, recorded).atexit = False
 
     def draft(self, length: int) -> Lattice:
-        drafter, model = self.drafter, self.drafter.model
-        taps_MFH = self.take_pending(model.norm.weight)
+        drafter, start = self.drafter, self.length
+        taps_MFH = self.take_pending(drafter.model.norm.weight)
         new = len(taps_MFH)
-        self.cache = grown(self.cache, self.length + new + drafter.max_length)
-        # torch asks a GPU for the number that a tensor without dimensions indexes by, and waits
-        embedding = drafter.embedding.index_select(0, self.newest.to(drafter.embedding.device)[None])[0]
-        state = taps_MFH[-1, 0]
-        x_KH = state + drafter.slots(model.entry(state, embedding)[None]).view(drafter.max_length, -1)
-        x_KH = drafter.layers(taps_MFH, x_KH, self.cache, self.length)
+        size = recorded_size(new) if self.recorded else None
+        self.cache = grown(self.cache, start + (size or new) + drafter.max_length)
         self.length += new
-        states_KH = model.norm(x_KH)[:length]
-        logits = drafter.head(states_KH)
-        scores, columns = logits.topk(drafter.candidates)
-        log_q = scores.float() - logits.float().logsumexp(-1, keepdim=True)
-        ids = drafter.draft_ids[columns]
-        if drafter.coupling is None:
-            ids, log_q = on_host(ids, log_q)
-            return Lattice(ids, log_q)
-        pairs = drafter.coupling(states_KH, embedding, columns, scores, log_q)
-        ids, log_q, pairs = on_host(ids, log_q, pairs)
-        return Lattice(ids, log_q, pairs=pairs)
+        newest = self.newest.to(taps_MFH.device)[None]
+        if self.recorded is not None and size is not None:
+            try:
+                layers: Any = drafter.layers
+                arrays = self.recorded.draft(drafter.compute, layers, self.cache, start, taps_MFH, newest)
+                return _lattice([array[:length] for array in arrays])
+            except RecordingError as error:
+                logger.warning("drafts are made one kernel after another, as they could not be recorded: %s", error)
+                drafter.recorder = self.recorded = None
+        found = drafter.compute(
+            taps_MFH[-1, 0], newest, lambda x: drafter.layers(taps_MFH, x, self.cache, start), length
+        )
+        return _lattice(on_host(*found))
+
+
+def _lattice(arrays: Sequence[Any]) -> Lattice:
+    ids, log_q, *pairs = arrays
+    return Lattice(ids, log_q, pairs=pairs[0] if pairs else None)
 
 
 class _FastCoupling:

@@ -5,13 +5,13 @@ there than leave their keys and values. The block's own lie behind the context a
 sees everything that is there, so attention needs no mask but on a GPU, where it runs over the whole cache (`reach`).
 
 Legend: M new context positions, K slots, F tapped states (one a layer), H hidden size, nk key/value heads, D head size,
-S positions of the cache.
+S positions of the cache, R = M + K rows.
 """
 
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
@@ -54,14 +54,31 @@ class EachLayer:
         self, taps: Float[Tensor, "M F H"], x: Float[Tensor, "K H"], cache: Float[Tensor, "F 2 nk S D"], start: int
     ) -> Float[Tensor, "K H"]:
         """See `BlockLayers`."""
-        slots = len(x)
-        end = start + len(taps) + slots
-        rotary = self.rotate(torch.arange(start, end, device=x.device)[None])
+        end = start + len(taps) + len(x)
         keys = reach(x.device, end, cache.shape[-2])
-        seen = None if keys == end else (torch.arange(keys, device=x.device) < end).expand(1, slots, -1)
+        mask = None if keys == end else hidden_from(end, keys, x)
+        return self.run(taps, x, cache[..., :keys, :], torch.arange(start, end, device=x.device), mask)
+
+    def run(
+        self,
+        taps: Float[Tensor, "M F H"],
+        x: Float[Tensor, "K H"],
+        cache: Float[Tensor, "F 2 nk S D"],
+        columns: Int[Tensor, " R"],
+        mask: Float[Tensor, "1 K S"] | None,
+    ) -> Float[Tensor, "K H"]:
+        """The same with the places of all rows, which are those where keys and values are written, in a tensor, over
+        the whole cache, with what is added to its scores."""
+        rotary = self.rotate(columns[None])
         for i, layer in enumerate(self.layers):
-            x = layer(torch.cat([taps[:, i], x]), slots, rotary, cache[i], start, seen)
+            x = layer(torch.cat([taps[:, i], x]), len(x), rotary, cache[i], columns, mask)
         return x
+
+
+def hidden_from(end: int | Int[Tensor, "1"], keys: int, x: Float[Tensor, "K H"]) -> Float[Tensor, "1 K S"]:
+    """What is added to the scores of a cache of `keys` positions so that from `end` on none is seen."""
+    hidden = torch.arange(keys, device=x.device) >= end
+    return x.new_zeros(1, len(x), keys).masked_fill_(hidden, torch.finfo(x.dtype).min)
 
 
 class CompiledBlock:

@@ -118,7 +118,7 @@ class _Row(TappedRow):
             if window is not None and (config.causal_sliding or window < end):
                 near = visible(places[None, new:], keys[None], window, config.causal_sliding)
                 seen = near if near is None or written is None else near & written
-            x_SH = layer(x_SH, slots, rotary, self.cache[i], known, seen)
+            x_SH = layer(x_SH, slots, rotary, self.cache[i, :, :, :width], places[new:], seen)
         log_q = model.scaled(drafter.head(model.norm(x_SH)[1 : length + 1]).float()).log_softmax(-1)
         top = log_q.topk(drafter.candidates)
         ids, values = on_host(top.indices, top.values)

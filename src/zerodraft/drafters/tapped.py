@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -25,9 +25,10 @@ from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block_model import BlockLayer
 from zerodraft.fast.int8 import Int8Linear
 from zerodraft.fast.packed import PackedLinear
+from zerodraft.fast.recorded import padded
 
 FIRST_SLOTS = 256
-"""Cache positions at first; doubled when they are full."""
+"""Cache positions at first, a power of two; doubled when they are full."""
 
 
 def readable_weights(target: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -102,9 +103,9 @@ class TappedSession:
 
 
 def grown(cache: Tensor, needed: int) -> Tensor:
-    """A cache (..., positions, D) with room for `needed` positions, at least doubled if it is made larger."""
+    """A cache (..., positions, D) with room for `needed` positions; one that is made larger has a power of two."""
     positions = cache.shape[-2]
-    return cache if needed <= positions else F.pad(cache, (0, 0, 0, max(needed, 2 * positions) - positions))
+    return cache if needed <= positions else F.pad(cache, (0, 0, 0, padded(needed) - positions))
 
 
 def reach(device: torch.device, end: int, positions: int) -> int:
@@ -125,10 +126,20 @@ def on_host(*tensors: Tensor) -> list[np.ndarray]:
 
 def in_one_piece(*tensors: Tensor) -> list[np.ndarray]:
     """`on_host` by way of one tensor of bytes."""
-    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    arrays = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
-    like = [torch.empty(0, dtype=tensor.dtype).numpy().dtype for tensor in tensors]
-    return [array.view(dtype).reshape(tensor.shape) for array, dtype, tensor in zip(arrays, like, tensors, strict=True)]
+    return unpacked(one_piece(tensors), tensors)
+
+
+def one_piece(tensors: Sequence[Tensor]) -> UInt8[Tensor, " n"]:
+    """The bytes of all of them."""
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
+
+
+def unpacked(piece: UInt8[Tensor, " n"], like: Sequence[Tensor]) -> list[np.ndarray]:
+    """Arrays of their own from the bytes of tensors with shapes and dtypes like these."""
+    ends = np.cumsum([tensor.nbytes for tensor in like])
+    arrays = np.split(piece.to("cpu", copy=True).numpy(), ends[:-1])
+    dtypes = [torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype for tensor in like]
+    return [array.view(dtype).reshape(one.shape) for array, dtype, one in zip(arrays, dtypes, like, strict=True)]
 
 
 def release(*packed: nn.Module) -> None:
@@ -162,31 +173,29 @@ class PackedLayer:
         slots: int,
         rotary: tuple[Tensor, Tensor],
         cache: Float[Tensor, "2 nk S D"],
-        start: int,
-        seen: Bool[Tensor, "1 K S2"] | None = None,
+        columns: Int[Tensor, " R"],
+        seen: Bool[Tensor, "1 K S"] | Float[Tensor, "1 K S"] | None = None,
     ) -> Float[Tensor, "K H"]:
-        """Writes the keys and values of all rows from `start` on, and computes the last `slots` of them.
+        """Writes the keys and values of all rows, and computes the last `slots` of them.
 
         Args:
             rows: new states of the target, if any, then the slots.
             slots: how many of them are slots.
             rotary: of all rows.
-            cache: keys and values.
-            start: the first row's position.
-            seen: what each slot sees of the cache's first positions; None: all up to the last row.
+            cache: keys and values of all that is looked at.
+            columns: where the rows' own are written.
+            seen: what each slot sees of the cache, or what is added to its scores; None: all.
         """
         layer, attention = self.source, self.source.self_attn
         qkv = self.qkv(layer.input_layernorm(rows)).view(len(rows), -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = attention.q_norm(q).transpose(0, 1), attention.k_norm(k).transpose(0, 1)
         q, k = apply_rotary_pos_emb(q[None], k[None], *rotary)
-        end = start + len(rows)
-        cache[0, :, start:end], cache[1, :, start:end] = k[0], v.transpose(0, 1)
-        keys = end if seen is None else seen.shape[-1]
+        cache.index_copy_(2, columns, torch.stack([k[0], v.transpose(0, 1)]).to(cache.dtype))
         out = F.scaled_dot_product_attention(
             q[:, :, -slots:],
-            cache[:1, :, :keys],
-            cache[1:, :, :keys],
+            cache[:1],
+            cache[1:],
             attn_mask=None if seen is None else seen[:, None],
             enable_gqa=self.heads != self.kv_heads,
         )
