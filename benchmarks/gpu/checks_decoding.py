@@ -111,8 +111,7 @@ def check_recorded_drafts(device: torch.device, dtype: torch.dtype) -> dict[str,
     """Recorded drafts against those of the usual path, the second text with what the first one recorded."""
     # what records on a CPU is the tests' stand-in
     recorded, usual = pair_of("qwen3", 8, None if device.type == "cuda" else Taped, device, dtype)
-    close = 2e-5 if dtype is torch.float32 else 0.1
-    return {f"apart, text {seed}": check_recorded(recorded, usual, close, seed) for seed in (1, 2)}
+    return {f"apart, text {seed}": check_recorded(recorded, usual, seed) for seed in (1, 2)}
 
 
 def drafters(report: Report) -> None:
@@ -120,7 +119,8 @@ def drafters(report: Report) -> None:
     device = report.device
     report.step("the target that is chosen", lambda: check_choice(device))
     report.step("recordings are kept", lambda: check_kept_recordings(device))
-    for dtype in (torch.float32, torch.bfloat16):
+    # in float32 a CPU has kernels of our own, which are not recorded
+    for dtype in (torch.bfloat16, torch.float32)[: 1 if device.type == "cpu" else 2]:
         report.step(f"recorded drafts, {dtype}", lambda dtype=dtype: check_recorded_drafts(device, dtype))
     for kind in KINDS:
         report.step(f"greedy, {kind}", lambda kind=kind: check_greedy(device, kind, 5 if report.small else 40))

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from tests.drafters.four_tokens import drafter_for, talkative
-from tests.drafters.recording import STEPS, Telling, apart, check_recorded, pair_of
-from tests.fast.tape import Taped
+from tests.drafters.recording import CLOSE, STEPS, Telling, apart, check_recorded, pair_of
+from tests.fast.tape import Tape, Taped
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters import block
 from zerodraft.fast.recorded import RecordingError
 from zerodraft.generate.huggingface import DiffuSpec
 
-CPU = torch.device("cpu")
+CPU, COPY = torch.device("cpu"), "index_copy_"
 
 
 @pytest.fixture(autouse=True)
@@ -35,24 +35,24 @@ KINDS = [("qwen2", 0, torch.float32), ("qwen3", 8, torch.float32), ("qwen2", 8, 
 
 @pytest.mark.parametrize(("family", "coupling", "dtype"), KINDS)
 def test_recorded_drafts_are_the_usual_ones(family: str, coupling: int, dtype: torch.dtype) -> None:
-    check_recorded(*pair_of(family, coupling, Taped, dtype=dtype), 2e-5 if dtype is torch.float32 else 0.1)
+    check_recorded(*pair_of(family, coupling, Taped, dtype=dtype))
 
 
 def test_a_text_is_drafted_for_with_what_an_earlier_one_recorded() -> None:
     recorded, usual = pair_of("llama", 8, Taped)
     made, counts = Taped.made, []
     for seed in (0, 1, 2):
-        check_recorded(recorded, usual, 2e-5, seed)
+        check_recorded(recorded, usual, seed)
         counts.append(Taped.made - made)
     # two sizes of drafts at three of caches and one at the fourth; then the largest cache, with what is missing of it
     assert counts[0] >= 4
     assert counts[2] == counts[1] <= counts[0] + 1
     recorded.release()
-    check_recorded(recorded, usual, 2e-5)
+    check_recorded(recorded, usual)
     assert Taped.made - made > counts[2]
     held = Taped.made
     recorded.embedding.data = recorded.embedding.data.clone()
-    check_recorded(recorded, usual, 2e-5)
+    check_recorded(recorded, usual)
     assert Taped.made > held
 
 
@@ -63,7 +63,7 @@ def test_two_texts_at_a_time_do_not_share() -> None:
     for new, length in STEPS:
         for telling, pair in zip(tellings, sessions, strict=True):
             if lattices := telling.step(new, length, pair):
-                assert apart(*lattices) < 2e-5
+                assert apart(*lattices) < CLOSE[torch.float32]
 
 
 def test_a_lattice_stays_as_it_is_when_the_next_one_is_drafted() -> None:
@@ -78,11 +78,29 @@ def test_a_lattice_stays_as_it_is_when_the_next_one_is_drafted() -> None:
 
 def test_nothing_of_a_text_is_left_for_the_next() -> None:
     recorded, usual = pair_of("llama", 8, Taped)
-    telling = Telling(recorded)
+    telling, session = Telling(recorded), recorded.start(1, CPU, None)
     telling.states.fill_(torch.nan)
-    telling.step(7, 4, [recorded.start(1, CPU, None)])
+    for new in (40, 1):
+        telling.step(new, 4, [session])
+    del session
     assert recorded._idle
-    check_recorded(recorded, usual, 2e-5)
+    check_recorded(recorded, usual)
+
+
+def test_no_column_is_written_twice() -> None:
+    """A GPU does so in any order."""
+    written: list[list[int]] = []
+
+    class Watching(Taped):
+        def __call__(self, run: Any) -> Any:
+            with Tape() as tape:
+                run()
+            written.extend(args[2].tolist() for func, args, *_ in tape.calls if func.overloadpacket.__name__ == COPY)
+            return super().__call__(run)
+
+    check_recorded(*pair_of("llama", 0, Watching))
+    assert written
+    assert all(len(set(columns)) == len(columns) for columns in written)
 
 
 def test_a_recording_that_fails_is_said_once_and_done_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -140,4 +158,4 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graphs_draft_what_the_usual_path_drafts(family: str, coupling: int, dtype: torch.dtype) -> None:
     recorded, usual = pair_of(family, coupling, None, "cuda", dtype)
     for seed in (0, 1):  # the second text replays what the first one recorded
-        check_recorded(recorded, usual, 2e-5 if dtype is torch.float32 else 0.1, seed)
+        check_recorded(recorded, usual, seed)
