@@ -11,12 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import inspect
 from typing import Any
 
-import jaxtyping
 import pytest
 
-# the hook takes an expression; with the tower an int is a float, as PEP 484 has it
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-jaxtyping.install_import_hook("zerodraft", CHECKER)
+from tests import checking
+
+checking.install()
 
 from zerodraft import ZttCausalLMOutput, ZttConfig  # noqa: E402  # after the hook
 from zerodraft.drafters.block_model import BlockDrafterConfig  # noqa: E402  # after the hook
@@ -30,11 +29,17 @@ from zerodraft.fast import best  # noqa: E402  # after the hook
 def checked(function: Any) -> bool:
     """Whether a function is wrapped in the check, at any depth."""
     inside = getattr(function, "__wrapped__", None)
-    return "jaxtyp" in function.__code__.co_filename or (inside is not None and checked(inside))
+    return function.__code__.co_filename == checking.__file__ or (inside is not None and checked(inside))
 
 
 for unchecked in (ZttConfig, BlockDrafterConfig, DFlashConfig, MaskedConfig, ZttCausalLMOutput):
     unchecked.__init__ = inspect.unwrap(unchecked.__init__, stop=lambda f: not checked(f))
+
+
+@pytest.fixture(autouse=True)
+def annotations() -> None:
+    """Their checks begin anew."""
+    checking.begin()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests import checking
 from zerodraft.ztt.exits import CycleOutput, ZeroMassExit
 
 
@@ -34,3 +35,13 @@ def test_shapes_that_disagree_raise() -> None:
 def test_a_wrong_dtype_raises() -> None:
     with pytest.raises(TypeError):
         cycle_output(hidden=torch.zeros(3, 8, dtype=torch.int64))
+
+
+def test_calls_are_checked_until_there_were_enough_in_a_test() -> None:
+    rule, out = ZeroMassExit(threshold=0.5), cycle_output()
+    for _ in range(checking.CALLS - 1):
+        rule.score(out)
+    with pytest.raises(TypeError):
+        rule.score(None)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(AttributeError):
+        rule.score(None)  # type: ignore[arg-type]  # not checked any more
