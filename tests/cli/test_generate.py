@@ -12,7 +12,7 @@ from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.main import main
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.models.tokenizers import load_tokenizer
-from zerodraft.ztt.exits import ConfidenceExit, ZeroMassExit
+from zerodraft.ztt.exits import ConfidenceExit, LatentExit, ZeroMassExit
 from zerodraft.ztt.rules import parse_exit_rule
 
 
@@ -177,6 +177,7 @@ def test_a_plain_model_is_decoded_with_drafts_whatever_the_flag_is_called(
         ("off", None),
         ("zero-mass:0.5", ZeroMassExit(threshold=0.5)),
         ("confidence:1e-1", ConfidenceExit(threshold=0.1)),
+        ("latent:0.3, never,5e-1", LatentExit(threshold=(0.3, None, 0.5))),
         ("cycles:2", FixedExit(cycles=2)),
     ],
 )
@@ -184,7 +185,20 @@ def test_exit_rules_as_text(text: str, rule: object) -> None:
     assert parse_exit_rule(text, None) == rule
 
 
-@pytest.mark.parametrize("text", ["zero-mass", "zero-mass:", "zero-mass:much", "cycles:1.5", "off:1", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zero-mass",
+        "zero-mass:",
+        "zero-mass:much",
+        "latent:never",
+        "latent:0.1,",
+        "cycles:1.5",
+        "cycles:1,2",
+        "off:1",
+        "",
+    ],
+)
 def test_malformed_exit_rules(text: str) -> None:
     with pytest.raises(ZerodraftError, match="exit rule"):
         parse_exit_rule(text, None)

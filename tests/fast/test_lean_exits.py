@@ -33,13 +33,15 @@ def prompts(rows: int) -> dict[str, Tensor]:
     }
 
 
-def rule_for(kind: type[ScoredRule], model: Any, batch: dict[str, Tensor]) -> ScoredRule:
-    """With a threshold amid the scores of some prompts, where the next scores are far: rounding decides nothing."""
+def rule_for(kind: type[ScoredRule], model: Any, batch: dict[str, Tensor], after: int | None = None) -> ScoredRule:
+    """With a threshold amid the scores of some prompts (after one cycle, or all), where the next scores are far:
+    rounding decides nothing."""
     scores: list[Tensor] = []
     rule = kind(threshold=0.0)
 
     def collect(out: CycleOutput) -> Tensor:
-        scores.append(rule.score(out))
+        if after in (None, out.cycle):
+            scores.append(rule.score(out))
         return torch.zeros(len(out.hidden), dtype=torch.bool)
 
     with torch.no_grad():
@@ -48,6 +50,19 @@ def rule_for(kind: type[ScoredRule], model: Any, batch: dict[str, Tensor]) -> Sc
     middle = ranked[len(ranked) // 4 : 3 * len(ranked) // 4 + 1]
     at = int(middle.diff().argmax())
     return kind(threshold=rule.sign * float(middle[at : at + 2].mean()))
+
+
+def test_a_threshold_for_each_cycle() -> None:
+    model, batch = CYCLED[NAMES[0]](), prompts(3)
+    cycles = model.config.cycles
+    middle = rule_for(LatentExit, model, batch, after=cycles - 1).threshold
+    rule = LatentExit(threshold=(None,) * (cycles - 2) + (middle,))
+    expected, ours = both(model, rule, "propagate", batch)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1], expected[1])
+    assert {*ours[1].unique().tolist()} == {0, cycles - 1, cycles}
+    with pytest.raises(ZerodraftError, match=f"the model's {cycles} cycles want {cycles - 1}"):
+        both(model, LatentExit(threshold=(0.1,) * cycles), "propagate", batch)
 
 
 def both(model: Any, rule: ExitRule, policy: str, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

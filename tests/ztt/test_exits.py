@@ -416,3 +416,79 @@ def test_rules_that_cannot_be_stored_or_read_are_refused() -> None:
         exit_rule_from_dict({"rule": "confidence", "treshold": 0.5})
     with pytest.raises(ZerodraftError, match="does not fit its parameters"):
         exit_rule_from_dict({"rule": "confidence"})
+
+
+EACH = LatentExit(threshold=(None, 0.35, 0.3, None, 0.25))
+
+
+def far_from(model: ZttForCausalLM, ids: Tensor, cycles: int) -> LatentExit:
+    """A threshold for each cycle amid its own scores, none after the first one, far from all scores."""
+    scores: list[Tensor] = []
+
+    def spy(out: CycleOutput) -> Tensor:
+        scores.append(LatentExit(threshold=0.0).score(out).sort().values)
+        return torch.zeros(len(out.hidden), dtype=torch.bool)
+
+    model(ids, exit_rule=spy)
+    middles = [one[len(one) // 4 : -len(one) // 4] for one in scores[1:]]
+    each = [-middle[(at := int(middle.diff().argmax())) : at + 2].mean().item() for middle in middles]
+    return LatentExit(threshold=[None, *each])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_a_threshold_for_each_cycle_holds_selected_cached_and_padded(policy: str) -> None:
+    model, ids = tiny("llama", cycles=5), tokens(3, 10)
+    rule = far_from(model, ids, 5)
+    settings = {"exit_rule": rule, "exit_policy": policy}
+    out = model(ids, **settings)
+    assert len(out.exit_depth.unique()) > 2
+    assert int(out.exit_depth.min()) > 1, "nobody stops after the first cycle"
+    assert gap(out.logits, model(ids, exit_depth=out.exit_depth, exit_policy=policy).logits) <= 1e-5
+    logits, depth = in_chunks(model, ids, [4, 1, 3, 1, 1], **settings)
+    assert gap(logits, out.logits) <= 1e-5
+    assert torch.equal(depth, out.exit_depth)
+    batch = left_padded([ids[0], ids[1, :6]])
+    assert torch.equal(model(**batch, **settings).exit_depth[1, 4:], model(ids[1:2, :6], **settings).exit_depth[0])
+
+
+@torch.no_grad()
+def test_equal_thresholds_are_one_threshold_and_none_computes_no_score() -> None:
+    model, ids = tiny("llama"), tokens(2, 10)
+    rule = splitting(model)
+    again = type(rule)(threshold=(rule.threshold, rule.threshold))
+    assert torch.equal(model(ids, exit_rule=rule).exit_depth, model(ids, exit_rule=again).exit_depth)
+    asked = 0
+
+    class Counting(LatentExit):
+        def score(self, out: CycleOutput) -> Tensor:
+            nonlocal asked
+            asked += 1
+            return LatentExit.score(self, out)
+
+    assert model(ids, exit_rule=Counting(threshold=(None, 1e9))).exit_depth.unique().tolist() == [2]
+    assert asked == 1
+
+
+def test_thresholds_are_stored_as_lists_and_come_back() -> None:
+    stored = exit_rule_to_dict(EACH)
+    assert stored == {"rule": "latent", "threshold": [None, 0.35, 0.3, None, 0.25]}
+    assert exit_rule_from_dict(stored) == EACH
+
+
+@pytest.mark.parametrize("threshold", [(), (0.1, "a"), "0.3", None, [[0.1]]], ids=str)
+def test_what_is_no_threshold_is_refused(threshold: Any) -> None:
+    with pytest.raises(ZerodraftError):
+        exit_rule_from_dict({"rule": "latent", "threshold": threshold})
+    with pytest.raises(ZerodraftError, match="neither a number nor one number for each cycle but the last"):
+        LatentExit(threshold=())
+
+
+def test_a_wrong_count_of_thresholds_is_refused() -> None:
+    model = tiny("llama")
+    for count, said in ((1, "has 1 threshold, and the model's 3 cycles want 2"), (3, "has 3 thresholds, and the")):
+        with pytest.raises(ZerodraftError, match=said):
+            model(tokens(), exit_rule=LatentExit(threshold=[0.1] * count))
+    short = LatentExit(threshold=(None,))
+    with pytest.raises(ZerodraftError, match="has 1 threshold, and it is asked after cycle 2"):
+        model(tokens(), exit_rule=lambda out: short(out))

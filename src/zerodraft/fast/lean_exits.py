@@ -17,7 +17,7 @@ from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean_cache import LeanCache
 from zerodraft.fast.lean_pass import Ran, Tokens
 from zerodraft.fast.lean_weights import LeanWeights
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, reads_zero_mass
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass
 
 Readout = Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]]
 
@@ -53,6 +53,7 @@ def run_exits(
     """
     stages, run = weights.stages, weights.run.run
     assert stages is not None
+    check_thresholds(rule, stages.cycles)
     if inside := [tap for tap in taps if stages.head.stop < tap <= stages.tail.start]:
         raise ZerodraftError(
             f"The drafter reads the target's hidden states {inside}, within the cycles, which tokens leave with "

@@ -23,7 +23,7 @@ from transformers import Cache
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
 from zerodraft.ztt.config import Plan, Step
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, check_thresholds, reads_zero_mass
 from zerodraft.ztt.families import DecoderParts, makes_masks
 from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 from zerodraft.ztt.running import Running
@@ -108,6 +108,7 @@ class CycleOptions:
         if self.cycles is not None and not 1 <= self.cycles <= plan.cycles:
             raise ZerodraftError(f"cycles={self.cycles} must lie between 1 and the model's {plan.cycles}.")
         check_policy(self.policy)
+        check_thresholds(self.rule, plan.cycles)
         chosen = (self.rule is not None, self.depth is not None, self.every_cycle)
         if sum(chosen) > 1:
             raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")

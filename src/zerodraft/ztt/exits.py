@@ -3,13 +3,14 @@
 A rule sees what one cycle produced for the tokens that still run, and returns which of them stop. Nothing in it depends
 on other tokens, so results do not depend on the batch. The zero-token rule is the papers' (Li et al., 2025/2026);
 softmax confidence and entropy are the usual readouts (e.g. CALM), KL and latent difference those of recurrent-depth
-models.
+models. Every rule with a threshold takes one for all cycles or one for each cycle but the last.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -73,21 +74,48 @@ class ScoredRule(ABC):
     """A rule that stops tokens whose score is high enough.
 
     Attributes:
-        threshold: Where it stops a token, in the unit of the rule.
+        threshold: Where it stops a token, in the unit of the rule: a number for all cycles, or one for each cycle but
+            the last. None among these: nobody stops after this cycle, and no score is computed.
         sign: Turns a threshold into a score: -1 where a low value stops a token.
         reads_zero_mass: Whether `score` looks at the zero-token mass, which is None otherwise.
     """
 
-    threshold: float
+    threshold: float | Sequence[float | None]
     sign: ClassVar[float] = 1.0
     reads_zero_mass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        given = self.threshold
+        is_one = not isinstance(given, (list, tuple))
+        each = (given,) if is_one else tuple(given)
+        if not each or not all(isinstance(one, Real) or (one is None and not is_one) for one in each):
+            raise ZerodraftError(
+                f"threshold={given!r} is neither a number nor one number for each cycle but the last, with None where "
+                "nobody stops."
+            )
+        object.__setattr__(self, "threshold", given if is_one else each)
+
+    def threshold_after(self, cycle: int) -> float | None:
+        """The threshold after a cycle, counted from 1.
+
+        Raises:
+            ZerodraftError: there are fewer thresholds.
+        """
+        if not isinstance(self.threshold, tuple):
+            return self.threshold
+        if cycle > len(self.threshold):
+            raise ZerodraftError(_wrong_count(len(self.threshold), f"it is asked after cycle {cycle}"))
+        return self.threshold[cycle - 1]
 
     @abstractmethod
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
         """The higher, the sooner a token stops."""
 
     def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
-        return self.score(out) >= self.sign * self.threshold
+        threshold = self.threshold_after(out.cycle)
+        if threshold is None:
+            return torch.zeros(len(out.hidden), dtype=torch.bool, device=out.hidden.device)
+        return self.score(out) >= self.sign * threshold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +195,8 @@ def exit_rule_to_dict(rule: ExitRule) -> dict[str, Any]:
     name = name_of(type(rule))
     if name is None:
         raise ZerodraftError(f"{type(rule).__name__} is not one of the rules that can be stored: {', '.join(RULES)}.")
-    return {"rule": name, **asdict(rule)}  # pyright: ignore[reportArgumentType]  # all RULES are dataclasses
+    values = asdict(rule)  # pyright: ignore[reportArgumentType]  # all RULES are dataclasses
+    return {"rule": name, **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}}
 
 
 def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
@@ -184,6 +213,19 @@ def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
         return RULES[name].rule(**parameters)
     except TypeError as error:
         raise ZerodraftError(f"Exit rule {name!r} does not fit its parameters {parameters}: {error}.") from None
+
+
+def check_thresholds(rule: ExitRule | None, cycles: int) -> None:
+    """Raise `ZerodraftError` where a rule has a threshold for each cycle, and not as many as a model's cycles want."""
+    if isinstance(rule, ScoredRule) and isinstance(rule.threshold, tuple) and len(rule.threshold) != cycles - 1:
+        raise ZerodraftError(_wrong_count(len(rule.threshold), f"the model's {cycles} cycles want {cycles - 1}"))
+
+
+def _wrong_count(count: int, why: str) -> str:
+    return (
+        f"The exit rule has {count} threshold{'s' * (count != 1)}, and {why}: give one number for all cycles, or one "
+        "for each cycle but the last."
+    )
 
 
 def check_policy(policy: str) -> None:

@@ -42,6 +42,9 @@ class RuleEntry:
         return isinstance(self.example, int)
 
 
+NEVER = "never"
+"""The threshold of a cycle after which nobody stops."""
+
 RULES = {
     "zero-mass": RuleEntry(where="zerodraft.ztt.exits:ZeroMassExit", example=0.5, colour="#d1495b"),
     "confidence": RuleEntry(where="zerodraft.ztt.exits:ConfidenceExit", example=0.9, colour="#00798c"),
@@ -71,7 +74,7 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
     """The rule that `text` describes, None for `off`.
 
     Args:
-        text: `NAME:VALUE`, `calibrated` or `off`.
+        text: `NAME:VALUE`, `NAME:VALUE,VALUE,...` with a threshold for each cycle but the last, `calibrated` or `off`.
         calibrated: what `zerodraft calibrate` wrote into the model's config.
 
     Raises:
@@ -93,21 +96,37 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
         raise ZerodraftError(f"unknown exit rule '{name}'{did_you_mean(name, ['off', 'calibrated', *RULES])}")
     entry = RULES[name]
     try:
-        number = int(value) if entry.is_whole else float(value)
+        given = _read_value(value, entry)
     except ValueError:
-        kind = "a whole number" if entry.is_whole else "a number"
+        kind = "a whole number" if entry.is_whole else "a number, or one for each cycle but the last,"
         *first, last = "off", "calibrated", *written_rules()
         raise ZerodraftError(
             f"exit rule '{text}' needs {kind} after the colon; expected one of {', '.join(first)} or {last}"
         ) from None
-    return entry.rule(**{entry.parameter: number})
+    return entry.rule(**{entry.parameter: given})
+
+
+def _read_value(text: str, entry: RuleEntry) -> Any:
+    """`2`, `0.5`, or `0.3,never,0.5`: a threshold for each cycle but the last."""
+    if entry.is_whole:
+        return int(text)
+    each = [None if one.strip() == NEVER and "," in text else float(one) for one in text.split(",")]
+    return tuple(each) if len(each) > 1 else each[0]
+
+
+def rule_text(data: dict[str, Any]) -> str:
+    """A stored rule as people write it, rounded: `zero-mass:0.4321`, `latent:0.3,never,0.5`."""
+    value = data[RULES[data["rule"]].parameter]
+    each = value if isinstance(value, (list, tuple)) else [value]
+    return f"{data['rule']}:{','.join(NEVER if one is None else f'{one:.4g}' for one in each)}"
 
 
 def rule_of(model: Any, text: str) -> Any:
     """The exit rule that a text means for a model, None without one.
 
     Raises:
-        ZerodraftError: the model has no cycles to leave, or there is no such rule.
+        ZerodraftError: the model has no cycles to leave, there is no such rule, or it has thresholds for another number
+            of cycles.
     """
     is_ztt = model.config.model_type == "ztt"
     if text != "off" and not is_ztt:
@@ -115,4 +134,9 @@ def rule_of(model: Any, text: str) -> Any:
             f"the exit rule '{text}' is for Zero Token Transformers, and this is a plain {model.config.model_type} "
             "model: leave it out"
         )
-    return parse_exit_rule(text, model.config.exit_rule if is_ztt else None)
+    rule = parse_exit_rule(text, model.config.exit_rule if is_ztt else None)
+    if rule is not None:
+        from zerodraft.ztt.exits import check_thresholds
+
+        check_thresholds(rule, model.config.cycles)
+    return rule
