@@ -1,7 +1,7 @@
 """What `exits.py` found: loss over FLOPs of every rule against the line through the best fixed depths."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,8 +30,10 @@ exits really applied. Intervals are a bootstrap over blocks.
 class Measured:
     """A rule at one threshold."""
 
-    level: float
-    """Share of all scores that would stop a token."""
+    level: float | None = None
+    """With one threshold for all cycles: share of all scores that would stop a token."""
+    price: float | None = None
+    """With one for each cycle: of all the FLOPs of a token, in nats."""
     point: Point
     """On the blocks between."""
     above: Interval
@@ -41,12 +43,28 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ceiling:
+    """Every token at its best depth, for one who knows more than a rule."""
+
+    price: float
+    """Of all the FLOPs of a token, in nats."""
+    flops: float
+    """As a share of those without exits."""
+    loss: float
+    above: float
+    """Loss over that of the line at the same FLOPs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Exits(OfRun):
     """All rules on one model."""
 
     fixed: tuple[Point, ...]
     """The same depth for all tokens, 1 to all cycles."""
     rules: dict[str, tuple[Measured, ...]]
+    """By name, with one threshold for all cycles, and by `NAME, each cycle`."""
+    ceilings: dict[str, tuple[Ceiling, ...]] = field(default_factory=dict)
+    """By what is known: the token's `losses` after each cycle, or the `last prediction`."""
 
     def chosen(self, rule: str) -> Measured:
         """Of the thresholds that tell tokens apart, the one that lay lowest against the line where they were placed."""

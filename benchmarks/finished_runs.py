@@ -114,6 +114,7 @@ def look(
     measure: Callable[[list[FinishedRun], argparse.Namespace], Iterable[OfRun]],
     parser: argparse.ArgumentParser,
     words: Sequence[str] | None,
+    find: Callable[[argparse.Namespace], list[FinishedRun]] = lambda options: finished_runs(options.table),
 ) -> int:
     """Measures the finished runs that a command line names, and writes the result; returns the exit status.
 
@@ -122,6 +123,7 @@ def look(
         measure: From the runs and the options to what was found.
         parser: `look_arguments`, and what the script adds.
         words: The command line without the script's name; `sys.argv` by default.
+        find: The runs that the options name.
     """
     words = sys.argv[1:] if words is None else words
     options = parser.parse_args(words)
@@ -129,7 +131,7 @@ def look(
     made = provenance(seed=0, words=["python", f"benchmarks/{kind.script}", *words])
     found: list[OfRun] = []
     try:
-        for one in measure(finished_runs(options.table), options):
+        for one in measure(find(options), options):
             found.append(one)
             print(f"{one.run}: measured", file=sys.stderr, flush=True)
             # whatever stops the rest, this stays

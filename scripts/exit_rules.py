@@ -19,6 +19,7 @@ from zerodraft.common.outputs import write_json, write_whole
 from zerodraft.ztt.calibrate import LossBound, write_exit_rule
 from zerodraft.ztt.compare import on_line
 from zerodraft.ztt.plot import plot_trade_off
+from zerodraft.ztt.rules import rule_text
 from zerodraft.ztt.tradeoff import Point
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +119,7 @@ def tables(measured: Mapping[str, Any], name: str) -> str:
             continue
         point = points([found["chosen"]])[0]
         assert point.rule is not None
-        lines.append(row(f"`{rule}:{point.rule['threshold']:.4g}`", point, loss_on_line(fixed, point.flops)))
+        lines.append(row(f"`{rule_text(point.rule)}`", point, loss_on_line(fixed, point.flops)))
     lines += [
         "",
         f"Each rule is shown at its best measured threshold for the target {target(measured)}. *Against fixed "

@@ -39,9 +39,13 @@ def test_fixed_depths_lie_on_their_own_line_and_cost_what_their_cycles_cost() ->
 def test_rules_are_measured_on_other_blocks_than_their_thresholds_are_placed_on() -> None:
     ids = tokens(6, 12)
     model = tiny()
-    fixed, rules = measure_rules(model, ids, levels=(0.3, 1.0))
+    fixed, rules, ceilings = measure_rules(model, ids, levels=(0.3, 1.0))
     assert len(fixed) == 3
-    assert {*rules} == {"zero-mass", "confidence", "entropy", "kl", "latent"}
+    names = ["zero-mass", "confidence", "entropy", "kl", "latent"]
+    assert [*rules] == [form for name in names for form in (name, f"{name}, each cycle")]
+    assert {*ceilings} == {"losses", "last prediction"}
+    for known, guessed in zip(*ceilings.values(), strict=True):
+        assert known.loss + known.price * known.flops <= guessed.loss + guessed.price * guessed.flops + 1e-9
     held = Ruler(model, ids[1::2])
     for points in rules.values():
         for measured in points:
@@ -50,9 +54,10 @@ def test_rules_are_measured_on_other_blocks_than_their_thresholds_are_placed_on(
             assert again.loss == pytest.approx(measured.point.loss)
             assert again.flops == pytest.approx(measured.point.flops)
     assert rules["latent"][1].point.depths[0] == pytest.approx(1, abs=0.1), "nearly all stop after the first cycle"
-    first, second = measure_rules(model, ids, levels=(0.3, 0.3001))[1]["kl"]
+    one = tiny(zero_tokens=False)
+    first, second = measure_rules(one, ids, levels=(0.3, 0.3001), names=["kl"])[1]["kl"]
     assert first.point is second.point, "the same threshold is measured once"
-    assert "zero-mass" not in measure_rules(tiny(zero_tokens=False), ids, levels=(1.0,))[1]
+    assert "zero-mass" not in measure_rules(one, ids[:, :6], levels=(1.0,), names=["zero-mass", "kl"])[1]
 
 
 def measured(before: float, mean: float, depths: tuple[float, ...] = (0.5, 0.5)) -> Measured:

@@ -57,7 +57,8 @@ def test_rules_are_compared_and_the_best_one_taken(model: Path, text: Path, caps
     code, out, err = calibrate(capsys, *words, "--output", model / "new", "--dry-run")
     assert code == 0, err
     stored = json.loads((model / "new" / "calibration.json").read_text())
-    assert set(stored["rules"]) == {"zero-mass", "latent"}
+    assert set(stored["rules"]) == {"zero-mass", "zero-mass, each cycle", "latent", "latent, each cycle"}
+    assert "on blocks that neither was placed on" in " ".join(out.split())
     assert stored["chosen"]["flops"] == min(rule["chosen"]["flops"] for rule in stored["rules"].values())
     assert json.loads((model / "config.json").read_text())["exit_rule"] is None
     assert not (model / "calibration.json").exists()
@@ -72,7 +73,7 @@ def test_a_rule_of_ones_own_is_measured_beside_the_others(
     words = [model, "--text", text, *SIZES, "--mean-cycles", "2", "--rules", "small", "--json"]
     code, out, err = calibrate(capsys, *words, "--dry-run")
     assert code == 0, err
-    assert {*json.loads(out)["rules"]} == {"zero-mass", "small"}
+    assert {*json.loads(out)["rules"]} == {"zero-mass", "zero-mass, each cycle", "small", "small, each cycle"}
 
 
 def test_without_matplotlib_everything_else_is_done(
@@ -150,7 +151,8 @@ def test_a_trained_conversion_has_no_masses_to_go_by(
 
 
 def test_fixed_depths_are_compared(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = calibrate(capsys, model, "--text", text, *SIZES, "--mean-cycles", "2", "--dry-run", "--json")
+    sizes = ["--blocks", "4", "--block-length", "16"]
+    code, out, err = calibrate(capsys, model, "--text", text, *sizes, "--mean-cycles", "2", "--dry-run", "--json")
     assert code == 0, err
     result = json.loads(out)
     assert [depth["cycles"] for depth in result["against_fixed"]] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""`zerodraft calibrate`: finds the threshold at which tokens leave early, and shows what it costs and saves."""
+"""`zerodraft calibrate`: finds the thresholds at which tokens leave early, and shows what it costs and saves."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
 from zerodraft.models.tokenizers import load_tokenizer
-from zerodraft.ztt.rules import scored_names
+from zerodraft.ztt.rules import rule_text, scored_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +32,10 @@ else:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibrate(Command):
-    """Find the threshold of an early-exit rule on a text, for a compute budget or a bound on the loss.
+    """Find the thresholds of an early-exit rule on a text, for a compute budget or a bound on the loss.
 
-    The model is run with the exits at many thresholds; loss and FLOPs are measured. The rule goes into the model's
+    Thresholds are placed on every other block of the text, one for all cycles and one for each; loss and FLOPs are
+    measured on the blocks between, with the exits applied, and the better form is taken. The rule goes into the model's
     config.json, where 'generate --exit-rule calibrated' finds it; calibration.json and calibration.png (the
     trade-off) are written beside it. Exactly one of the four targets is needed.
     """
@@ -65,7 +66,7 @@ class Calibrate(Command):
     policy: Literal["propagate", "latest"] = "propagate"
     """Where deeper cycles take keys and values of exited tokens from."""
     blocks: int = 64
-    """Blocks of text to measure on, taken evenly from all of it."""
+    """Blocks of text, taken evenly from all of it: half to place thresholds on, half to measure on."""
     block_length: int | None = None
     """Tokens in a block (default: 256, or the model's context where that is shorter)."""
     batch_size: int = 8
@@ -90,8 +91,9 @@ class Calibrate(Command):
 
     def run(self, console: Console) -> Result:
         """Measures, reports and writes."""
-        from zerodraft.ztt.calibrate import HALVINGS, choose, search, write_exit_rule
+        from zerodraft.ztt.calibrate import HALVINGS, choose, halves, search, write_exit_rule
         from zerodraft.ztt.compare import compare, increase, verdict
+        from zerodraft.ztt.placing import Placing
         from zerodraft.ztt.tradeoff import LEVELS, Ruler, fixed_depths
 
         target = self._target()
@@ -100,31 +102,33 @@ class Calibrate(Command):
         rule = self.rule or ("zero-mass" if _has_masses(model.config) else "latent")
         names = self._names(rule)
         check_tokens(int(blocks.max()), model, f"'{self.text}'")
-        runs = 1 + model.config.cycles + len(names) * (1 + len(LEVELS) + HALVINGS)
-        measured, passes = "no exits", count(1)
+        runs = 2 * (1 + model.config.cycles) + len(names) * (1 + 2 * (len(LEVELS) + HALVINGS))
+        measured, passes = "fixed depths", count(1)
 
         def on_batch() -> None:
             progress.show(measured, next(passes), runs * ruler.passes)
 
         with LiveProgress(console) as progress:
-            ruler = Ruler(model, blocks, self.policy, self.batch_size, on_batch)
-            curves, refused = {}, {}
+            before, ruler = (Ruler(model, half, self.policy, self.batch_size, on_batch) for half in halves(blocks))
+            fixed_before, fixed = fixed_depths(before), fixed_depths(ruler)
+            curves: dict[str, tuple[Point, ...]] = {}
+            refused: dict[str, str] = {}
             for measured in names:
                 try:
-                    curves[measured] = search(ruler, self._template(measured), target)
+                    placing = Placing(before, self._template(measured), fixed_before)
+                    curves[measured] = search(ruler, placing.for_all, LEVELS, target)
+                    curves[_each(measured)] = search(ruler, placing.for_each, placing.prices(), target)
                 except ZerodraftError as error:
                     curves[measured], refused[measured] = (), str(error)
-            measured = "fixed depths"
-            fixed = fixed_depths(ruler)
         found: dict[str, CalibrationResult] = {}
-        for name in names:
+        for name in curves:
             if name in refused:
                 continue
             try:
                 found[name] = choose(ruler, curves[name], target)
             except ZerodraftError as error:
                 refused[name] = str(error)
-        candidates = [name for name in found if rule in (name, "best")]
+        candidates = [name for name in found if rule == "best" or name in (rule, _each(rule))]
         if not candidates:
             raise ZerodraftError(next(iter(refused.values())) if rule == "best" else refused[rule])
         best = target.best([found[name].chosen for name in candidates])
@@ -145,12 +149,15 @@ class Calibrate(Command):
                     "chosen": asdict(found[name].chosen) if name in found else None,
                     "curve": [asdict(point) for point in curves[name]],
                 }
-                for name in names
+                for name in curves
             },
         }
         _table(console, ruler, fixed, found)
         for name, why in refused.items():
             console.print(f"{name}: {why}")
+        for name in names:
+            if name in found and _each(name) in found:
+                console.print(_forms(name, found[name].chosen, found[_each(name)].chosen, target))
         console.print(report["verdict"])
         files = self._write(console, path, report, curves, fixed, result.chosen)
         if not self.dry_run:
@@ -234,6 +241,23 @@ class Calibrate(Command):
         return names
 
 
+def _each(rule: str) -> str:
+    """What a rule with a threshold for each cycle is called in reports and plots."""
+    return f"{rule}, each cycle"
+
+
+def _forms(name: str, one: "Point", each: "Point", target: "Target") -> str:
+    """Which form of a rule is better, in words."""
+    first, second = ("one for each cycle", each), ("one for all", one)
+    if target.best([each, one]) is one:
+        first, second = second, first
+    (better, point), (worse, other) = first, second
+    return (
+        f"{name}: of its thresholds {better} is better (loss {point.loss:.4f} at {point.flops:.1%} of the FLOPs) than "
+        f"{worse} ({other.loss:.4f} at {other.flops:.1%}), on blocks that neither was placed on."
+    )
+
+
 def _has_masses(config: Any) -> bool:
     """Whether there is a zero token in a cycle after which a token could leave, any but the last one."""
     return config.zero_tokens and config.zero_token_start < config.cycles
@@ -253,4 +277,4 @@ def _table(console: Console, ruler: "Ruler", fixed: "list[Point]", found: "dict[
 def _rule_text(point: "Point") -> str:
     """`zero-mass:0.4321`, as `generate --exit-rule` takes it."""
     assert point.rule is not None
-    return f"{point.rule['rule']}:{point.rule['threshold']:.4g}"
+    return rule_text(point.rule)

@@ -1,9 +1,11 @@
-"""Finds the threshold of an exit rule for a compute budget or for a bound on the loss, on a given text.
+"""Finds the thresholds of an exit rule for a compute budget or for a bound on the loss, on a given text.
 
-Nothing is modelled: candidates are taken from the quantiles of the rule's own scores, each is measured with its exits
-applied, and the interval in which the target is met for the first time is halved a few times.
+Thresholds are placed on every other block: one for all cycles at quantiles of the rule's own scores, one for each cycle
+at prices of compute (`thresholds`). Each candidate is measured on the blocks between, with its exits applied; the
+interval in which the target is met for the first time is halved a few times. What is best there is taken.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +21,8 @@ from zerodraft.common.files import read_json
 from zerodraft.common.outputs import write_json
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, ScoredRule, exit_rule_from_dict, exit_rule_to_dict
 from zerodraft.ztt.model import ZttForCausalLM
-from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, at_level, scored_rule, trade_off
+from zerodraft.ztt.placing import Placing
+from zerodraft.ztt.tradeoff import LEVELS, Point, Ruler, fixed_depths, scored_rule, trade_off
 
 HALVINGS = 5
 """How often the interval around the target is halved."""
@@ -109,13 +112,13 @@ class CalibrationResult:
     """What was found.
 
     Attributes:
-        rule: The rule with its threshold, ready for `generate(exit_rule=...)`.
+        rule: The rule with its thresholds, ready for `generate(exit_rule=...)`.
         target: What was asked for.
         chosen: The rule's measurement.
         full: The model without exits.
         curve: Everything measured with the rule, from much compute to little.
         policy: Under which it was measured.
-        tokens: How many tokens were read, in blocks of `block_length`.
+        tokens: How many tokens it was measured on, in blocks of `block_length`; it was placed on as many others.
     """
 
     rule: ExitRule
@@ -147,11 +150,12 @@ def calibrate(
     halvings: int = HALVINGS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationResult:
-    """Find the threshold of a rule that meets a target on a text.
+    """Find the threshold, or one for each cycle, with which a rule meets a target on a text.
 
     Args:
         model: With several cycles.
-        blocks: The text in token ids; each row is read on its own.
+        blocks: The text in token ids; each row is read on its own. Thresholds are placed on every other one, and
+            measured on those between (of a single one, on itself).
         rule: Name, or a rule whose options (not its threshold) are kept: `ZeroMassExit(threshold=0, pool="max")`.
         target: `ComputeBudget(...)` or `LossBound(...)`.
         policy: What deeper cycles see of exited tokens.
@@ -171,26 +175,47 @@ def calibrate(
         done += 1
         progress(done, total)
 
-    ruler = Ruler(model, blocks, policy, batch_size, on_batch)
-    total = ruler.passes * (2 + len(levels) + halvings)
-    curve = search(ruler, template, target, levels=levels, halvings=halvings)
+    before, ruler = (Ruler(model, half, policy, batch_size, on_batch) for half in halves(blocks))
+    measured = 2 * (len(levels) + halvings)
+    total = before.passes * (model.config.cycles + 2) + ruler.passes * (1 + measured)
+    placing = Placing(before, template, fixed_depths(before))
+    curve = search(ruler, placing.for_all, levels, target, halvings=halvings)
+    curve += search(ruler, placing.for_each, placing.prices(len(levels)), target, halvings=halvings)
     progress(total, total)
-    return choose(ruler, curve, target)
+    return choose(ruler, sorted(curve, key=lambda point: -point.flops), target)
+
+
+def halves(blocks: Int[Tensor, "rows t"]) -> tuple[Int[Tensor, "before t"], Int[Tensor, "between t"]]:
+    """Every other block, to place thresholds on, and those between, to measure on; of a single one itself."""
+    return blocks[::2], blocks[1::2] if len(blocks) > 1 else blocks
 
 
 def search(
-    ruler: Ruler, rule: ScoredRule, target: Target, *, levels: Sequence[float] = LEVELS, halvings: int = HALVINGS
+    ruler: Ruler,
+    place: Callable[[float], ScoredRule],
+    at: Sequence[float],
+    target: Target,
+    *,
+    halvings: int = HALVINGS,
 ) -> tuple[Point, ...]:
-    """Measure the trade-off of a rule, more closely around a target; from rare to frequent exits."""
-    scores = ruler.scores(rule)
-    points = trade_off(ruler, rule, scores, levels)
+    """Measure the trade-off of a rule, more closely around a target; from rare to frequent exits.
+
+    Args:
+        ruler: Measures.
+        place: The rule at a level or price, see `placing`.
+        at: Levels or prices to begin with.
+        target: What is looked for.
+        halvings: How often the interval around the target is halved.
+    """
+    points = trade_off(ruler, place, at)
     for _ in range(halvings):
         bracket = _bracket(points, target)
         if bracket is None:
             break
-        level = sum(bracket) / 2
-        points[level] = ruler.measure(at_level(rule, scores, level))
-    return tuple(points[level] for level in sorted(points))
+        # geometrically, but for the interval from zero
+        value = math.prod(bracket) ** 0.5 or max(bracket) / 2
+        points[value] = ruler.measure(place(value))
+    return tuple(points[value] for value in sorted(points))
 
 
 def choose(ruler: Ruler, curve: Sequence[Point], target: Target) -> CalibrationResult:
@@ -217,7 +242,7 @@ def choose(ruler: Ruler, curve: Sequence[Point], target: Target) -> CalibrationR
 
 
 def _bracket(points: dict[float, Point], target: Target) -> tuple[float, float] | None:
-    """Neighbouring levels of which one meets the target and the other does not; None if there are no such.
+    """Neighbouring levels or prices of which one meets the target and the other does not; None if there are no such.
 
     More exits come nearer to a budget and farther from a loss bound, so the first change from rare to frequent exits
     counts for a budget, and the last for a bound. Level 0 (nobody stops) is not measured: it meets every bound and no

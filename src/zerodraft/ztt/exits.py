@@ -101,11 +101,12 @@ class ScoredRule(ABC):
         Raises:
             ZerodraftError: there are fewer thresholds.
         """
-        if not isinstance(self.threshold, tuple):
-            return self.threshold
-        if cycle > len(self.threshold):
-            raise ZerodraftError(_wrong_count(len(self.threshold), f"it is asked after cycle {cycle}"))
-        return self.threshold[cycle - 1]
+        each = self.threshold
+        if not isinstance(each, Sequence):
+            return each
+        if cycle > len(each):
+            raise ZerodraftError(_wrong_count(len(each), f"it is asked after cycle {cycle}"))
+        return each[cycle - 1]
 
     @abstractmethod
     def score(self, out: CycleOutput) -> Float[Tensor, " n"]:
@@ -217,7 +218,7 @@ def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
 
 def check_thresholds(rule: ExitRule | None, cycles: int) -> None:
     """Raise `ZerodraftError` where a rule has a threshold for each cycle, and not as many as a model's cycles want."""
-    if isinstance(rule, ScoredRule) and isinstance(rule.threshold, tuple) and len(rule.threshold) != cycles - 1:
+    if isinstance(rule, ScoredRule) and isinstance(rule.threshold, Sequence) and len(rule.threshold) != cycles - 1:
         raise ZerodraftError(_wrong_count(len(rule.threshold), f"the model's {cycles} cycles want {cycles - 1}"))
 
 

@@ -53,8 +53,11 @@ def plot_trade_off(
             axes.annotate(f"{cycles}", (point.flops, point.loss), (4, 4), textcoords="offset points", fontsize=8)
     for name, points in curves.items():
         ordered = sorted(points, key=lambda point: point.flops)
-        colour = RULES[name].colour if name in RULES else None
-        style = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.3}
+        # another form of a rule is called `RULE, FORM`
+        rule, _, form = name.partition(",")
+        colour = RULES[rule].colour if rule in RULES else None
+        style = {"color": colour, "marker": "^" if form else "o", "markersize": 3, "linewidth": 1.3}
+        style["linestyle"] = ":" if form else "-"
         axes.plot([p.flops for p in ordered], [p.loss for p in ordered], label=name, **style)
     if chosen is not None:
         axes.plot(chosen.flops, chosen.loss, "o", markersize=11, markerfacecolor="none", color="black", label="chosen")

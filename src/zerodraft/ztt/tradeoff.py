@@ -20,6 +20,7 @@ from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, FixedExit, Sc
 from zerodraft.ztt.flops import count_flops
 from zerodraft.ztt.model import ZttForCausalLM
 from zerodraft.ztt.rules import RULES, name_of, scored_names
+from zerodraft.ztt.thresholds import Outcomes
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Thresholds are placed so that this share of all scores (of every token after every cycle but the last) would stop."""
@@ -93,6 +94,7 @@ class Ruler:
         self.policy: ExitPolicy = policy
         self._full: Point | None = None
         self._losses: dict[str, Tensor] = {}
+        self._collected: dict[ScoredRule, tuple[int, Tensor]] = {}
 
     @property
     def passes(self) -> int:
@@ -114,7 +116,7 @@ class Ruler:
 
     def losses(self, point: Point) -> Float[Tensor, " rows"]:
         """The loss of each block at a point that this ruler has measured."""
-        return self._losses[json.dumps(point.rule)]
+        return self._losses[json.dumps(point.rule)].mean(1)
 
     def scores(self, rule: ScoredRule) -> Float[Tensor, " n"]:
         """The scores of every token after every cycle but the last, in ascending order, when nobody stops.
@@ -122,22 +124,51 @@ class Ruler:
         Raises:
             ZerodraftError: the rule has nothing to look at, or a score is not a number.
         """
-        collector = _Collector(rule)
-        self._forward(collector)
-        scores = torch.cat(collector.scores)
-        if bool(scores.isnan().any()):
-            raise ZerodraftError(f"Scores of {type(rule).__name__} are not numbers: do the model's weights hold NaN?")
-        scores = scores[scores.isfinite()]
-        if not len(scores):
-            raise ZerodraftError(
-                "The model has no zero tokens in the cycles after which a token could leave; choose another rule than "
-                "zero-mass, such as latent."
-            )
-        return scores.sort().values
+        scores = self._collect(rule)[1].flatten()
+        return scores[scores.isfinite()].sort().values
+
+    def outcomes(self, rule: ScoredRule, fixed: Sequence[Point]) -> Outcomes:
+        """What every token that predicts another would bring after each cycle, in shares of the FLOPs without exits.
+
+        Args:
+            rule: Scores the tokens; nobody stops.
+            fixed: The fixed depths, 1 to all cycles, measured with this ruler.
+
+        Raises:
+            ZerodraftError: as in `scores`.
+        """
+        flops, scores = self._collect(rule)
+        asking = flops / (self.blocks.numel() * self.full.flops_per_token) - 1
+        return Outcomes(
+            scores=scores[:, :-1].flatten(0, 1).double(),
+            losses=torch.stack([self._losses[json.dumps(point.rule)].flatten() for point in fixed], 1),
+            costs=torch.tensor([point.flops for point in fixed], dtype=torch.float64),
+            asking=asking / scores.shape[-1],
+        )
+
+    def _collect(self, rule: ScoredRule) -> tuple[int, Float[Tensor, "rows t asked"]]:
+        """FLOPs, and the scores after every cycle but the last, of a pass in which nobody stops."""
+        if rule not in self._collected:
+            collector = _Collector(rule)
+            flops = self._forward(collector)[0]
+            asked = self.model.config.cycles - 1
+            each = [torch.stack(collector.scores[at : at + asked], 1) for at in range(0, len(collector.scores), asked)]
+            scores = torch.cat(each).unflatten(0, self.blocks.shape)
+            if bool(scores.isnan().any()):
+                raise ZerodraftError(
+                    f"Scores of {type(rule).__name__} are not numbers: do the model's weights hold NaN?"
+                )
+            if not bool(scores.isfinite().any()):
+                raise ZerodraftError(
+                    "The model has no zero tokens in the cycles after which a token could leave; choose another rule "
+                    "than zero-mass, such as latent."
+                )
+            self._collected[rule] = flops, scores
+        return self._collected[rule]
 
     @torch.no_grad()
-    def _forward(self, rule: ExitRule | None) -> tuple[int, Float[Tensor, " rows"], list[Tensor]]:
-        """FLOPs, loss of each block, and depths of one pass over the text."""
+    def _forward(self, rule: ExitRule | None) -> tuple[int, Float[Tensor, "rows predicted"], list[Tensor]]:
+        """FLOPs, losses, and depths of one pass over the text."""
         was_training = self.model.training
         self.model.eval()
         flops, losses, depths = 0, [], []
@@ -148,7 +179,7 @@ class Ruler:
                     out = self.model(batch, use_cache=False, exit_rule=rule, exit_policy=self.policy)
                 flops += counted.total
                 each = F.cross_entropy(out.logits[:, :-1].transpose(1, 2).float(), batch[:, 1:], reduction="none")
-                losses.append(each.double().mean(1).cpu())
+                losses.append(each.double().cpu())
                 if out.exit_depth is not None:
                     depths.append(out.exit_depth.cpu())
                 self.on_batch()
@@ -208,7 +239,7 @@ def scored_rule(rule: str | ExitRule) -> ScoredRule:
     return made
 
 
-def at_level(rule: ScoredRule, scores: Float[Tensor, " n"], level: float) -> ExitRule:
+def at_level(rule: ScoredRule, scores: Float[Tensor, " n"], level: float) -> ScoredRule:
     """The rule with the threshold that a share `level` of the (ascending) scores reaches."""
     index = min(int((1 - level) * len(scores)), len(scores) - 1)
     return replace(rule, threshold=rule.sign * float(scores[index]))
@@ -219,13 +250,17 @@ def fixed_depths(ruler: Ruler) -> list[Point]:
     return [ruler.measure(FixedExit(cycles=cycles)) for cycles in range(1, ruler.model.config.cycles + 1)]
 
 
-def trade_off(
-    ruler: Ruler, rule: ScoredRule, scores: Float[Tensor, " n"], levels: Sequence[float] = LEVELS
-) -> dict[float, Point]:
-    """The rule measured at thresholds from rare to frequent exits, by level."""
+def trade_off(ruler: Ruler, place: Callable[[float], ScoredRule], at: Sequence[float] = LEVELS) -> dict[float, Point]:
+    """A rule measured from rare to frequent exits, by level or price.
+
+    Args:
+        ruler: Measures.
+        place: The rule at a level or price, see `placing`.
+        at: Levels or prices.
+    """
     points: dict[float, Point] = {}
-    for level in sorted(levels):
-        candidate = at_level(rule, scores, level)
+    for value in sorted(at):
+        candidate = place(value)
         same = next((p for p in points.values() if p.rule == exit_rule_to_dict(candidate)), None)
-        points[level] = same or ruler.measure(candidate)
+        points[value] = same or ruler.measure(candidate)
     return points
