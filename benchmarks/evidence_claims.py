@@ -1,9 +1,11 @@
 """What is said of Zero Token Transformers, and what the tables say to it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import evidence_exits
 import evidence_tasks
+from evidence_exits import ExitTable
 from evidence_statistics import Verdict, verdict
 from evidence_table import Table, difference, texts_of
 from evidence_text import grid, interval
@@ -11,7 +13,7 @@ from evidence_text import grid, interval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """What is said about the method: that an arm has a lower loss than the other; no other where no table can tell."""
+    """What is said about the method: that an arm has a lower loss than the other; no other: rules for exits tell."""
 
     text: str
     other: str | None = None
@@ -35,7 +37,7 @@ CLAIMS = (
         options=False,
     ),
     Claim(text="better than the vanilla model of equal parameters trained for as many FLOPs", other="vanilla-longer"),
-    Claim(text="early exit cuts compute and keeps the quality"),
+    Claim(text="early exit cuts compute and keeps the quality: a rule is better than fixed depths of as many FLOPs"),
     Claim(
         text="pretrained models gain by fine-tuning as Zero Token Transformers",
         arm="deepened",
@@ -44,16 +46,20 @@ CLAIMS = (
 )
 
 
-def claims(tables: Mapping[str, Table]) -> Iterator[str]:
+def claims(tables: Mapping[str, Table], exits: Sequence[ExitTable] = ()) -> Iterator[str]:
     """A row for each claim and each table that tests it."""
     yield (
         "What is said of Zero Token Transformers. A claim holds where the whole interval of the difference in the\n"
-        "validation loss lies below 0. Parameters and FLOPs are those of the first arm in times of the second's.\n"
+        "validation loss lies below 0. Parameters and FLOPs are those of the first arm in times of the second's. For\n"
+        "exits they are in times of those of all cycles, and the difference is that to the line through fixed depths,\n"
+        "over blocks of text, of the rule that was best on other blocks.\n"
     )
     header = ["claim", "table", "arms", "validation loss", "other texts", "parameters, FLOPs", "pairs", "verdict"]
     rows = []
     for claim in CLAIMS:
         found = [row for name, table in tables.items() for row in tested(claim, name, table)]
+        if claim.other is None:
+            found = [row for table in exits for row in tested_exits(claim, table)]
         rows += found or [[claim.text, *["-"] * (len(header) - 2), bold(verdict(None))]]
     yield grid(header, rows)
 
@@ -75,6 +81,22 @@ def tested(claim: Claim, name: str, table: Table) -> Iterator[list[str]]:
                 str(value.count),
                 bold(verdict(value)),
             ]
+
+
+def tested_exits(claim: Claim, table: ExitTable) -> Iterator[list[str]]:
+    """The row of each model whose rules were measured."""
+    for exits in table.results:
+        rule, measured = exits.best()
+        yield [
+            claim.text,
+            "[exit rules](#exit-rules)",
+            f"{rule} on {table.table}/{exits.run}",
+            str(measured.above),
+            "-",
+            f"1.000x, {measured.point.flops:.2f}x",
+            "1",
+            bold(evidence_exits.verdict(measured.above)),
+        ]
 
 
 def bold(text: Verdict) -> str:

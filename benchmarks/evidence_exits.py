@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from evidence_plan import OfRun
+from evidence_statistics import Verdict
 from evidence_table import Look
 from evidence_text import grid
 from zerodraft.ztt.compare import Interval
@@ -71,6 +72,11 @@ class Exits(OfRun):
         telling = [measured for measured in self.rules[rule] if max(measured.point.depths) <= MOST_OF_ONE_DEPTH]
         return min(telling or self.rules[rule], key=lambda measured: measured.above_before)
 
+    def best(self) -> tuple[str, Measured]:
+        """The rule that lay lowest against the line where thresholds were placed, at its chosen one."""
+        chosen = {rule: self.chosen(rule) for rule in self.rules}
+        return min(chosen.items(), key=lambda item: item[1].above_before)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExitTable(Look):
@@ -116,11 +122,11 @@ def rule_rows(exits: Exits) -> Iterator[list[str]]:
         ]
 
 
-def verdict(above: Interval) -> str:
+def verdict(above: Interval) -> Verdict:
     """What the interval says of the claim that a rule is better than fixed depths at the same FLOPs."""
     if above.low is None or above.high is None or above.low <= 0 <= above.high:
         return "undecided"
-    return "pays" if above.high < 0 else "does not pay"
+    return "holds" if above.high < 0 else "does not hold"
 
 
 def draw_exits(found: ExitTable, page: Path) -> None:

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from evidence_beside import Found, draw, files_beside, read_beside, sections
 from evidence_claims import CLAIMS, claims
+from evidence_exits import ExitTable
 from evidence_figures import draw_curves, draw_losses
 from evidence_statistics import Estimate, estimate, paired, phi, size_of_equal
 from evidence_table import Row, Table, difference, final_losses, read_table, texts_of
@@ -81,7 +82,7 @@ def figure(name: str, what: str) -> str:
 
 def markdown(tables: Mapping[str, Table], beside: Found) -> str:
     """The page."""
-    parts = [HEAD, "## The claims\n", *claims(tables)]
+    parts = [HEAD, "## The claims\n", *claims(tables, beside.get(ExitTable, ()))]
     for name, table in tables.items():
         parts += section(name, table)
     return "\n".join([*parts, *sections(beside)])

@@ -35,6 +35,7 @@ from evidence_table import joined, read_table, save_result
 from harness import quiet_transformers
 from zerodraft.cli.main import log_to_stderr
 from zerodraft.common.errors import ZerodraftError, did_you_mean
+from zerodraft.training.folder import RESULTS
 from zerodraft.training.recipe import merge
 
 ON_GPU = {"bf16": True, "compile": True, "save_every": 0}
@@ -207,19 +208,21 @@ def gather(plan: Plan, options: argparse.Namespace, packed: set[str]) -> None:
             if name in {*options.keep} - packed:
                 packed.add(name)
                 output = Path(plan.recipe_of(row.run, options.runs / arm / plan.table).output)
-                pack(output / "model", f"{plan.table}/{row.run}", options.out)
+                pack(output, f"{plan.table}/{row.run}", options.out)
 
 
-def pack(model: Path, name: str, folder: Path) -> None:
-    """Puts a model into the first archive that has room for it."""
-    size = sum(file.stat().st_size for file in model.iterdir())
+def pack(run: Path, name: str, folder: Path) -> None:
+    """Puts a run's model and results into the first archive that has room for them."""
+    kept = [run / "model", run / RESULTS]
+    size = sum(file.stat().st_size for path in kept for file in (path.iterdir() if path.is_dir() else [path]))
     archive = next(
         path
         for path in (folder / f"models-{number}.tar" for number in itertools.count())
         if not path.exists() or path.stat().st_size + size < LARGEST_ARCHIVE
     )
     with tarfile.open(archive, "a") as tar:
-        tar.add(model, arcname=name)
+        for path in kept:
+            tar.add(path, arcname=f"{name}/{path.name}")
 
 
 if __name__ == "__main__":

@@ -71,14 +71,14 @@ def test_thresholds_are_chosen_where_they_were_placed_and_must_tell_tokens_apart
     assert exits.chosen("kl") == points[0]
     assert exits.chosen("latent") == points[2], "where none does, the best of all"
     page = "\n".join(section(ExitTable(table="tiny", results=(exits,), provenance={})))
-    assert (
-        "| `ztt/1e-2/0` | kl | 1.50 | 60.0% | 3.0000 | +0.0300 [+0.0200, +0.0400] | +1.01% | **does not pay** |" in page
-    )
+    shown = "| kl | 1.50 | 60.0% | 3.0000 | +0.0300 [+0.0200, +0.0400] | +1.01% | **does not hold** |"
+    assert f"| `ztt/1e-2/0` {shown}" in page
+    assert exits.best() == ("latent", points[2])
     assert "| 1 to 4 | 25%, 50%, 75%, 100% | 4.0000, 3.5000, 2.0000, 2.1000 |" in page
 
 
 def test_verdicts() -> None:
-    assert verdict(Interval(mean=-0.03, low=-0.04, high=-0.01)) == "pays"
+    assert verdict(Interval(mean=-0.03, low=-0.04, high=-0.01)) == "holds"
     assert verdict(Interval(mean=-0.03, low=-0.04, high=0.01)) == "undecided"
     assert verdict(Interval(mean=-0.03, low=None, high=None)) == "undecided"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evidence_table import read_table
+from finished_runs import finished_runs
 from gpu.evidence import main
 from tests.saved import save_target
 
@@ -24,8 +25,11 @@ def test_a_rehearsal(plan_file: Callable[..., Path], tmp_path: Path, capfd: pyte
     ]
     assert all(row.steps == 4 and row.seconds for row in table.rows)
     with tarfile.open(tmp_path / "out" / "models-0.tar") as tar:
-        models = {name.rpartition("/")[0] for name in tar.getnames() if name.endswith("model.safetensors")}
-    assert models == {f"tiny/ztt/{table.best_rate('ztt')}/{seed}" for seed in (0, 1)}
+        tar.extractall(tmp_path / "kept", filter="data")
+    kept = finished_runs([tmp_path / "kept" / "tiny"])
+    assert {str(found.run) for found in kept} == {f"ztt/{table.best_rate('ztt')}/{seed}" for seed in (0, 1)}
+    (parameters,) = {row.parameters for row in table.rows if row.arm == "ztt"}
+    assert [found.model().num_parameters() for found in kept] == [parameters] * 2
     assert "validation loss" in capfd.readouterr().err
 
     # what stands beside a row makes it again

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.serve.running import ask, running, say
+from zerodraft.serve import protocol
 from zerodraft.serve.app import Served
 from zerodraft.serve.load import serve_model
 
@@ -224,3 +225,33 @@ def test_a_model_without_a_template_has_no_chat(model: Any, tokenizer: Any) -> N
     with running(serve_model(model, bare, "tiny", "lookup")) as url:
         assert "no chat template" in refused(ask(url, CHAT, TALK))["message"]
         assert ask(url, COMPLETE, ASKED)[0] == 200
+
+
+def until_closed(url: str, *parts: bytes) -> bytes:
+    """What the server answers until it closes; each of these parts is sent when it has said something to the last."""
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        answer = b""
+        for part in parts:
+            connection.sendall(part)
+            answer += connection.recv(65536)
+        while more := connection.recv(65536):
+            answer += more
+    return answer
+
+
+def test_a_head_that_never_ends_is_waited_for_no_longer(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.5)
+    with running(serve_model(model, tokenizer, "tiny", "lookup")) as url:
+        assert until_closed(url) == b""
+        begun = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX: y"
+        answer = until_closed(url, begun)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == protocol.LATE.message
+        # a second request on the connection, after one that was answered
+        whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        answer = until_closed(url, whole, begun)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 408 " in answer

@@ -12,6 +12,7 @@ import uvicorn
 from zerodraft.common.errors import ZerodraftError, why
 from zerodraft.serve.app import Served, make_app
 from zerodraft.serve.guard import Guard, is_loopback
+from zerodraft.serve.protocol import ImpatientProtocol
 
 LEAVE = 5
 """Seconds that connections get after the last answer was to be over."""
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 ws="none",
-                http="h11",
+                http=ImpatientProtocol,
                 lifespan="on",
                 timeout_graceful_shutdown=int(grace) + LEAVE,
             )
