@@ -52,7 +52,7 @@ def claims(tables: Mapping[str, Table], exits: Sequence[ExitTable] = ()) -> Iter
         "What is said of Zero Token Transformers. A claim holds where the whole interval of the difference in the\n"
         "validation loss lies below 0. Parameters and FLOPs are those of the first arm in times of the second's. For\n"
         "exits they are in times of those of all cycles, and the difference is that to the line through fixed depths,\n"
-        "over blocks of text, of the rule that was best on other blocks.\n"
+        "over blocks of text, of the rule that was best on other blocks and costs less than all cycles.\n"
     )
     header = ["claim", "table", "arms", "validation loss", "other texts", "parameters, FLOPs", "pairs", "verdict"]
     rows = []

@@ -73,9 +73,11 @@ class Exits(OfRun):
         return min(telling or self.rules[rule], key=lambda measured: measured.above_before)
 
     def best(self) -> tuple[str, Measured]:
-        """The rule that lay lowest against the line where thresholds were placed, at its chosen one."""
+        """The rule that lay lowest against the line where thresholds were placed, at its chosen one, of those that
+        cost less than all cycles do, if there are any."""
         chosen = {rule: self.chosen(rule) for rule in self.rules}
-        return min(chosen.items(), key=lambda item: item[1].above_before)
+        cheaper = {rule: measured for rule, measured in chosen.items() if measured.point.flops < 1}
+        return min((cheaper or chosen).items(), key=lambda item: item[1].above_before)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
