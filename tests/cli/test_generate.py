@@ -96,6 +96,8 @@ def test_a_prompt_file_is_read(ztt_dir: Path, tmp_path: Path, capsys: pytest.Cap
         (["hi", "--top-p", "1.5"], "it must be above 0 and at most 1"),
         (["hi", "--exit-rule", "zero-mas:0.5"], "unknown exit rule 'zero-mas' (did you mean 'zero-mass'?)"),
         (["hi", "--exit-rule", "calibrated"], "no calibrated exit rule"),
+        (["hi", "--exit-rule", "calibrated:3"], "'calibrated' takes none"),
+        (["hi", "--exit-rule", "latent:nan,0.5"], "neither a number nor one number for each cycle"),
         (["hi", "--chat"], "no chat template"),
     ],
 )

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.serve.running import ask
 from zerodraft.cli.main import main
+from zerodraft.common.errors import ZerodraftError
+from zerodraft.serve.load import serve_model
+from zerodraft.serve.process import Server, bound
 
 KEY = {"Authorization": "Bearer secret"}
 ASKED = {"model": "fox", "prompt": "the cat", "temperature": 0}
@@ -50,6 +54,7 @@ def test_it_ends_in_order(folder: Path) -> None:
     [
         (["--parallel", "0"], "--parallel is 0; it must be above 0"),
         (["--port", "70000"], "--port is 70000"),
+        (["--host", ""], "the host is empty"),
         (["--grace=-1"], "--grace is -1.0; it must be 0 or more"),
         (["--max-total-tokens", "1"], "--max-total-tokens is 1; it must be at least 2"),
         (["--api-key", "two words"], "the API key may hold"),
@@ -72,3 +77,13 @@ def test_without_its_extra_it_says_what_to_install(
 def test_a_port_that_is_taken_is_one_sentence(folder: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--drafter", "lookup", "--port", url.rsplit(":", 1)[1]]) == 2
     assert "in use" in capsys.readouterr().err
+
+
+def test_of_two_servers_that_begin_at_once_the_second_says_so(model: Any, tokenizer: Any) -> None:
+    with bound("127.0.0.1", 0) as first, bound("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        served = serve_model(model, tokenizer, "tiny", "lookup")
+        server = Server(served, second, key="", cors=(), body_bytes=1, grace=0)
+        with pytest.raises(ZerodraftError, match="in use; choose others"):
+            server.until_told()
+        served.scheduler.join()

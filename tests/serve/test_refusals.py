@@ -41,6 +41,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "stop number": (COMPLETE, {"stop": 4}, "stop"),
     "bias by text": (COMPLETE, {"logit_bias": {"cat": 1}}, "logit_bias"),
     "bias of a stranger": (COMPLETE, {"logit_bias": {"999999": 1}}, "logit_bias"),
+    "penalty near nothing": (COMPLETE, {"repetition_penalty": 1e-300}, "repetition_penalty"),
     "large bias": (COMPLETE, {"logit_bias": {"5": 1000}}, "logit_bias"),
     "usage of no stream": (COMPLETE, {"stream_options": {"include_usage": True}}, "stream_options"),
     "nested unknown": (COMPLETE, {"zerodraft": {"tracing": True}}, "zerodraft.tracing"),
@@ -82,6 +83,20 @@ def test_wrong_fields_are_named(url: str, name: str) -> None:
         assert error["param"] is not None
         assert error["param"].startswith(param or "")
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt": []}, "'prompt' does not fit: list should have at least 1 item"),
+        ({"prompt": [-1]}, "'prompt' does not fit: input should be greater than or equal to 0"),
+        ({"prompt": "\ud800"}, "'prompt' does not fit: half of a surrogate pair"),
+        ({"prompt": 5}, "'prompt' does not fit: input should be a valid string"),
+        ({"stop": ["a"] * 17}, "'stop' does not fit: list should have at most 16 items"),
+    ],
+)
+def test_of_fields_with_several_types_the_nearest_is_told(url: str, change: dict[str, Any], said: str) -> None:
+    assert refused(ask(url, COMPLETE, {**ASKED, **change}))["message"].startswith(said)
 
 
 def test_null_counts_as_not_given(url: str) -> None:

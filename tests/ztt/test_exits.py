@@ -416,6 +416,10 @@ def test_rules_that_cannot_be_stored_or_read_are_refused() -> None:
         exit_rule_from_dict({"rule": "confidence", "treshold": 0.5})
     with pytest.raises(ZerodraftError, match="does not fit its parameters"):
         exit_rule_from_dict({"rule": "confidence"})
+    with pytest.raises(ZerodraftError, match="No token can stop after 0 cycles"):
+        exit_rule_from_dict({"rule": "cycles", "cycles": 0})
+    with pytest.raises(ZerodraftError, match="does not fit its parameters"):
+        exit_rule_from_dict({"rule": "cycles", "cycles": "2"})
 
 
 EACH = LatentExit(threshold=(None, 0.35, 0.3, None, 0.25))
@@ -476,7 +480,9 @@ def test_thresholds_are_stored_as_lists_and_come_back() -> None:
     assert exit_rule_from_dict(stored) == EACH
 
 
-@pytest.mark.parametrize("threshold", [(), (0.1, "a"), "0.3", None, [[0.1]]], ids=str)
+@pytest.mark.parametrize(
+    "threshold", [(), (0.1, "a"), "0.3", None, [[0.1]], float("nan"), (0.1, float("nan"))], ids=str
+)
 def test_what_is_no_threshold_is_refused(threshold: Any) -> None:
     with pytest.raises(ZerodraftError):
         exit_rule_from_dict({"rule": "latent", "threshold": threshold})

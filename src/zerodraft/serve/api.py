@@ -15,6 +15,9 @@ from zerodraft.common.files import whole_characters
 LOWEST_TEMPERATURE = 1e-4
 """Below this, and above 0, probabilities are no numbers any more."""
 
+LOWEST_PENALTY = 0.01
+"""Scores are divided by it, and have to stay finite."""
+
 
 class ApiError(Exception):
     """What a client is told: one sentence, and which field is to blame.
@@ -102,7 +105,7 @@ class ResponseFormat(Strict):
 
 
 StopText = Annotated[Text, StringConstraints(min_length=1, max_length=1000)]
-TokenKey = Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")]
+TokenKey = Annotated[str, StringConstraints(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -119,7 +122,7 @@ class Asked(Strict):
     min_p: float = Field(0.0, ge=0, le=1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=LOWEST_PENALTY, le=10)
     logit_bias: dict[TokenKey, Bias] = Field(default_factory=dict, max_length=1024)
     n: int = Field(1, ge=1, le=128)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] = Field(default_factory=list)
@@ -229,7 +232,9 @@ KNOWN = {field.alias or name for schema in (*NESTED, ChatRequest) for name, fiel
 
 def misfit(errors: Sequence[Any]) -> ApiError:
     """What pydantic has to say against a body, as an error that names the field. What was given is not repeated."""
-    error = errors[0]
+    # of a field that takes several types, the one that fits best got furthest: into a list, or past the type
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    error = max(same, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     where = [part for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid" or not where:
         return ApiError(

@@ -22,8 +22,12 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket at this address (port 0: any that is free), on which nobody listens yet.
 
     Raises:
-        ZerodraftError: the address is no address, or taken.
+        ZerodraftError: the address is none, or taken.
     """
+    if not host:
+        raise ZerodraftError(
+            "the host is empty; give an address, such as 127.0.0.1, or 0.0.0.0 for all of this machine's"
+        )
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         if os.name == "posix":
@@ -32,8 +36,12 @@ def bound(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise ZerodraftError(f"there is no listening on {host}, port {port}: {why(error)}; choose others") from None
+        raise _refused(host, port, error) from None
     return sock
+
+
+def _refused(host: str, port: int, error: OSError) -> ZerodraftError:
+    return ZerodraftError(f"there is no listening on {host}, port {port}: {why(error)}; choose others")
 
 
 class Server(uvicorn.Server):
@@ -89,7 +97,15 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     async def startup(self, sockets: Any = None) -> None:
-        """Listen, and say so."""
-        await super().startup(sockets)
+        """Listen, and say so.
+
+        Raises:
+            ZerodraftError: another server, which began at the same time, has the address by now.
+        """
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise _refused(*self.sock.getsockname()[:2], error) from None
         if self.started:
             self.ready(self.url)

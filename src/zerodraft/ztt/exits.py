@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isnan
 from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
@@ -88,7 +89,8 @@ class ScoredRule(ABC):
         given = self.threshold
         is_one = not isinstance(given, (list, tuple))
         each = (given,) if is_one else tuple(given)
-        if not each or not all(isinstance(one, Real) or (one is None and not is_one) for one in each):
+        # a NaN stops nobody and says nothing
+        if not each or not all(not isnan(one) if isinstance(one, Real) else one is None and not is_one for one in each):
             raise ZerodraftError(
                 f"threshold={given!r} is neither a number nor one number for each cycle but the last, with None where "
                 "nobody stops."
@@ -186,6 +188,10 @@ class FixedExit:
 
     cycles: int
     reads_zero_mass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.cycles < 1:
+            raise ZerodraftError(f"No token can stop after {self.cycles} cycles: give 1 or more.")
 
     def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
         return torch.full(out.hidden.shape[:1], out.cycle >= self.cycles, device=out.hidden.device)

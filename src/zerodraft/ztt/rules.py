@@ -78,7 +78,7 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
         calibrated: what `zerodraft calibrate` wrote into the model's config.
 
     Raises:
-        ZerodraftError: unknown name, no value, a value that is not a number, or nothing calibrated yet.
+        ZerodraftError: unknown name, no value, one that is no number or where none belongs, or nothing calibrated yet.
     """
     from zerodraft.ztt.exits import exit_rule_from_dict
 
@@ -93,6 +93,8 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
             )
         return exit_rule_from_dict(calibrated)
     if name not in RULES:
+        if name in ("off", "calibrated"):
+            raise ZerodraftError(f"exit rule '{text}' has a value after the colon; '{name}' takes none: leave it out")
         raise ZerodraftError(f"unknown exit rule '{name}'{did_you_mean(name, ['off', 'calibrated', *RULES])}")
     entry = RULES[name]
     try:
