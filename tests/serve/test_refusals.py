@@ -222,6 +222,8 @@ def test_keys_origins_and_limits(model: Any, tokenizer: Any) -> None:
         asking = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
         _, _, headers = ask(url, COMPLETE, method="OPTIONS", **asking)
         assert headers["access-control-allow-origin"] == "http://a.example"
+        status, _, headers = ask(url, COMPLETE, ASKED, Origin="http://a.example")
+        assert (status, headers["access-control-allow-origin"]) == (401, "http://a.example")
         assert ask(url, COMPLETE, {**ASKED, "prompt": [5, 6, 7, 8, 9], "max_tokens": 4}, **key)[0] == 200
         error = refused(ask(url, COMPLETE, {**ASKED, "prompt": [5, 6, 7, 8, 9], "max_tokens": 5}, **key))
         assert error["code"] == "context_length_exceeded"

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from llguidance import LLMatcher
@@ -130,12 +129,11 @@ class Answers:
         self._scheduler.cancel(self.jobs)
 
 
-def make_app(served: Served, *, cors: Sequence[str] = ()) -> FastAPI:
+def make_app(served: Served) -> FastAPI:
     """The endpoints of a model. The scheduler runs as long as the application does.
 
     Args:
         served: The model.
-        cors: Origins whose pages may ask.
     """
 
     @contextlib.asynccontextmanager
@@ -146,8 +144,6 @@ def make_app(served: Served, *, cors: Sequence[str] = ()) -> FastAPI:
         await asyncio.to_thread(served.scheduler.join)
 
     app = FastAPI(title="zerodraft", openapi_url=None, lifespan=lifespan, redirect_slashes=False)
-    if cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi.middleware.cors import CORSMiddleware
 
 from zerodraft.common.errors import ZerodraftError, why
 from zerodraft.serve.app import Served, make_app
@@ -65,7 +66,10 @@ class Server(uvicorn.Server):
     ) -> None:
         host, port = sock.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        app: Any = Guard(make_app(served, cors=cors), key=key, local=is_loopback(host), body_bytes=body_bytes)
+        app: Any = Guard(make_app(served), key=key, local=is_loopback(host), body_bytes=body_bytes)
+        if cors:
+            # around the guard, so that a page can read why it was refused
+            app = CORSMiddleware(app, allow_origins=cors, allow_methods=["*"], allow_headers=["*"])
         super().__init__(
             uvicorn.Config(
                 app,

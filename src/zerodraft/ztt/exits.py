@@ -90,7 +90,8 @@ class ScoredRule(ABC):
         is_one = not isinstance(given, (list, tuple))
         each = (given,) if is_one else tuple(given)
         # a NaN stops nobody and says nothing
-        if not each or not all(not isnan(one) if isinstance(one, Real) else one is None and not is_one for one in each):
+        fits = (isinstance(one, Real) or (one is None and not is_one) for one in each)
+        if not each or not all(fits) or any(isinstance(one, float) and isnan(one) for one in each):
             raise ZerodraftError(
                 f"threshold={given!r} is neither a number nor one number for each cycle but the last, with None where "
                 "nobody stops."
