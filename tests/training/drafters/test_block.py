@@ -20,7 +20,7 @@ from zerodraft.training.drafters.acceptance import measure_acceptance
 from zerodraft.training.drafters.block import frequent_tokens, train_drafter
 from zerodraft.training.drafters.blocks import block_loss, collate, coupled_loss, draw_anchors, first_anchor, repeated
 from zerodraft.training.drafters.completions import check_vocabulary, read_completions
-from zerodraft.training.drafters.features import FeatureCache
+from zerodraft.training.drafters.features import FeatureCache, FreshFeatures
 from zerodraft.training.drafters.recipe import DrafterRecipe
 from zerodraft.training.drafters.run import split_completions
 from zerodraft.training.recipe import read_recipe
@@ -197,12 +197,12 @@ def test_target_states_give_the_completions_tokens(features: FeatureCache, targe
     assert torch.equal(chosen[blocks.is_label], blocks.labels[blocks.is_label])
 
 
-@pytest.mark.parametrize("label", ["tokens", "distribution", "both"])
+@pytest.mark.parametrize("label", ["tokens", "distribution", "both", "variation"])
 def test_loss_against_a_loop(label) -> None:
     torch.manual_seed(0)
     q, p = torch.randn(2, 3, 4, 7), torch.randn(2, 3, 4, 7)
     labels, counts = torch.randint(-1, 7, (2, 3, 4)), torch.rand(2, 3, 4) > 0.3
-    parts = {"tokens": [0.0, 0.0], "distribution": [0.0, 0.0]}
+    parts = {"tokens": [0.0, 0.0], "distribution": [0.0, 0.0], "variation": [0.0, 0.0]}
     for b, a, j in np.ndindex(2, 3, 4):
         if counts[b, a, j]:
             log_q, log_p = q[b, a, j].log_softmax(0), p[b, a, j].log_softmax(0)
@@ -210,13 +210,21 @@ def test_loss_against_a_loop(label) -> None:
                 parts["tokens"][0] -= 0.7**j * log_q[labels[b, a, j]].item()
                 parts["tokens"][1] += 0.7**j
             parts["distribution"][0] += 0.7**j * (log_p.exp() * (log_p - log_q)).sum().item()
-            parts["distribution"][1] += 0.7**j
+            # a draft of q is accepted by p with this probability
+            accepted = sum(min(p_x, q_x) for p_x, q_x in zip(log_p.exp().tolist(), log_q.exp().tolist(), strict=True))
+            parts["variation"][0] += 0.7**j * (1 - accepted)
+            for name in ("distribution", "variation"):
+                parts[name][1] += 0.7**j
     means = {name: total / weight for name, (total, weight) in parts.items()}
-    expected = sum(means.values()) / 2 if label == "both" else means[label]
+    expected = {
+        **means,
+        "both": (means["tokens"] + means["distribution"]) / 2,
+        "variation": 0.1 * means["tokens"] + 0.9 * means["variation"],
+    }[label]
     assert block_loss(q, p, labels, counts, label, 0.7).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("label", ["tokens", "both"])
+@pytest.mark.parametrize("label", ["tokens", "both", "variation"])
 def test_coupled_loss_against_a_loop(label) -> None:
     """Each slot is judged among its own likeliest tokens; labels that are not among them say nothing."""
     torch.manual_seed(0)
@@ -335,6 +343,31 @@ def test_a_run_learns_and_resumes_exactly(target_folder: Path, completions_folde
 
     with pytest.raises(ZerodraftError, match="already holds a run"):
         train_drafter(recipe(target_folder, completions_folder, again), callbacks=[])
+
+
+def test_recomputed_states_teach_the_same(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:
+    """As stored ones, which are rounded to float16; nothing is left on the disk, and with bfloat16 it runs too."""
+    losses = {}
+    for name, more in {"stored": {}, "fresh": {"recompute": True}, "half": {"recompute": True}}.items():
+        settings = recipe(target_folder, completions_folder, tmp_path / name, steps=3, bf16=name == "half")
+        results = train_drafter(dataclasses.replace(settings, **more), callbacks=[])
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().split("\n") if line]
+        losses[name] = [row["loss"] for row in log if "loss" in row], results["held_back"]["mat"]
+    assert losses["fresh"][0] == pytest.approx(losses["stored"][0], rel=1e-3)
+    assert losses["half"][0] == pytest.approx(losses["stored"][0], rel=0.03)
+    assert losses["fresh"][1] == pytest.approx(losses["stored"][1], rel=0.05)
+    assert not (tmp_path / "fresh" / "features").exists()
+    with pytest.raises(ZerodraftError, match="stores no hidden states"):
+        dataclasses.replace(settings, recompute=True, cached_only=True)
+
+
+@torch.no_grad()
+def test_fresh_states_are_the_stored_ones(features: FeatureCache, target: LlamaForCausalLM) -> None:
+    fresh = FreshFeatures(target, features.completions, features.taps)
+    for indices in ([3], [3, 8, 1]):
+        for row, index in enumerate(indices):
+            stored = features[index]
+            assert torch.allclose(fresh.batch(indices)[row, : len(stored)], stored, rtol=2e-3, atol=2e-3)
 
 
 def test_a_drafter_can_go_on_with_fewer_slots(target_folder: Path, completions_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from zerodraft.drafters.block_model import BlockDrafterModel
 from zerodraft.drafters.dflash_model import DFlashModel
 from zerodraft.training.drafters.blocks import Blocks, collate, first_anchor
-from zerodraft.training.drafters.features import FeatureCache
+from zerodraft.training.drafters.features import Features
 
 CANDIDATES = 16
 """Of each slot, where slots are coupled: as many as decoding looks at."""
@@ -47,7 +47,7 @@ class Acceptance:
 @torch.no_grad()
 def measure_acceptance(
     drafter: BlockDrafterModel | DFlashModel,
-    features: FeatureCache,
+    features: Features,
     indices: Sequence[int],
     embedding: Float[Tensor, "V H"],
     head: Float[Tensor, "v H"],

@@ -15,9 +15,9 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.block_model import BlockDrafterModel, drafter_from_target
 from zerodraft.models.loading import load_pretrained
 from zerodraft.training.drafters.acceptance import Acceptance, measure_acceptance
-from zerodraft.training.drafters.blocks import Blocks, block_loss, collate, coupled_loss, draw_anchors
+from zerodraft.training.drafters.blocks import SHARES, Blocks, block_loss, collate, coupled_loss, draw_anchors
 from zerodraft.training.drafters.completions import Completions
-from zerodraft.training.drafters.features import FeatureCache
+from zerodraft.training.drafters.features import FeatureCache, Features, FreshFeatures
 from zerodraft.training.drafters.recipe import BlockLossRecipe, DrafterRecipe
 from zerodraft.training.drafters.run import HeldBackTrainer, prepared
 
@@ -37,7 +37,7 @@ class DrafterTrainer(HeldBackTrainer):
         self,
         *,
         block_loss: BlockLossRecipe,
-        features: FeatureCache,
+        features: Features,
         embedding: Float[Tensor, "V H"],
         head: Float[Tensor, "v H"],
         **kwargs: Any,
@@ -74,7 +74,7 @@ class DrafterTrainer(HeldBackTrainer):
     def _loss(self, model: nn.Module, blocks: Blocks) -> tuple[Tensor, Tensor]:
         hidden = model(blocks.taps[:, :, :-1], blocks.kept, blocks.anchors, self._embed(blocks.newest))
         logits = hidden @ self.head.T
-        soft = self.block_loss.label != "tokens"
+        soft = SHARES[self.block_loss.label][1] > 0
         goal = (
             blocks.target_states @ self.head.T if soft else None,
             self.draft_index[blocks.labels],
@@ -126,8 +126,15 @@ def train_drafter(
     with prepared(recipe, resume) as run:
         drafter = (build or _drafter)(recipe, run.target, run.completions, run.train)
         taps = [*drafter.config.layers, run.target.config.get_text_config().num_hidden_layers]
-        features = FeatureCache(run.target, run.completions, taps, Path(recipe.cache or run.folder / "features"))
+        features: Features
+        if recipe.recompute:
+            features = FreshFeatures(run.target, run.completions, taps, bf16=recipe.training.bf16)
+            # states are on the device already
+            run.arguments.dataloader_pin_memory = False
+        else:
+            features = FeatureCache(run.target, run.completions, taps, Path(recipe.cache or run.folder / "features"))
         if recipe.cached_only:
+            assert isinstance(features, FeatureCache)
             run.train = [i for i in run.train if i in features]
             if len(run.train) < recipe.training.batch_size:
                 raise ZerodraftError(

@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from zerodraft.training.drafters.features import FeatureCache
+from zerodraft.training.drafters.features import Features
 from zerodraft.training.drafters.recipe import Label
+
+SHARES: dict[Label, tuple[float, float]] = {
+    "tokens": (1.0, 0.0), "distribution": (0.0, 1.0), "both": (0.5, 0.5), "variation": (0.1, 0.9)
+}  # fmt: skip
+"""Of the loss on tokens and of that on distributions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +70,23 @@ def first_anchor(prompt_length: int) -> int:
     return max(prompt_length - 1, 0)
 
 
-def collate(features: FeatureCache, indices: list[int], anchors: list[Int[Tensor, "A"]], block_size: int) -> Blocks:
+def collate(features: Features, indices: list[int], anchors: list[Int[Tensor, "A"]], block_size: int) -> Blocks:
     """Sequences `indices` with blocks after the given positions, padded to the longest."""
     length = max(int(features.completions.lengths[i]) for i in indices)
-    taps, kept, tokens, is_label = [], [], [], []
+    kept, tokens, is_label = [], [], []
     slots = torch.arange(block_size)
     for i, at in zip(indices, anchors, strict=True):
         ids = torch.from_numpy(features.completions[i][0])
         padding = length - len(ids)
-        taps.append(F.pad(features[i], (0, 0, 0, 0, 0, padding)))
         tokens.append(F.pad(ids, (0, padding)))
         kept.append(F.pad(torch.ones(len(ids), dtype=torch.bool), (0, padding)))
         is_label.append(at[:, None] + 2 + slots < len(ids))
     return Blocks(
-        torch.stack(taps), torch.stack(kept), torch.stack(tokens), torch.stack(anchors), torch.stack(is_label)
+        features.batch(indices), torch.stack(kept), torch.stack(tokens), torch.stack(anchors), torch.stack(is_label)
     )
 
 
-def draw_anchors(features: FeatureCache, index: int, count: int, seed: int, copied: int = 0) -> Int[Tensor, "A"]:
+def draw_anchors(features: Features, index: int, count: int, seed: int, copied: int = 0) -> Int[Tensor, "A"]:
     """`count` random block starts in a completion, different ones as long as there are enough.
 
     Args:
@@ -165,19 +169,23 @@ def block_loss(
         target_logits: of the target over the same vocabulary; may be None for `label` "tokens".
         labels: indices into the draft vocabulary, negative where the token is not in it.
         counts: slots that have a label at all.
-        label: the completion's token (cross entropy), the target's distribution (KL divergence), or their mean.
+        label: the completion's token (cross entropy), the target's distribution (KL divergence), their mean, or
+            0.1 of the first and 0.9 of the total variation between both distributions: one minus that is the share of
+            sampled drafts that speculative sampling accepts (Leviathan et al., arXiv 2211.17192).
         decay: between 0 and 1.
     """
     weights = counts * decay ** torch.arange(counts.shape[2], device=counts.device)
     log_q = logits.float().log_softmax(-1)
+    of_tokens, of_distribution = SHARES[label]
     total = torch.zeros((), device=logits.device)
-    if label != "distribution":
+    if of_tokens:
         known = weights * (labels >= 0)
         chosen = log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        total = total - (known * chosen).sum() / known.sum().clamp(min=1e-6)
-    if label != "tokens":
+        total = total - of_tokens * (known * chosen).sum() / known.sum().clamp(min=1e-6)
+    if of_distribution:
         assert target_logits is not None
         log_p = target_logits.float().log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-        total = total + (weights * divergence).sum() / weights.sum().clamp(min=1e-6)
-    return total / 2 if label == "both" else total
+        p = log_p.exp()
+        apart = (p - log_q.exp()).abs() / 2 if label == "variation" else p * (log_p - log_q)
+        total = total + of_distribution * (weights * apart.sum(-1)).sum() / weights.sum().clamp(min=1e-6)
+    return total

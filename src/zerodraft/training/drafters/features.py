@@ -1,7 +1,8 @@
 """What a target saw: its hidden states over completions, computed once and kept on disk while a drafter trains.
 
 The target's forward pass costs more than the drafter's whole training step. Sequences are computed when they are first
-asked for, so training starts at once, and later passes only read.
+asked for, so training starts at once, and later passes only read. A GPU computes batches faster than it reads them:
+there `FreshFeatures` stores nothing.
 """
 
 import hashlib
@@ -10,12 +11,13 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.outputs import write_whole
@@ -26,6 +28,44 @@ HALF_LIMIT = 65504.0
 
 KEY, STATES, DONE = "key.json", "states.f16", "done.u1"
 KEY_FIELDS = {"shape", "taps", "target", "data"}
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Hidden states of a target over the sequences of some completions."""
+
+    completions: Completions
+
+    def batch(self, indices: Sequence[int]) -> Float[Tensor, "B n F H"]:
+        """Of some sequences, float32; anything behind the end of one."""
+        ...
+
+
+class FreshFeatures:
+    """Hidden states that are computed whenever they are asked for, on the target's device, and stay there.
+
+    Args:
+        target: see `FeatureCache`, as are the next two; it must see nothing of what comes later.
+        completions: see `FeatureCache`.
+        taps: see `FeatureCache`.
+        bf16: compute under bfloat16 autocast.
+    """
+
+    def __init__(self, target: Any, completions: Completions, taps: Sequence[int], *, bf16: bool = False) -> None:
+        self.target, self.completions, self.taps, self.bf16 = target, completions, tuple(taps), bf16
+        self._options = _few_logits(target)
+        self._last: tuple[list[int], Tensor] = [], torch.empty(0)
+
+    @torch.no_grad()
+    def batch(self, indices: Sequence[int]) -> Float[Tensor, "B n F H"]:
+        """See `Features`; those asked for last are still there."""
+        if self._last[0] != list(indices):
+            ids = pad_sequence([torch.from_numpy(self.completions[i][0]) for i in indices], batch_first=True)
+            device = self.target.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                out = self.target(ids.to(device), output_hidden_states=True, use_cache=False, **self._options)
+            self._last = list(indices), torch.stack([out.hidden_states[tap] for tap in self.taps], dim=2).float()
+        return self._last[1]
 
 
 class FeatureCache:
@@ -47,9 +87,7 @@ class FeatureCache:
 
     def __init__(self, target: Any, completions: Completions, taps: Sequence[int], folder: Path) -> None:
         self.target, self.completions, self.taps, self.folder = target, completions, tuple(taps), folder
-        # a position is enough where the model can be asked for one; nobody reads the logits
-        few = "logits_to_keep" in inspect.signature(target.forward).parameters
-        self._options = {"logits_to_keep": 1} if few else {}
+        self._options = _few_logits(target)
         self._starts = np.cumsum([0, *completions.lengths])
         hidden = target.config.get_text_config().hidden_size
         shape = (int(self._starts[-1]), len(self.taps), hidden)
@@ -84,6 +122,10 @@ class FeatureCache:
             self._done[index] = 1
         return torch.from_numpy(self._states[span].astype(np.float32))
 
+    def batch(self, indices: Sequence[int]) -> Float[Tensor, "B n F H"]:
+        """See `Features`; zeros behind the end of a sequence."""
+        return pad_sequence([self[index] for index in indices], batch_first=True)
+
     @torch.no_grad()
     def _compute(self, tokens: Tensor) -> Tensor:
         ids = tokens[None].to(self.target.device)
@@ -92,6 +134,11 @@ class FeatureCache:
         if not states.isfinite().all():
             raise ZerodraftError("The target's hidden states hold NaN or infinity: check its weights and its dtype.")
         return states.clamp(-HALF_LIMIT, HALF_LIMIT).half().cpu()
+
+
+def _few_logits(target: Any) -> dict[str, int]:
+    """A position is enough where the model can be asked for one; nobody reads the logits."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(target.forward).parameters else {}
 
 
 def _old_key(folder: Path) -> str | None:

@@ -11,8 +11,8 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.training.recipe import TrainingRecipe
 from zerodraft.training.strict import check_least
 
-Label = Literal["tokens", "distribution", "both"]
-"""What a drafter learns from: the target's tokens, its probabilities, or both."""
+Label = Literal["tokens", "distribution", "both", "variation"]
+"""What a drafter learns from: the target's tokens, its probabilities, or both; see `blocks.block_loss`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,8 @@ class BlockLossRecipe:
     """What is minimised over the slots."""
 
     label: Label = "tokens"
-    """The completion's tokens, the target's whole distribution, or both."""
+    """The completion's tokens, the target's whole distribution, or both; variation: 0.1 of cross entropy on tokens and
+    0.9 of the total variation between drafter and target, the share of sampled drafts that is refused."""
     decay: float = 0.8
     """Slot j weighs decay to the power j."""
     anchors: int = 32
@@ -135,5 +136,11 @@ class DrafterRecipe(CompletionsRecipe):
     """Folder for the target's hidden states (some GB); the default is `features` in the output folder."""
     cached_only: bool = False
     """Train only on completions whose hidden states an earlier run left in `cache`, instead of computing more."""
+    recompute: bool = False
+    """Compute the target's hidden states anew for every batch and store none: for a GPU, and for many completions."""
     drafter: BlockRecipe = field(default_factory=BlockRecipe)
     loss: BlockLossRecipe = field(default_factory=BlockLossRecipe)
+
+    def __post_init__(self) -> None:
+        if self.recompute and (self.cached_only or self.cache):
+            raise ZerodraftError("recompute stores no hidden states: leave out cache and cached_only, or recompute.")
