@@ -110,6 +110,7 @@ class Server(uvicorn.Server):
             await super().startup(sockets)
         except OSError as error:
             await self.lifespan.shutdown()
-            raise _refused(*self.sock.getsockname()[:2], error) from None
+            host, port = self.sock.getsockname()[:2]
+            raise _refused(host, port, error) from None
         if self.started:
             self.ready(self.url)
