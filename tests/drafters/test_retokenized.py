@@ -156,6 +156,14 @@ def test_bytes_of_a_character_come_back() -> None:
     assert session.propose([30])[0].ids[:, 0].tolist() == [*tokens[inside:], few.eos_token_id]
 
 
+def test_a_token_over_the_border_of_two_characters_is_not_cut_in_two() -> None:
+    """`many` has learnt one, and what it leaves of the first character is as long as the character."""
+    tokenizer, text = TOKENIZERS["many"], "The cat🙂"
+    assert [decode(tokenizer, [token]) for token in encoded(tokenizer, "🙂🙂")] == ["\ufffd", "\ufffd\ufffd", "\ufffd"]
+    tokens, _ = continuation(tokenizer, encoded(tokenizer, text), "🙂")
+    assert decode(tokenizer, [*encoded(tokenizer, text), *tokens]) == text + "🙂"
+
+
 def test_log_probabilities_keep_their_sum() -> None:
     log_q = np.array([-1.0, -2.0, -4.0], np.float32)
     assert spread(log_q, [0, 3, 5], [0, 1, 4]).tolist() == [-1.0, -2.0, -4.0]

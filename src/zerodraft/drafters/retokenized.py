@@ -265,8 +265,14 @@ def _tokens_after(tokenizer: Any, front: str, added: str) -> tuple[list[int], li
     encoded = tokenizer(front + added, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans, border = encoded["input_ids"], encoded["offset_mapping"], len(front)
     first = next((i for i, (_, end) in enumerate(spans) if end > border), len(ids))
-    # not by the spans alone: some tokenizers leave the space before a word out of its span
-    if (front and not first) or decode(tokenizer, ids)[len(decode(tokenizer, ids[:first])) :] != added:
+    held = decode(tokenizer, ids[:first])
+    # not by the spans alone: some tokenizers leave the space before a word out of its span; nor by how long the text is,
+    # as a token may hold the end of one character and the beginning of the next
+    if (
+        (front and not first)
+        or held.endswith(UNFINISHED) != front.endswith(UNFINISHED)
+        or decode(tokenizer, ids)[len(held) :] != added
+    ):
         return None
     return ids[first:], [max(0, start - border) for start, _ in spans[first:]]
 
