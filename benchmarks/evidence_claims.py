@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import evidence_exits
 import evidence_tasks
 from evidence_exits import ExitTable
 from evidence_statistics import Verdict, verdict
@@ -57,19 +56,20 @@ def claims(tables: Mapping[str, Table], exits: Sequence[ExitTable] = ()) -> Iter
     header = ["claim", "table", "arms", "validation loss", "other texts", "parameters, FLOPs", "pairs", "verdict"]
     rows = []
     for claim in CLAIMS:
-        found = [row for name, table in tables.items() for row in tested(claim, name, table)]
         if claim.other is None:
             found = [row for table in exits for row in tested_exits(claim, table)]
+        else:
+            found = [row for name, table in tables.items() for row in tested(claim, claim.other, name, table)]
         rows += found or [[claim.text, *["-"] * (len(header) - 2), bold(verdict(None))]]
     yield grid(header, rows)
 
 
-def tested(claim: Claim, name: str, table: Table) -> Iterator[list[str]]:
-    """A claim's rows out of one table."""
-    for arm in claim.arms(table) if claim.other else ():
-        value = difference(table, arm, claim.other or "")
+def tested(claim: Claim, other: str, name: str, table: Table) -> Iterator[list[str]]:
+    """A claim's rows out of one table, where its arms are compared with an `other`."""
+    for arm in claim.arms(table):
+        value = difference(table, arm, other)
         if value is not None:
-            of, over = (next(iter(table.best_rows(which).values())) for which in (arm, claim.other or ""))
+            of, over = (next(iter(table.best_rows(which).values())) for which in (arm, other))
             others = [f"{text} {interval(difference(table, arm, over.arm, text))}" for text in texts_of(table)[1:]]
             yield [
                 claim.text,
@@ -95,7 +95,7 @@ def tested_exits(claim: Claim, table: ExitTable) -> Iterator[list[str]]:
             "-",
             f"1.000x, {measured.point.flops:.2f}x",
             "1",
-            bold(evidence_exits.verdict(measured.above)),
+            bold(verdict(measured.above)),
         ]
 
 

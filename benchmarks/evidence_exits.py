@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from evidence_plan import OfRun
-from evidence_statistics import Verdict
+from evidence_statistics import verdict
 from evidence_table import Look
 from evidence_text import grid
 from zerodraft.ztt.compare import Interval
@@ -122,13 +122,6 @@ def rule_rows(exits: Exits) -> Iterator[list[str]]:
             f"{above.mean / (point.loss - above.mean):+.2%}",
             f"**{verdict(above)}**",
         ]
-
-
-def verdict(above: Interval) -> Verdict:
-    """What the interval says of the claim that a rule is better than fixed depths at the same FLOPs."""
-    if above.low is None or above.high is None or above.low <= 0 <= above.high:
-        return "undecided"
-    return "holds" if above.high < 0 else "does not hold"
 
 
 def draw_exits(found: ExitTable, page: Path) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
+from zerodraft.ztt.compare import Interval
+
 Verdict = Literal["not tested yet", "holds", "does not hold", "undecided"]
 
 T_975 = (
@@ -47,10 +49,12 @@ def paired(of: Mapping[int, float], over: Mapping[int, float]) -> Estimate | Non
     return estimate([value - over[seed] for seed, value in of.items() if seed in over])
 
 
-def verdict(difference: Estimate | None) -> Verdict:
+def verdict(difference: Estimate | Interval | None) -> Verdict:
     """What a difference of losses says about the claim that it is below zero."""
     if difference is None:
         return "not tested yet"
+    if difference.low is None or difference.high is None:
+        return "undecided"
     if difference.high < 0:
         return "holds"
     return "does not hold" if difference.low > 0 else "undecided"

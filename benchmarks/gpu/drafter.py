@@ -195,14 +195,8 @@ class Job:
         folders = {str(self.place / name / "model"): name for name in names}
         folders |= {} if self.report.small else {str(SHIPPED): "shipped"}
         words = [sys.executable, str(ROOT / "benchmarks" / "replay.py"), "--target", self.path]
-        words += [
-            "--limit",
-            str(self.sizes.prompts),
-            "--new-tokens",
-            str(self.sizes.new_tokens),
-            "--drafters",
-            *folders,
-        ]
+        words += ["--limit", str(self.sizes.prompts), "--new-tokens", str(self.sizes.new_tokens)]
+        words += ["--drafters", *folders]
         found: dict[str, Any] = {}
 
         def tell() -> None:

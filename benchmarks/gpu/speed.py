@@ -40,7 +40,7 @@ from zerodraft.models.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
-    "bfloat16": (OWN_PLAIN, FULL, "lookup", "no_hybrid", "block_tree"),
+    "bfloat16": ("hf_lookup", OWN_PLAIN, FULL, "lookup", "no_hybrid", "block_tree"),
     "float32": (OWN_PLAIN, FULL),
 }
 LONGEST = 400

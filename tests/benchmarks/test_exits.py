@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from evidence_exits import Exits, ExitTable, Measured, draw_exits, section, verdict
+from evidence_exits import Exits, ExitTable, Measured, draw_exits, section
 from evidence_plan import Plan
 from evidence_runs import make_runs
+from evidence_statistics import verdict
 from evidence_table import read_result
 from exits import above_line, depths_alone, main, measure_rules
 from tests.ztt.tiny import tiny, tokens

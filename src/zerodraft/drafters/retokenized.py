@@ -266,8 +266,8 @@ def _tokens_after(tokenizer: Any, front: str, added: str) -> tuple[list[int], li
     ids, spans, border = encoded["input_ids"], encoded["offset_mapping"], len(front)
     first = next((i for i, (_, end) in enumerate(spans) if end > border), len(ids))
     held = decode(tokenizer, ids[:first])
-    # not by the spans alone: some tokenizers leave the space before a word out of its span; nor by how long the text is,
-    # as a token may hold the end of one character and the beginning of the next
+    # not by the spans alone: some tokenizers leave the space before a word out of its span; nor by lengths alone: a
+    # token may hold the end of one character and the beginning of the next
     if (
         (front and not first)
         or held.endswith(UNFINISHED) != front.endswith(UNFINISHED)
