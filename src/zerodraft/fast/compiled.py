@@ -67,13 +67,23 @@ class Pass(ctypes.Structure):
     ]
 
 
+class Exits(ctypes.Structure):
+    """`Exits` of kernels.cpp."""
+
+    _fields_ = [
+        *((name, _Int) for name in ("head", "shared", "cycles", "score", "first_read", "end_read", "latest")),
+        *((name, _Pointer) for name in ("thresholds", "depth")),
+    ]
+
+
 class Kernels:
     """The compiled functions. Tensors are contiguous, float32 (weights also bfloat16), on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._linear, self._forward, self._scratch_floats = library.linear, library.forward, library.scratch_floats
+        self._with_exits = library.forward_with_exits
         self._linear.argtypes = [_Pointer, _Pointer, _Int] + [_Pointer] * 3 + [_Int] * 5
-        self._linear.restype = self._forward.restype = None
+        self._linear.restype = self._forward.restype = self._with_exits.restype = None
         self._scratch_floats.restype = library.lanes.restype = _Int
         self.lanes: int = library.lanes()
 
@@ -109,12 +119,25 @@ class Kernels:
         masses: Sequence[Any],
     ) -> None:
         """The layers of a pass; the last four hold an address or None for each layer. Scratch is found here."""
-        run.threads = torch.get_num_threads()
-        floats = self._scratch_floats(ctypes.byref(shape), ctypes.byref(run))
-        scratch = torch.empty(floats, dtype=torch.float32, device=CPU)
-        run.scratch = scratch.data_ptr()
+        scratch = self._scratch(shape, run, exits=False)  # noqa: F841  # kept until the call is over
         each = (_pointers(addresses) for addresses in (masks, taps, feeds, masses))
         self._forward(ctypes.byref(shape), layers, ctypes.byref(run), *each)
+
+    def forward_with_exits(
+        self, shape: Shape, layers: Any, run: Pass, masks: Sequence[Any], taps: Sequence[Any], exits: Exits
+    ) -> None:
+        """All layers with early exit; see `forward`."""
+        scratch = self._scratch(shape, run, exits=True)  # noqa: F841  # kept until the call is over
+        self._with_exits(
+            ctypes.byref(shape), layers, ctypes.byref(run), _pointers(masks), _pointers(taps), ctypes.byref(exits)
+        )
+
+    def _scratch(self, shape: Shape, run: Pass, *, exits: bool) -> Tensor:
+        run.threads = torch.get_num_threads()
+        floats = self._scratch_floats(ctypes.byref(shape), ctypes.byref(run), exits)
+        scratch = torch.empty(floats, dtype=torch.float32, device=CPU)
+        run.scratch = scratch.data_ptr()
+        return scratch
 
 
 def _pointers(addresses: Sequence[Any]) -> Any:

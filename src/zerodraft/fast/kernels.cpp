@@ -3,7 +3,7 @@
 // Decoding reads every weight once a pass, so a product is as fast as memory if nothing else gets in its way. Weights
 // are kept in panels of 16 outputs, [panel][input][16]: a panel is one stream for the prefetcher, and one vector of it
 // serves all rows of the pass before the next one is read. One team of threads walks through all layers with barriers
-// in between; nothing is allocated.
+// in between; nothing is allocated but, with early exit, the list of who still runs.
 //
 // Weights are float32, or bfloat16 where they are exactly that or may be a little wrong (drafters); sums are float32.
 //
@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <omp.h>
 #include <vector>
 
@@ -246,14 +247,37 @@ struct Pass {
   float* scratch;         // scratch_floats(...)
 };
 
+// When tokens leave the cycles of a Zero Token Transformer: where their score reaches the cycle's threshold.
+struct Exits {
+  // Layers of the head and of a cycle, and how many cycles there are.
+  int64_t head, shared, cycles;
+  // What the score is (`Score`), and which of a cycle's layers have the masses that it is made of.
+  int64_t score, first_read, end_read;
+  // In the cycles that it skips a token has the keys and values of its last cycle, not those of its last state.
+  int64_t latest;
+  const float* thresholds;  // (cycles - 1); NaN: nobody leaves
+  int64_t* depth;           // (N): in: 0 for padding, which leaves after the first cycle, else 1; out: cycles
+};
+
+// Minus how far the state moved, as a share of its length; or the mass on the zero token by layer and head, minus
+// infinity where there is none.
+enum Score { kLatent, kMean, kMost, kLeast };
+
 int64_t row_floats(const Shape* shape) {
   const Shape& s = *shape;
   return (s.heads + 2 * s.kv_heads + s.heads) * s.head_dim + s.inner + s.gated * s.hidden;
 }
 
+// Of early exit: the states in front of the cycle, the masses of a layer, and the scores.
+int64_t exit_floats(const Shape* shape) { return shape->hidden + shape->heads + 1; }
+
 int64_t thread_floats(const Shape* shape, const Pass* pass) {
   const int64_t rows = pass->sequences * pass->tokens;
   return (rows + kPanel - 1) / kPanel * kPanel + kPanel * (shape->head_dim + pass->seen) + rows * shape->hidden;
+}
+
+int64_t all_floats(const Shape* shape, const Pass* pass) {
+  return pass->sequences * pass->tokens * row_floats(shape) + pass->threads * thread_floats(shape, pass);
 }
 
 // out (N, outputs) = x @ w.T + bias, then nothing (0), silu (1), + other (2) or * other (3).
@@ -273,13 +297,63 @@ void linear_of(const float* x, const W* w, const float* bias, const float* other
   });
 }
 
+// The rows of a pass and whose they are. With early exit those that still run are in front, text by text and in order;
+// behind them come those that have just stopped, then those that stopped before.
+struct Rows {
+  std::vector<int64_t> tokens;  // (N): of each row
+  std::vector<int64_t> starts;  // (B + 1): where the rows of each text that run begin
+  std::vector<char> stops;      // (N): whether a row that runs is about to stop
+  int64_t running, stopped = 0;
+
+  explicit Rows(const Pass& p)
+      : tokens(p.sequences * p.tokens), stops(tokens.size()), running(p.sequences * p.tokens) {
+    std::iota(tokens.begin(), tokens.end(), 0);
+    find_texts(p);
+  }
+
+  void find_texts(const Pass& p) {
+    starts.assign(p.sequences + 1, 0);
+    for (int64_t row = 0; row < running; row++) starts[tokens[row] / p.tokens + 1]++;
+    for (int64_t text = 0; text < p.sequences; text++) starts[text + 1] += starts[text];
+  }
+
+  // Those that stop go behind those that run on, with their states; `spare` (N, H) is for these.
+  void part(const Shape& s, const Pass& p, float* spare) {
+    std::vector<int64_t> leaving;
+    const int64_t width = s.hidden;
+    int64_t staying = 0;
+    for (int64_t row = 0; row < running; row++) {
+      const float* const x = p.x + row * width;
+      if (stops[row]) {
+        std::copy_n(x, width, spare + leaving.size() * width);
+        leaving.push_back(tokens[row]);
+      } else if (const int64_t to = staying++; to != row) {
+        tokens[to] = tokens[row];
+        std::copy_n(x, width, p.x + to * width);
+        if (p.head_output) std::copy_n(p.head_output + row * width, width, p.head_output + to * width);
+      }
+    }
+    running = staying;
+    stopped = leaving.size();
+    std::copy(leaving.begin(), leaving.end(), tokens.begin() + staying);
+    std::copy_n(spare, stopped * width, p.x + staying * width);
+    find_texts(p);
+  }
+};
+
 // One thread's part in a pass: its buffers, and what it does in each layer. Between two barriers no thread reads what
 // another one writes.
 template <typename W>
 struct Worker {
   const Shape& s;
   const Pass& p;
-  const int64_t n, d, group, slots, qkv_heads, qkv_width, width;
+  const int64_t d, group, slots, qkv_heads, qkv_width, width;
+  // The rows at work: how many, their stream and their tokens (null: in order). Where each text's begin (null: all of it
+  // are there), and the most of a text.
+  int64_t n;
+  float* x;
+  const int64_t *tokens = nullptr, *starts = nullptr;
+  int64_t longest;
   // of all threads
   float *const qkv, *const attended, *const inner, *const earlier;
   // its own: a factor a row, (D, 16), (S, 16), (N, H)
@@ -291,12 +365,24 @@ struct Worker {
   Sums sums;
 
   Worker(const Shape* shape, const Pass* pass)
-      : s(*shape), p(*pass), n(p.sequences * p.tokens), d(s.head_dim), group(s.heads / s.kv_heads),
-        slots(p.seen), qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d),
+      : s(*shape), p(*pass), d(s.head_dim), group(s.heads / s.kv_heads), slots(p.seen),
+        qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d),
+        n(p.sequences * p.tokens), x(p.x), longest(p.tokens),
         qkv(p.scratch), attended(qkv + n * qkv_width), inner(attended + n * width), earlier(inner + n * s.inner),
         factors(p.scratch + n * row_floats(shape) + omp_get_thread_num() * thread_floats(shape, pass)),
         queries(factors + (n + kPanel - 1) / kPanel * kPanel), scores(queries + kPanel * d),
         scaled(scores + kPanel * slots), live(p.context), stream(p.x) {}
+
+  // Goes on with some of the rows. Of those that run the texts are known too.
+  void take(const Rows& rows, int64_t first, int64_t count) {
+    n = count;
+    x = p.x + first * s.hidden;
+    tokens = rows.tokens.data() + first;
+    starts = first == 0 ? rows.starts.data() : nullptr;
+    longest = 0;
+    for (int64_t text = 0; text < p.sequences; text++)
+      longest = std::max(longest, rows.starts[text + 1] - rows.starts[text]);
+  }
 
   // Where the keys of a head (or, counted on from them, its values) of a layer begin.
   float* kept(int64_t layer, int64_t sequence, int64_t head) const {
@@ -304,51 +390,70 @@ struct Worker {
     return p.kv + ((layer * p.texts + text) * 2 * s.kv_heads + head) * p.capacity * d;
   }
 
-  // The slot of a row's token.
-  int64_t place(int64_t row) const { return p.places ? p.places[row] : p.past + row % p.tokens; }
+  // Goes on with all rows, in order; `spare` (N, H) is for their states.
+  void take_all(const Rows& rows, float* spare) {
+    n = p.sequences * p.tokens, x = p.x, tokens = starts = nullptr, longest = p.tokens;
+    if (std::is_sorted(rows.tokens.begin(), rows.tokens.end())) return;
+    copy_stream(spare);
+#pragma omp barrier
+    const Range mine = share(n);
+    for (int64_t row = mine.first; row < mine.end; row++)
+      std::copy_n(spare + row * s.hidden, s.hidden, x + rows.tokens[row] * s.hidden);
+#pragma omp barrier
+  }
+
+  // The number of a row's token in the pass, its slot, and its text.
+  int64_t token(int64_t row) const { return tokens ? tokens[row] : row; }
+  int64_t place(int64_t row) const { return p.places ? p.places[token(row)] : p.past + token(row) % p.tokens; }
+  int64_t sequence(int64_t row) const { return token(row) / p.tokens; }
+
+  // The rows of a text.
+  Range rows_of(int64_t sequence) const {
+    if (starts) return {starts[sequence], starts[sequence + 1]};
+    return {sequence * p.tokens, (sequence + 1) * p.tokens};
+  }
 
   // This thread's part of the stream, elsewhere.
   void copy_stream(float* to) const {
     const Range mine = share(n * s.hidden);
-    std::copy(p.x + mine.first, p.x + mine.end, to + mine.first);
+    std::copy(x + mine.first, x + mine.end, to + mine.first);
   }
 
   void inject(float factor) const {
     const Range mine = share(n * s.hidden);
-    for (int64_t i = mine.first; i < mine.end; i++) p.x[i] += factor * p.head_output[i];
+    for (int64_t i = mine.first; i < mine.end; i++) x[i] += factor * p.head_output[i];
   }
 
   // The stream between what it was before the layer and what it is, times a factor.
   void gate_and_scale(float gate, float factor) const {
     const Range mine = share(n * s.hidden);
     if (gate != 1)
-      for (int64_t i = mine.first; i < mine.end; i++) p.x[i] = earlier[i] + gate * (p.x[i] - earlier[i]);
+      for (int64_t i = mine.first; i < mine.end; i++) x[i] = earlier[i] + gate * (x[i] - earlier[i]);
     if (factor != 1)
-      for (int64_t i = mine.first; i < mine.end; i++) p.x[i] *= factor;
+      for (int64_t i = mine.first; i < mine.end; i++) x[i] *= factor;
   }
 
   void feed(const float* from) const {
     const Range mine = share(p.context);
     for (int64_t row = mine.first; row < mine.end; row++)
-      std::copy_n(from + row * p.feed_step, s.hidden, p.x + row * s.hidden);
+      std::copy_n(from + row * p.feed_step, s.hidden, x + row * s.hidden);
   }
 
   // Every thread for itself: cheaper than waiting for each other.
   void norm(int64_t first, const float* gain) {
     for (int64_t row = first; row < n; row++) {
-      const float* const x = p.x + row * s.hidden;
-      factors[row] = 1.0f / std::sqrt(sum_of_squares(x, s.hidden) + s.floor * s.floor);
+      const float* const from = x + row * s.hidden;
+      factors[row] = 1.0f / std::sqrt(sum_of_squares(from, s.hidden) + s.floor * s.floor);
       if (gain)
-        for (int64_t i = 0; i < s.hidden; i++) scaled[row * s.hidden + i] = x[i] * gain[i];
+        for (int64_t i = 0; i < s.hidden; i++) scaled[row * s.hidden + i] = from[i] * gain[i];
     }
-    stream = gain ? scaled : p.x;
+    stream = gain ? scaled : x;
   }
 
   // The normed stream from a row on by a weight, with its bias; `done(place in rows of this stride, value)`.
   template <typename Done>
   void from_stream(int64_t from, const W* w, const float* bias, int64_t outputs, int64_t stride, Done done) const {
-    const float* const x = stream + from * s.hidden;
-    product(x, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+    product(stream + from * s.hidden, n - from, s.hidden, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
       const float factor = factors[from + row];
       each(values, count, [&](int64_t i, auto value) {
         value *= factor;
@@ -358,12 +463,11 @@ struct Worker {
     });
   }
 
-  // x's live rows by a weight, with its bias, added to the stream.
-  void onto_stream(const float* x, int64_t k, const W* w, const float* bias) const {
+  // The live rows of something by a weight, with its bias, added to the stream.
+  void onto_stream(const float* from, int64_t k, const W* w, const float* bias) const {
     const int64_t outputs = s.hidden;
-    const float* const rows = x + live * k;
-    product(rows, n - live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
-      float* const to = p.x + (live + row) * outputs + first;
+    product(from + live * k, n - live, k, w, outputs, [&](int64_t row, int64_t first, int64_t count, const Vector* values) {
+      float* const to = x + (live + row) * outputs + first;
       each(values, count, [&](int64_t i, auto value) {
         if (bias) value += at(bias, first + i, value);
         put(to, i, value + at(to, i, value));
@@ -384,20 +488,20 @@ struct Worker {
     const Range heads = share(n * count);
     for (int64_t piece = heads.first; piece < heads.end; piece++) {
       const int64_t row = piece / count, head = from + piece % count;
-      float* const x = qkv + row * qkv_width + head * d;
-      float* to = x;
-      if (head >= s.heads) to = kept(index, row / p.tokens, head - s.heads) + place(row) * d;
+      float* const made = qkv + row * qkv_width + head * d;
+      float* to = made;
+      if (head >= s.heads) to = kept(index, sequence(row), head - s.heads) + place(row) * d;
       if (head >= s.heads + s.kv_heads) {
-        std::copy(x, x + d, to);
+        std::copy(made, made + d, to);
         continue;
       }
       if (qk_gain) {
-        const float factor = 1.0f / std::sqrt(sum_of_squares(x, d) + s.head_floor * s.head_floor);
-        for (int64_t i = 0; i < d; i++) x[i] *= factor * qk_gain[head * d + i];
+        const float factor = 1.0f / std::sqrt(sum_of_squares(made, d) + s.head_floor * s.head_floor);
+        for (int64_t i = 0; i < d; i++) made[i] *= factor * qk_gain[head * d + i];
       }
-      const float* const turn = p.turns + row * d;
+      const float* const turn = p.turns + token(row) * d;
       for (int64_t i = 0; i < d; i += 2) {
-        const float real = x[i], imaginary = x[i + 1];
+        const float real = made[i], imaginary = made[i + 1];
         to[i] = real * turn[i] - imaginary * turn[i + 1];
         to[i + 1] = real * turn[i + 1] + imaginary * turn[i];
       }
@@ -406,21 +510,22 @@ struct Worker {
 
   // Some queries that share a head of keys: they are the lanes, slots are the rows.
   struct Block {
-    int64_t sequence, kv_head, first, count, group, tokens, live;
-    int64_t token_of(int64_t query) const { return live + (first + query) / group; }
+    int64_t sequence, kv_head, first, count, group, first_row;
     int64_t head_of(int64_t query) const { return kv_head * group + (first + query) % group; }
-    int64_t row_of(int64_t query) const { return sequence * tokens + token_of(query); }
+    int64_t row_of(int64_t query) const { return first_row + (first + query) / group; }
   };
 
   // `masses` gets the share of each query's attention on the zero token, (N, heads), if not null.
   void attend(int64_t index, const Layer<W>& layer, const float* mask, float* masses) {
-    const int64_t all = (p.tokens - live) * group;
-    const int64_t blocks = (all + kPanel - 1) / kPanel, block = (all + blocks - 1) / blocks;
+    const int64_t most = (longest - live) * group;
+    const int64_t blocks = (most + kPanel - 1) / kPanel, block = (most + blocks - 1) / blocks;
     const int64_t pieces = p.sequences * s.kv_heads * blocks, threads = omp_get_num_threads();
     for (int64_t piece = omp_get_thread_num(); piece < pieces; piece += threads) {
-      const int64_t first = piece % blocks * block;
-      const Block b{piece / (s.kv_heads * blocks), piece / blocks % s.kv_heads, first, std::min(block, all - first),
-                    group, p.tokens, live};
+      const int64_t first = piece % blocks * block, sequence = piece / (s.kv_heads * blocks);
+      const Range rows = rows_of(sequence);
+      const int64_t all = (rows.end - rows.first - live) * group;
+      const Block b{sequence, piece / blocks % s.kv_heads, first, std::min(block, all - first), group,
+                    rows.first + live};
       if (b.count <= 0) continue;
       const float* const keys = kept(index, b.sequence, b.kv_head);
       const int64_t seen = p.causal ? place(b.row_of(b.count - 1)) + 1 : slots;
@@ -457,7 +562,7 @@ struct Worker {
   void score_zero(const Block& b, const float* key, int64_t turns, Vector* zero) const {
     float products[kPanel] = {};
     for (int64_t query = 0; query < b.count; query++) {
-      const float* const turn = p.turns + b.row_of(query) * d;
+      const float* const turn = p.turns + token(b.row_of(query)) * d;
       for (int64_t i = 0; i < d; i += 2) {
         float real = key[i], imaginary = key[i + 1];
         if (turns) {
@@ -475,7 +580,7 @@ struct Worker {
     for (int64_t query = 0; query < b.count; query++) {
       float* const column = scores + query;
       if (mask) {
-        const float* const row = mask + b.row_of(query) * slots;
+        const float* const row = mask + token(b.row_of(query)) * slots;
         for (int64_t slot = p.masked_from; slot < seen; slot++) column[slot * kPanel] += row[slot];
       } else if (p.causal) {
         for (int64_t slot = place(b.row_of(query)) + 1; slot < seen; slot++) column[slot * kPanel] = -INFINITY;
@@ -520,6 +625,59 @@ struct Worker {
       }
     }
   }
+
+  // All of a layer. `tap` gets what it leaves, before its gate and scale, if not null; `mask` and `masses` as in `attend`.
+  void run(int64_t index, const Layer<W>& layer, const float* mask, float* tap, float* masses) {
+    if (index == s.head_layers) copy_stream(p.head_output);
+    if (layer.injection != 0) {
+      inject(layer.injection);
+#pragma omp barrier
+    }
+    if (layer.cycle_gate != 1) copy_stream(earlier);
+    norm(0, layer.before);
+    project(layer, 0);
+#pragma omp barrier
+    turn_and_keep(index, layer.qk_gain, 0);
+#pragma omp barrier
+    attend(index, layer, mask, masses);
+#pragma omp barrier
+    onto_stream(attended, width, layer.out, layer.out_bias);
+#pragma omp barrier
+    norm(live, layer.after);
+    from_stream(live, layer.gate, layer.gate_bias, s.inner, s.inner,
+                [&](int64_t i, auto value) { put(inner, i, silu(value)); });
+    // the same thread has the same panels again
+    from_stream(live, layer.up, layer.up_bias, s.inner, s.inner,
+                [&](int64_t i, auto value) { put(inner, i, value * at(inner, i, value)); });
+#pragma omp barrier
+    onto_stream(inner, s.inner, layer.down, layer.down_bias);
+#pragma omp barrier
+    if (tap) copy_stream(tap);
+    if (layer.cycle_gate != 1 || layer.scale != 1) {
+      gate_and_scale(layer.cycle_gate, layer.scale);
+#pragma omp barrier
+    }
+  }
+
+  // Keys and values of a layer, and nothing else of it.
+  void leave(int64_t index, const Layer<W>& layer) {
+    norm(0, layer.before);
+    project(layer, s.heads);
+#pragma omp barrier
+    turn_and_keep(index, layer.qk_gain, s.heads);
+#pragma omp barrier
+  }
+
+  // Keys and values that the rows have in a layer become theirs in every so many-th one after it, up to an end.
+  void repeat(int64_t index, int64_t step, int64_t end) const {
+    const int64_t heads = 2 * s.kv_heads;
+    const Range mine = share(n * heads);
+    for (int64_t piece = mine.first; piece < mine.end; piece++) {
+      const int64_t row = piece / heads, head = piece % heads, text = sequence(row), at = place(row) * d;
+      const float* const from = kept(index, text, head) + at;
+      for (int64_t to = index + step; to < end; to += step) std::copy_n(from, d, kept(to, text, head) + at);
+    }
+  }
 };
 
 // The pass's layers. `masks[layer]` is added to the scores, (B, T, slots), or null; `taps[layer]` gets what the layer
@@ -533,7 +691,6 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
     Worker<W> worker(shape, pass);
     // all rows leave keys and values alone, and no queries
     const bool leaves = pass->context == worker.n;
-    const int64_t from = leaves ? shape->heads : 0;
     if (pass->first == 0 && taps[0]) worker.copy_stream(taps[0]);
     for (int64_t index = pass->first; index < pass->last; index++) {
       const Layer<W>& layer = layers[index];
@@ -542,37 +699,117 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
         worker.feed(feeds[index]);
 #pragma omp barrier
       }
-      if (!leaves && index == shape->head_layers) worker.copy_stream(pass->head_output);
-      if (!leaves && layer.injection != 0) {
-        worker.inject(layer.injection);
-#pragma omp barrier
-      }
-      if (!leaves && layer.cycle_gate != 1) worker.copy_stream(worker.earlier);
-      worker.norm(0, layer.before);
-      worker.project(layer, from);
-#pragma omp barrier
-      worker.turn_and_keep(index, layer.qk_gain, from);
-#pragma omp barrier
-      if (leaves) continue;
-      worker.attend(index, layer, masks[index], masses[index]);
-#pragma omp barrier
-      worker.onto_stream(worker.attended, worker.width, layer.out, layer.out_bias);
-#pragma omp barrier
-      worker.norm(worker.live, layer.after);
-      worker.from_stream(worker.live, layer.gate, layer.gate_bias, shape->inner, shape->inner,
-                         [&](int64_t i, auto value) { put(worker.inner, i, silu(value)); });
-      // the same thread has the same panels again
-      worker.from_stream(worker.live, layer.up, layer.up_bias, shape->inner, shape->inner,
-                         [&](int64_t i, auto value) { put(worker.inner, i, value * at(worker.inner, i, value)); });
-#pragma omp barrier
-      worker.onto_stream(worker.inner, shape->inner, layer.down, layer.down_bias);
-#pragma omp barrier
-      if (index + 1 < shape->layers && taps[index + 1]) worker.copy_stream(taps[index + 1]);
-      if (layer.cycle_gate != 1 || layer.scale != 1) {
-        worker.gate_and_scale(layer.cycle_gate, layer.scale);
-#pragma omp barrier
-      }
+      if (leaves)
+        worker.leave(index, layer);
+      else
+        worker.run(index, layer, masks[index], index + 1 < shape->layers ? taps[index + 1] : nullptr, masses[index]);
     }
+  }
+}
+
+// How the rows that run are scored in a cycle; every thread has its share of them.
+template <typename W>
+struct Judge {
+  const Exits& e;
+  const Shape& s;
+  // the states in front of the cycle, (N, H); masses of a layer, (N, heads); scores, (N)
+  float *const before, *const masses, *const scores;
+
+  Judge(const Shape* shape, const Pass* pass, const Exits* exits)
+      : e(*exits), s(*shape), before(pass->scratch + all_floats(shape, pass)),
+        masses(before + pass->sequences * pass->tokens * s.hidden),
+        scores(masses + pass->sequences * pass->tokens * s.heads) {}
+
+  void begin(const Worker<W>& worker) const {
+    if (e.score == kLatent) return worker.copy_stream(before);
+    const Range mine = share(worker.n);
+    std::fill(scores + mine.first, scores + mine.end, e.score == kLeast ? INFINITY : e.score == kMost ? -INFINITY : 0);
+  }
+
+  // Takes in the masses of a layer.
+  void read(const Worker<W>& worker) const {
+    const Range mine = share(worker.n);
+    for (int64_t row = mine.first; row < mine.end; row++)
+      for (int64_t head = 0; head < s.heads; head++) {
+        const float mass = masses[row * s.heads + head];
+        float& score = scores[row];
+        score = e.score == kMean ? score + mass : e.score == kMost ? std::max(score, mass) : std::min(score, mass);
+      }
+  }
+
+  float score(const Worker<W>& worker, int64_t row, bool has_masses) const {
+    if (e.score == kLatent) return -moved(worker, row);
+    if (!has_masses) return -INFINITY;
+    return e.score == kMean ? scores[row] / (s.heads * (e.end_read - e.first_read)) : scores[row];
+  }
+
+  float moved(const Worker<W>& worker, int64_t row) const {
+    const float *const x = worker.x + row * s.hidden, *const from = before + row * s.hidden;
+    float difference = 0;
+    Vector squares{};
+    int64_t i = 0;
+    for (; i + kLanes <= s.hidden; i += kLanes) {
+      const Vector by = load(x + i) - load(from + i);
+      squares += by * by;
+    }
+    for (; i < s.hidden; i++) difference += (x[i] - from[i]) * (x[i] - from[i]);
+    return std::sqrt(sum(squares) + difference) / std::max(std::sqrt(sum_of_squares(x, s.hidden)), 1e-12f);
+  }
+
+  // Which rows stop: padding, and those whose score reaches the threshold, if there is one.
+  void judge(const Worker<W>& worker, float threshold, bool has_masses, Rows& rows) const {
+    const Range mine = share(worker.n);
+    for (int64_t row = mine.first; row < mine.end; row++) {
+      const bool settled = threshold == threshold && score(worker, row, has_masses) >= threshold;
+      rows.stops[row] = settled || e.depth[worker.token(row)] == 0;
+    }
+  }
+};
+
+// All layers of a Zero Token Transformer with early exit; `masks` and `taps` as in `forward_of`.
+template <typename W>
+void forward_with_exits_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, const float* const* masks,
+                           float* const* taps, const Exits* exits) {
+  const Exits& e = *exits;
+  const int64_t tail = e.head + e.cycles * e.shared;
+  Rows rows(*pass);
+#pragma omp parallel num_threads(pass->threads)
+  {
+    Worker<W> worker(shape, pass);
+    const Judge<W> judge(shape, pass, exits);
+    const auto run = [&](int64_t index, float* masses) {
+      if (index >= tail && index + 1 == shape->layers) worker.live = pass->last_from;
+      worker.run(index, layers[index], masks[index], index + 1 < shape->layers ? taps[index + 1] : nullptr, masses);
+    };
+    if (taps[0]) worker.copy_stream(taps[0]);
+    for (int64_t index = 0; index < e.head; index++) run(index, nullptr);
+    for (int64_t cycle = 1; cycle <= e.cycles && rows.running; cycle++) {
+      const int64_t first = e.head + (cycle - 1) * e.shared, next = first + e.shared;
+      const float threshold = cycle < e.cycles ? e.thresholds[cycle - 1] : NAN;
+      const bool asks = threshold == threshold, has_masses = layers[first].zero;
+      if (asks) judge.begin(worker);
+      for (int64_t index = first; index < next; index++) {
+        const bool reads = asks && has_masses && index - first >= e.first_read && index - first < e.end_read;
+        run(index, reads ? judge.masses : nullptr);
+        if (reads) judge.read(worker);
+      }
+      if (cycle == e.cycles) break;
+      judge.judge(worker, threshold, has_masses, rows);
+#pragma omp barrier
+#pragma omp single
+      {
+        rows.part(*shape, *pass, judge.before);
+        for (int64_t row = 0; row < rows.running; row++) e.depth[rows.tokens[row]] = cycle + 1;
+      }
+      worker.take(rows, rows.running, rows.stopped);
+      for (int64_t place = 0; rows.stopped && place < e.shared; place++) {
+        if (!e.latest) worker.leave(next + place, layers[next + place]);
+        worker.repeat((e.latest ? first : next) + place, e.shared, tail);
+      }
+      worker.take(rows, 0, rows.running);
+    }
+    worker.take_all(rows, judge.before);
+    for (int64_t index = tail; index < shape->layers; index++) run(index, nullptr);
   }
 }
 
@@ -580,8 +817,9 @@ void forward_of(const Shape* shape, const Layer<W>* layers, const Pass* pass, co
 
 extern "C" {
 
-int64_t scratch_floats(const Shape* shape, const Pass* pass) {
-  return pass->sequences * pass->tokens * row_floats(shape) + pass->threads * thread_floats(shape, pass);
+// With early exit or without.
+int64_t scratch_floats(const Shape* shape, const Pass* pass, int64_t exits) {
+  return all_floats(shape, pass) + exits * pass->sequences * pass->tokens * exit_floats(shape);
 }
 
 // `linear_of` for weights of either type.
@@ -591,6 +829,15 @@ void linear(const float* x, const void* w, int64_t narrow, const float* bias, co
     linear_of(x, static_cast<const uint16_t*>(w), bias, other, out, n, k, outputs, after, threads);
   else
     linear_of(x, static_cast<const float*>(w), bias, other, out, n, k, outputs, after, threads);
+}
+
+// `forward_with_exits_of` for weights of either type.
+void forward_with_exits(const Shape* shape, const void* layers, const Pass* pass, const float* const* masks,
+                        float* const* taps, const Exits* exits) {
+  if (shape->narrow)
+    forward_with_exits_of(shape, static_cast<const Layer<uint16_t>*>(layers), pass, masks, taps, exits);
+  else
+    forward_with_exits_of(shape, static_cast<const Layer<float>*>(layers), pass, masks, taps, exits);
 }
 
 // `forward_of` for weights of either type.

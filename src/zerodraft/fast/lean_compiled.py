@@ -4,21 +4,27 @@ What the call does is what `TorchLayers` does with torch's operators, in the sam
 hold the two together.
 """
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.fast.compiled import PANEL, Kernels, LayerPointers, Pass, Shape, address, kernels
+from zerodraft.fast.compiled import CPU, PANEL, Exits, Kernels, LayerPointers, Pass, Shape, address, kernels
 from zerodraft.fast.lean_layer import LeanLayer
 from zerodraft.fast.lean_pass import Ran, Tokens, is_met
+from zerodraft.fast.lean_scores import Scores
+from zerodraft.fast.lean_ztt import Stages
 from zerodraft.fast.packed import PackedLinear
+from zerodraft.ztt.exits import ExitPolicy
 
 PRODUCTS = ("qkv", "out", "gate", "up", "down")
+SCORES = ("latent", "mean", "max", "min")
+"""In the order of kernels.cpp."""
 
 
 class CompiledLayers:
@@ -112,8 +118,7 @@ class CompiledLayers:
                 leave keys and values; of x the rest is meant then.
         """
         layers = self._layers
-        if head_output is None and self._shape.head_layers >= 0:
-            raise ZerodraftError("Cycles are fed with the head's output; give a tensor to keep it in.")
+        self._check_fed(head_output)
         new = 0 if context is None else len(context)
         tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers) and is_met(tap, stage)}
         found: dict[int, Tensor] = {}
@@ -125,26 +130,76 @@ class CompiledLayers:
             hidden = self._shape.hidden
             first, step = address(context, (new, len(layers), hidden)), hidden * context.element_size()
             feeds = [first + i * step for i in range(len(layers))]
-        self._forward(x, kv, tokens, stage, head_output, tapped, found, feeds, new, len(x) - 1 if last_only else new)
+        run = self._pass(x, kv, tokens, stage, head_output, new, len(x) - 1 if last_only else new)
+        at, masses_at = self._addresses(tapped), self._addresses(found)
+        self._functions.forward(self._shape, self._pointers, run, self._masks(x, kv, tokens), at, feeds, masses_at)
         return Ran(x, tapped, list(found.values()))
+
+    def run_exits(
+        self,
+        x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E B nk2 S D"],
+        tokens: Tokens,
+        stages: Stages,
+        scores: Scores,
+        policy: ExitPolicy,
+        *,
+        head_output: Float[Tensor, "N H"] | None = None,
+        real: Bool[Tensor, " N"] | None = None,
+        taps: Sequence[int] = (),
+        last_only: bool = False,
+    ) -> tuple[Ran, Int[Tensor, " N"]]:
+        """See `lean_exits.run_exits`; `x` becomes the stream behind the last layer, `head_output` is used up."""
+        self._check_fed(head_output)
+        depth = torch.ones(len(x), dtype=torch.int64, device=CPU) if real is None else real.to(CPU, torch.int64)
+        thresholds = (ctypes.c_float * len(scores.thresholds))(*scores.thresholds)
+        exits = Exits(
+            head=stages.head_layers,
+            shared=stages.shared_layers,
+            cycles=stages.cycles,
+            score=SCORES.index(scores.kind),
+            first_read=scores.layers.start,
+            end_read=scores.layers.stop,
+            latest=policy == "latest",
+            thresholds=ctypes.addressof(thresholds),
+            depth=address(depth, (len(x),), torch.int64),
+        )
+        tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(self._layers)}
+        run = self._pass(x, kv, tokens, range(len(self._layers)), head_output, 0, len(x) - 1 if last_only else 0)
+        masks, at = self._masks(x, kv, tokens), self._addresses(tapped)
+        self._functions.forward_with_exits(self._shape, self._pointers, run, masks, at, exits)
+        return Ran(x, tapped, []), depth
 
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """See `Layers.keep`."""
-        self._forward(x, kv, tokens, stage, None, {}, {}, [None] * len(self._layers), len(x), len(x))
+        run, none = self._pass(x, kv, tokens, stage, None, len(x), len(x)), [None] * len(self._layers)
+        self._functions.forward(self._shape, self._pointers, run, none, none, none, none)
 
-    def _forward(
+    def _check_fed(self, head_output: Tensor | None) -> None:
+        if head_output is None and self._shape.head_layers >= 0:
+            raise ZerodraftError("Cycles are fed with the head's output; give a tensor to keep it in.")
+
+    def _masks(self, x: Tensor, kv: Tensor, tokens: Tokens) -> list[int | None]:
+        """Where each layer's bias is."""
+        batch = kv.shape[1] if tokens.texts is None else len(tokens.texts)
+        seen = (batch, 1, len(x) // batch, tokens.seen)
+        at = {window: None if bias is None else address(bias, seen) for window, bias in tokens.biases.items()}
+        return [at[layer.window] for layer in self._layers]
+
+    def _addresses(self, found: Mapping[int, Tensor]) -> list[int | None]:
+        """Where something of each layer goes, if anywhere."""
+        return [found[i].data_ptr() if i in found else None for i in range(len(self._layers))]
+
+    def _pass(
         self,
         x: Tensor,
         kv: Tensor,
         tokens: Tokens,
         stage: range,
         head_output: Tensor | None,
-        taps: Mapping[int, Tensor],
-        masses: Mapping[int, Tensor],
-        feeds: Sequence[int | None],
         context: int,
         last_from: int,
-    ) -> None:
+    ) -> Pass:
         layers, shape = self._layers, self._shape
         texts, capacity = kv.shape[1], kv.shape[3]
         batch = texts if tokens.texts is None else len(tokens.texts)
@@ -153,7 +208,7 @@ class CompiledLayers:
             raise ZerodraftError(
                 f"A pass of {len(x)} rows over {batch} texts does not fit into {tokens.seen} of {capacity} slots."
             )
-        run = Pass(
+        return Pass(
             first=stage.start,
             last=stage.stop,
             sequences=batch,
@@ -174,12 +229,6 @@ class CompiledLayers:
             places=None if places is None else address(places, (len(x),), torch.int64),
             text_of=None if tokens.texts is None else address(tokens.texts, (batch,), torch.int64),
         )
-        seen = (batch, 1, each, tokens.seen)
-        at = {window: None if bias is None else address(bias, seen) for window, bias in tokens.biases.items()}
-        masks = [at[layer.window] for layer in layers]
-        tapped = [taps[i].data_ptr() if i in taps else None for i in range(len(layers))]
-        found = [masses[i].data_ptr() if i in masses else None for i in range(len(layers))]
-        self._functions.forward(shape, self._pointers, run, masks, tapped, feeds, found)
 
 
 def _pointers(layer: LeanLayer, shape: Shape) -> LayerPointers:

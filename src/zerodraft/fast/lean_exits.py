@@ -2,11 +2,14 @@
 
 What `ztt.cycling.CycleRun.run_exits` does for every family. Keys and values of a stopped token go at once into the
 cache of all cycles that it skips: those that its last state gives (`propagate`), or those of its last cycle (`latest`).
+The compiled pass does so by itself for rules that are scores of its own (`lean_scores`); other rules, and layers
+without kernels, come back here after each cycle.
 
 Legend: B texts, T tokens of each, N = B*T, n tokens that still run, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +18,9 @@ from torch import Tensor
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean_cache import LeanCache
+from zerodraft.fast.lean_compiled import CompiledLayers
 from zerodraft.fast.lean_pass import Ran, Tokens
+from zerodraft.fast.lean_scores import scores_of
 from zerodraft.fast.lean_weights import LeanWeights
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass
 
@@ -51,7 +56,7 @@ def run_exits(
         taps: As in `Layers.run`, in front of the cycles or behind them.
         last_only: As there.
     """
-    stages, run = weights.stages, weights.run.run
+    stages = weights.stages
     assert stages is not None
     check_thresholds(rule, stages.cycles)
     if inside := [tap for tap in taps if stages.head.stop < tap <= stages.tail.start]:
@@ -59,6 +64,33 @@ def run_exits(
             f"The drafter reads the target's hidden states {inside}, within the cycles, which tokens leave with "
             "exit_rule; choose a drafter that reads none of them, or leave out exit_rule."
         )
+    scores = scores_of(rule, stages)
+    if scores is not None and isinstance(weights.run, CompiledLayers):
+        how: dict[str, Any] = {"head_output": head_output, "real": real, "taps": taps, "last_only": last_only}
+        return weights.run.run_exits(x, kv, tokens, stages, scores, policy, **how)
+    return asking(
+        weights, kv, x, tokens, rule, policy, readout,
+        head_output=head_output, real=real, taps=taps, last_only=last_only,
+    )  # fmt: skip
+
+
+def asking(
+    weights: LeanWeights,
+    kv: Tensor,
+    x: Float[Tensor, "N H"],
+    tokens: Tokens,
+    rule: ExitRule,
+    policy: ExitPolicy,
+    readout: Readout,
+    *,
+    head_output: Float[Tensor, "N H"] | None,
+    real: Bool[Tensor, " N"] | None,
+    taps: Sequence[int],
+    last_only: bool,
+) -> tuple[Ran, Int[Tensor, " N"]]:
+    """See `run_exits`: any rule, which is asked here after each cycle."""
+    stages, run = weights.stages, weights.run.run
+    assert stages is not None
     x, before, _ = run(x, kv, tokens, stages.head, head_output=head_output, taps=taps)
     depth = torch.ones(len(x), dtype=torch.int64, device=CPU) if real is None else real.long()
     runs = _Runs(x, tokens, kv.shape[1], head_output)
