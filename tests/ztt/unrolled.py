@@ -111,24 +111,43 @@ def unroll(model: ZttForCausalLM, depth: Tensor | None = None) -> Any:
 
 
 def hook_cycles(model: ZttForCausalLM, layers: Any, depth: Tensor | None) -> None:
-    """Gates, input injection, scales and frozen tokens, around the layers of the unrolled model."""
+    """Gates, mixed streams, input injection, scales and frozen tokens, around the layers of the unrolled model."""
     config, state = model.config, model.state_dict()
     first, last = config.head_layers, config.base_config.num_hidden_layers - config.tail_layers - 1
-    gates, injection, scales = (
-        state.get(f"{name}.weight") for name in ("cycle_gates", "input_injection", "cycle_scales")
+    gates, injection, scales, weight, bias = (
+        state.get(name)
+        for name in (
+            "cycle_gates.weight",
+            "input_injection.weight",
+            "cycle_scales.weight",
+            "residual_streams.weight",
+            "residual_streams.bias",
+        )
     )
-    head_output: dict[str, Tensor] = {}
+    streams, fed = config.residual_streams, {}  # what each cycle was fed with, and the head's output
+    kept: list[Tensor] = []  # the streams
     for (index, cycle), layer in zip(executions(config), layers, strict=True):
         running = torch.tensor(True) if depth is None else (cycle < depth)[..., None]
 
+        def numbers(cycle: int) -> tuple[Tensor, ...]:
+            """read, keep and more: of each a number for every stream and token."""
+            together = torch.cat(kept, -1)
+            made = bias[cycle] + (together / together.norm(dim=-1, keepdim=True) @ weight[cycle].T).tanh()
+            return made.split(streams, -1)
+
         def enter(_: Any, args: Any, index: int = index, cycle: int = cycle, running: Tensor = running) -> Any:
-            if injection is None or index != first:
+            if index != first:
                 return None
+            x = args[0]
             if cycle == 0:
-                head_output["last"] = args[0]
-                return None
-            fed = args[0] + injection[cycle - 1] * head_output["last"]
-            return torch.where(running, fed, args[0]), *args[1:]
+                fed["head"] = x
+                kept[:] = [x] * streams
+            if weight is not None:
+                read, fed["keep"], fed["more"] = numbers(cycle)
+                x = fed["read"] = sum(read[..., [j]] * kept[j] for j in range(streams))
+            if injection is not None and cycle > 0:
+                x = x + injection[cycle - 1] * fed["head"]
+            return torch.where(running, x, args[0]), *args[1:]
 
         def leave(
             _: Any, args: Any, out: Tensor, index: int = index, cycle: int = cycle, running: Tensor = running
@@ -137,6 +156,11 @@ def hook_cycles(model: ZttForCausalLM, layers: Any, depth: Tensor | None) -> Non
                 out = args[0] + gates[cycle - 1, index - first] * (out - args[0])
             if scales is not None and index == last:
                 out = out * scales[cycle]
+            if weight is not None and index == last and cycle < config.cycles and first <= index:
+                for j in range(streams):
+                    moved = fed["keep"][..., [j]] * (kept[j] - fed["read"]) + fed["more"][..., [j]] * (out - fed["read"])
+                    kept[j] = torch.where(running, out + moved, kept[j])
+                out = sum(kept) / streams
             return torch.where(running, out, args[0])
 
         layer.register_forward_pre_hook(enter)

@@ -87,6 +87,7 @@ class ZttConfig(PreTrainedConfig):
             first.
         input_injection_start: Those numbers at first. A deepened model starts from 0, so as to be its base model.
         cycle_scales: Multiply the block's output by a trainable number per cycle, 1 at first.
+        residual_streams: Streams that the cycles hand on, mixed by learned numbers between them; 1 for the plain one.
         cycle_lora_rank: Rank of the per-cycle low-rank deltas on the shared layers' projections; 0 for none.
         exit_rule: The early-exit rule found by calibration, as `zerodraft.exit_rule_to_dict` writes it.
 
@@ -111,6 +112,7 @@ class ZttConfig(PreTrainedConfig):
     input_injection: bool = False
     input_injection_start: float = 0.5
     cycle_scales: bool = False
+    residual_streams: int = 1
     cycle_lora_rank: int = 0
     exit_rule: dict[str, Any] | None = None
 
@@ -232,7 +234,7 @@ class ZttConfig(PreTrainedConfig):
 
 def check_counts(config: ZttConfig) -> None:
     """Raise `ZerodraftError` unless the numbers of layers and cycles are such numbers at all."""
-    for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("cycle_lora_rank", 0)):
+    for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("residual_streams", 1), ("cycle_lora_rank", 0)):
         value = getattr(config, name)
         if not isinstance(value, int) or value < least:
             raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")
@@ -265,8 +267,9 @@ def check_cycling(config: ZttConfig) -> None:
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:
             raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
-    for name in ("input_injection", "cycle_scales"):
-        if getattr(config, name) and config.schedule != "block":
+    parts = {"input_injection": config.input_injection, "cycle_scales": config.cycle_scales}
+    for name, chosen in (parts | {"residual_streams": config.residual_streams > 1}).items():
+        if chosen and config.schedule != "block":
             raise ZerodraftError(f'{name} needs schedule="block": with "layer" the cycles have no start and no end.')
     start = config.input_injection_start
     if isinstance(start, bool) or not isinstance(start, (int, float)) or not abs(start) < math.inf:

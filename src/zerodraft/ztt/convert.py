@@ -357,7 +357,7 @@ def _gate(model: ZttForCausalLM, step: Step) -> float:
 
 
 def _check_scalars(model: ZttForCausalLM) -> None:
-    """Raise `ZerodraftError` if input is fed in again, or if a cycle's output is scaled."""
+    """Raise `ZerodraftError` if input is fed in again, a cycle's output is scaled, or streams are mixed."""
     family = type(model.base).__name__
     injection = [] if model.input_injection is None else model.input_injection().tolist()
     scales = [] if model.cycle_scales is None else model.cycle_scales().tolist()
@@ -373,6 +373,11 @@ def _check_scalars(model: ZttForCausalLM) -> None:
                 f"The output of cycle {cycle} is multiplied by {value:.4g}, which a plain {family} cannot; only scales "
                 "of exactly 1 convert back."
             )
+    if model.residual_streams is not None and not model.residual_streams.is_plain:
+        raise ZerodraftError(
+            f"The cycles mix {model.config.residual_streams} residual streams, which a plain {family} cannot; only "
+            "streams as they are before training convert back."
+        )
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy,
 from zerodraft.ztt.families import DecoderParts, makes_masks
 from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 from zerodraft.ztt.running import Running
+from zerodraft.ztt.streams import StreamStates
 
 # Layer arguments that have one entry per token and follow the tokens of a compacted step.
 _PER_TOKEN = ("position_embeddings", "position_ids", "per_layer_input")
@@ -129,6 +130,7 @@ class CycleRun(Recorder):
         gates: `(cycles - 1, shared layers)` of `cycle_gates`, or None.
         injection: `(cycles - 1,)` of `input_injection`, or None.
         scales: `(cycles,)` of `cycle_scales`, or None.
+        streams: Those of `residual_streams`, or None.
         rotary: The family's rotary module, or None.
         cache: Cache of the unrolled model, or None.
         cycles: Cycles to run for every token.
@@ -145,6 +147,7 @@ class CycleRun(Recorder):
     gates: Tensor | None
     injection: Tensor | None
     scales: Tensor | None
+    streams: StreamStates | None
     rotary: nn.Module | None
     cache: Cache | None
     cycles: int
@@ -205,9 +208,10 @@ class CycleRun(Recorder):
         memory = KvMemory() if self.options.depth is not None and self.options.policy == "latest" else None
         for step in shared:
             running = None if self.options.depth is None or step.cycle == 0 else step.cycle < self.options.depth
-            hidden = self.inject(step, hidden, running=running)
+            hidden = self.begin_cycle(step, hidden, running=running)
             view = SlotView(self.cache, step.slot, memory, running=running)
             out = self.run_layer(step, hidden, view if memory or self.cache is not None else None)
+            out = self.end_cycle(step, out, running=running)
             hidden = out if running is None else torch.where(running[..., None], out, hidden)
         return hidden
 
@@ -238,8 +242,9 @@ class CycleRun(Recorder):
             before, masses = tokens.states, [] if reads_zero_mass(rule) else None
             for step in steps:
                 view = SlotView(self.cache, step.slot, memory, tokens.grid)
-                states = self.inject(step, tokens.states, tokens.grid)
-                tokens.states = self.run_layer(step, states, view, tokens.grid, masses)
+                states = self.begin_cycle(step, tokens.states, tokens.grid)
+                out = self.run_layer(step, states, view, tokens.grid, masses)
+                tokens.states = self.end_cycle(step, out, tokens.grid)
             if cycle == self.cycles:
                 break
             asked = tokens.asked()
@@ -304,16 +309,29 @@ class CycleRun(Recorder):
 
     # -- one layer ------------------------------------------------------------------------------------------------
 
-    def inject(
+    def begin_cycle(
         self, step: Step, hidden: Tensor, grid: TokenGrid | None = None, running: Tensor | None = None
     ) -> Tensor:
-        """The states with the head's output added where a further cycle begins; tokens that have left keep theirs."""
-        if self.injection is None or step.cycle == 0 or step.layer != self.plan.head_layers:
+        """What a step that begins a cycle is fed with: a mixture of the streams, and the head's output again; tokens
+        that have left keep their states."""
+        if step.layer != self.plan.head_layers:
             return hidden
-        assert self.head_output is not None
-        again = self.head_output if grid is None else grid.pack(self.head_output)
-        fed = hidden + self.injection[step.cycle - 1].to(hidden.dtype) * again
+        fed = hidden if self.streams is None else self.streams.begin(step.cycle, hidden, grid)
+        if self.injection is not None and step.cycle > 0:
+            assert self.head_output is not None
+            again = self.head_output if grid is None else grid.pack(self.head_output)
+            fed = fed + self.injection[step.cycle - 1].to(fed.dtype) * again
         return fed if running is None else torch.where(running[..., None], fed, hidden)
+
+    def end_cycle(
+        self, step: Step, out: Tensor, grid: TokenGrid | None = None, running: Tensor | None = None
+    ) -> Tensor:
+        """The states after a step that ends a cycle: scaled, and mixed into the streams."""
+        if step.layer != self.plan.head_layers + self.plan.shared_layers - 1:
+            return out
+        if self.scales is not None:
+            out = self.scales[step.cycle].to(out.dtype) * out
+        return out if self.streams is None else self.streams.end(out, grid, running)
 
     def run_layer(
         self,
@@ -323,7 +341,7 @@ class CycleRun(Recorder):
         grid: TokenGrid | None = None,
         masses: list[Tensor] | None = None,
     ) -> Tensor:
-        """One execution of a stored layer, with its slot, zero token and gate, and at a cycle's end the scale."""
+        """One execution of a stored layer, with its slot, zero token and gate."""
         layer, place = self.layers[step.layer], step.layer - self.plan.head_layers
         if view is None and self.cache is not None:
             view = SlotView(self.cache, step.slot)
@@ -350,8 +368,6 @@ class CycleRun(Recorder):
         if self.gates is not None and is_shared and step.cycle > 0:
             gate = self.gates[step.cycle - 1, place]
             out = hidden + gate.to(hidden.dtype) * (out - hidden)
-        if self.scales is not None and place == self.plan.shared_layers - 1:
-            out = self.scales[step.cycle].to(out.dtype) * out
         return out
 
     def layer_inputs(self, step: Step, grid: TokenGrid | None) -> dict[str, Any]:

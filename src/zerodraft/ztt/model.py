@@ -45,8 +45,8 @@ class ZttCausalLMOutput(CausalLMOutputWithPast):
     """Output of `ZttForCausalLM`.
 
     Attributes:
-        hidden_states: The embeddings, then what each executed layer returns (without gate, injection and scale); the
-            last is after the final norm.
+        hidden_states: The embeddings, then what each executed layer returns (without gate and without what goes on
+            between cycles); the last is after the final norm.
         attentions: One for each executed layer, with eager attention; what a row lacks to 1 lies on the zero token.
         hidden_states: None in place of those that `output_hidden_states` did not choose.
         cycle_losses: `(cycles,)`, loss of each cycle's readout, with `cycle_weights`.

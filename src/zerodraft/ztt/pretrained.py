@@ -35,8 +35,9 @@ from zerodraft.ztt.interface import announce_call, attention_name, current
 from zerodraft.ztt.lora import CycleLora, projections
 from zerodraft.ztt.pool import ZeroTokenPool
 from zerodraft.ztt.scalars import CycleScalars, CycleScales, InputInjection
+from zerodraft.ztt.streams import ResidualStreams, StreamStates
 
-OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales", "cycle_lora")
+OWN_PARTS = ("zero_tokens", "cycle_gates", "input_injection", "cycle_scales", "residual_streams", "cycle_lora")
 """The modules that a Zero Token Transformer has beside its family's model."""
 
 UNMASKED = {"input_ids", "inputs_embeds", "logits_to_keep"}
@@ -131,6 +132,8 @@ class ZttPreTrainedModel(PreTrainedModel):
         self.cycle_gates = CycleGates(config) if config.cycle_gates and config.cycles > 1 else None
         self.input_injection = InputInjection(config) if config.input_injection and config.cycles > 1 else None
         self.cycle_scales = CycleScales(config) if config.cycle_scales and config.cycles > 1 else None
+        mixed = config.residual_streams > 1 and config.cycles > 1
+        self.residual_streams = ResidualStreams(config) if mixed else None
         self.cycle_lora = CycleLora(shared, config.cycles, config.cycle_lora_rank) if config.cycle_lora_rank else None
         if config.ffn_gate or config.cycle_lora_rank:
             for layer in self.layers:
@@ -215,7 +218,7 @@ class ZttPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroTokenPool):
             for keys in module.parameters(recurse=False):
                 initialization.normal_(keys, std=std)
-        elif isinstance(module, (CycleGates, CycleScalars, CycleLora)):
+        elif isinstance(module, (CycleGates, CycleScalars, ResidualStreams, CycleLora)):
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -287,6 +290,7 @@ class ZttPreTrainedModel(PreTrainedModel):
             gates=None if self.cycle_gates is None else self.cycle_gates(),
             injection=None if self.input_injection is None else self.input_injection(),
             scales=None if self.cycle_scales is None else self.cycle_scales(),
+            streams=None if self.residual_streams is None else StreamStates(*self.residual_streams()),
             rotary=rotary_module(self.family, self._parts.path),
             cache=cache,
             cycles=cycles,

@@ -209,6 +209,8 @@ def _changes_nothing(model: ZttForCausalLM) -> bool:
     """Whether the cycles after the first are the identity, as conversion leaves them."""
     if model.cycle_gates is None or bool(model.cycle_gates().any()):
         return False
+    if model.residual_streams is not None and not model.residual_streams.is_plain:
+        return False
     fed_again = model.input_injection is not None and bool(model.input_injection().any())
     return not fed_again and (model.cycle_scales is None or bool((model.cycle_scales()[1:] == 1).all()))
 
