@@ -141,6 +141,7 @@ class Longer(ZttForCausalLM):
 REFUSED: dict[str, Any] = {
     "another family": lambda: tiny("gemma3"),
     "per-cycle LoRA": lambda: tiny("llama", cycle_lora_rank=2),
+    "residual streams": lambda: tiny("llama", residual_streams=2),
     "no LM head": lambda: ZttModel(tiny("llama").config),
     "a family's model with its layers cycled": lambda: tiny("llama").base,
     "a subclass": lambda: Longer(tiny("llama").config),

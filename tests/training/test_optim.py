@@ -75,7 +75,7 @@ def test_only_matrices_decay():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_matrices_of_cycled_layers_learn_at_their_own_rate(optimizer):
-    model = tiny(cycles=2, input_injection=True)
+    model = tiny(cycles=2, input_injection=True, residual_streams=2)
     rates = {"learning_rate": 0.1, "muon_learning_rate": 0.4, "ztt_learning_rate": 0.2}
     recipe = TrainingRecipe(optimizer=optimizer, shared_learning_rate_factor=0.5, weight_decay=0.3, **rates)
     rate = 0.4 if optimizer == "muon" else 0.1

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 PARTS = ("ffn_gate", "cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales")
-EVERYTHING: dict[str, Any] = {"cycle_lora_rank": 2, **dict.fromkeys(PARTS, True)}
+EVERYTHING: dict[str, Any] = {"cycle_lora_rank": 2, "residual_streams": 2, **dict.fromkeys(PARTS, True)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
     "without zero tokens": {"cycle_lora_rank": 2, "zero_tokens": False},

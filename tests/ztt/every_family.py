@@ -158,7 +158,8 @@ class Checker:
         def rule(out: CycleOutput) -> Tensor:
             return out.hidden[:, 0] > 0
 
-        model = self.over(cycles=3, zero_tokens=False, input_injection=True, cycle_scales=True)
+        parts: Any = {"input_injection": True, "cycle_scales": True, "residual_streams": 2}
+        model = self.over(cycles=3, zero_tokens=False, **parts)
         out = model(self.ids, exit_rule=rule)
         self.same(out.logits, model(self.ids, exit_depth=out.exit_depth).logits)
 

@@ -21,7 +21,8 @@ from zerodraft.models.caches import CACHE, returned_by
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
 NEW = 5
-FULL: dict[str, Any] = dict.fromkeys(("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales"), True)
+PARTS = ("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales")
+FULL: dict[str, Any] = {**dict.fromkeys(PARTS, True), "residual_streams": 2}
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 

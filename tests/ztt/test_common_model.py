@@ -21,7 +21,8 @@ from tests.ztt.tiny import VOCABULARY, base_config, gap, left_padded, tiny, toke
 from zerodraft import ZttConfig, ZttForCausalLM, ZttModel
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
-FULL: dict[str, Any] = dict.fromkeys(("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales"), True)
+PARTS = ("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales")
+FULL: dict[str, Any] = {**dict.fromkeys(PARTS, True), "residual_streams": 2}
 
 pytestmark = [
     pytest.mark.parametrize("family", FAMILIES),

@@ -104,6 +104,11 @@ def test_cycles_that_are_fed_or_scaled_do_something_behind_closed_gates() -> Non
             Ruler(model, tokens(2, 8))
         getattr(model, part).weight[-1] = 0.5
         assert Ruler(model, tokens(2, 8)).full.loss > 0
+    model = ZttForCausalLM.from_base(plain, cycles=2, residual_streams=2)
+    with pytest.raises(ZerodraftError, match="All gates of the model are closed"):
+        Ruler(model, tokens(2, 8))
+    model.residual_streams.bias[1, 0] = 0.5
+    assert Ruler(model, tokens(2, 8)).full.loss > 0
 
 
 def on_plane(flops: float, loss: float) -> Point:

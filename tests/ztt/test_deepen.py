@@ -44,6 +44,8 @@ def test_deepened_model_starts_as_the_base_model(family: str) -> None:
         {"cycles": 1},
         {"input_injection": True, "cycle_scales": True, "cycles": 3},
         {"input_injection": True, "cycle_scales": True, "cycles": 1},
+        {"residual_streams": 4, "cycles": 4},
+        {"residual_streams": 3, "input_injection": True, "cycles": 3},
     ],
     ids=str,
 )

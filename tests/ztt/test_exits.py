@@ -55,7 +55,15 @@ def splitting(model: ZttForCausalLM, name: str = "zero-mass", **options: Any) ->
     return make(threshold=sign * middle[widest : widest + 2].mean().item(), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"input_injection": True, "cycle_scales": True, "cycle_gates": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"input_injection": True, "cycle_scales": True, "cycle_gates": True},
+        {"residual_streams": 3, "input_injection": True, "cycle_gates": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "smollm3", "gpt2", "opt", "gpt_neox"])
 @torch.no_grad()
 def test_propagate_equals_the_unrolled_model_with_frozen_tokens(family: str, options: dict[str, bool]) -> None:
@@ -94,6 +102,8 @@ OPTIONS = [
     {"cycle_gates": True},
     {"input_injection": True},
     {"cycle_scales": True},
+    {"residual_streams": 2},
+    {"residual_streams": 3, "cycle_lora_rank": 2, "cycles": 5},
     {"input_injection": True, "cycle_lora_rank": 2},
     {"cycle_lora_rank": 2},
     {"cycle_lora_rank": 2, "cycles": 5},
@@ -142,7 +152,7 @@ class StopsIn:
 
 
 SCALARS = {"input_injection": True, "cycle_scales": True}
-EVERYTHING = {"cycle_lora_rank": 2, "ffn_gate": True, "cycle_gates": True} | SCALARS
+EVERYTHING = {"cycle_lora_rank": 2, "residual_streams": 2, "ffn_gate": True, "cycle_gates": True} | SCALARS
 
 
 @pytest.mark.parametrize("policy", POLICIES)

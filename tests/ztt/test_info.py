@@ -67,7 +67,7 @@ def test_flops_of_a_token_by_cycles() -> None:
 
 def test_parameters_by_part() -> None:
     parts = ("cycle_gates", "edge_zero_tokens", "input_injection", "cycle_scales")
-    model = tiny(cycles=3, cycle_lora_rank=2, **dict.fromkeys(parts, True))
+    model = tiny(cycles=3, cycle_lora_rank=2, residual_streams=2, **dict.fromkeys(parts, True))
     parameters = model_info(model).parameters
     layer = sum(weight.numel() for weight in model.layers[0].parameters())
     assert parameters["head"] == parameters["tail"] == layer
@@ -76,6 +76,7 @@ def test_parameters_by_part() -> None:
     assert parameters["output"] == 32 + 64 * 32
     assert parameters["cycle_gates"] == 2 * (LAYERS - 2)
     assert (parameters["input_injection"], parameters["cycle_scales"]) == (2, 3)
+    assert parameters["residual_streams"] == 3 * 6 * (2 * 32 + 1)
     assert parameters["zero_tokens"] == (3 * (LAYERS - 2) + 2) * 2 * 8
     assert parameters["total"] == model.num_parameters() == sum(parameters.values()) - parameters["total"]
 

@@ -14,7 +14,7 @@ from zerodraft.ztt.lora import projections
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "gpt_neox"]
 SCALARS = {"input_injection": True, "cycle_scales": True}
 ANYWHERE = {"ffn_gate": True, "cycle_gates": True, "cycle_lora_rank": 2, "edge_zero_tokens": True}
-EVERYTHING = ANYWHERE | SCALARS
+EVERYTHING = ANYWHERE | SCALARS | {"residual_streams": 2}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -89,10 +89,14 @@ def test_lora_of_each_cycle_is_added_to_its_copy_of_the_unrolled_model(family: s
     assert gap(model(ids).logits, unroll(model)(ids).logits) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{"input_injection": True}, {"cycle_scales": True}, SCALARS], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"input_injection": True}, {"cycle_scales": True}, {"residual_streams": 3}, SCALARS | {"residual_streams": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_input_injection_and_scales_are_those_of_the_unrolled_model(family: str, options: dict[str, bool]) -> None:
+def test_what_goes_on_between_cycles_is_that_of_the_unrolled_model(family: str, options: dict[str, Any]) -> None:
     """With gates, which see the input that was fed again, and for every number of cycles."""
     for extra in ({}, {"cycle_gates": True}, {"head_layers": 0, "tail_layers": 0}):
         model, ids = tiny(family, **options, **extra), tokens()
@@ -107,7 +111,7 @@ def test_input_injection_and_scales_are_those_of_the_unrolled_model(family: str,
 
 @torch.no_grad()
 def test_cached_pieces_are_fed_with_their_own_heads_output() -> None:
-    model, ids, past = tiny("llama", **SCALARS), tokens(), None
+    model, ids, past = tiny("llama", **SCALARS, residual_streams=2), tokens(), None
     whole = model(ids, use_cache=False).logits
     for piece, expected in zip(ids.split([5, 3, 1], 1), whole.split([5, 3, 1], 1), strict=True):
         out = model(piece, past_key_values=past, use_cache=True)
@@ -116,22 +120,25 @@ def test_cached_pieces_are_fed_with_their_own_heads_output() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"exit_depth": torch.tensor([[1, 3, 2, 3, 1, 3], [3, 3, 1, 2, 3, 2]])}], ids=str)
-def test_gradients_of_injection_and_scales_are_slopes(extra: dict[str, Tensor]) -> None:
-    model, ids = tiny("gpt2", **SCALARS).double().train(), tokens(2, 6)  # its norms compute in float64 then
+def test_gradients_of_what_goes_on_between_cycles_are_slopes(extra: dict[str, Tensor]) -> None:
+    # its norms compute in float64 then
+    model, ids = tiny("gpt2", **SCALARS, residual_streams=2).double().train(), tokens(2, 6)
 
     def output() -> Tensor:
         return model(ids, **extra).logits.logsumexp(-1).mean()
 
     output().backward()
-    for weight in (model.input_injection.weight, model.cycle_scales.weight):
-        for place, gradient in enumerate(weight.grad.tolist()):
+    streams = model.residual_streams
+    for weight in (model.input_injection.weight, model.cycle_scales.weight, streams.bias, streams.weight):
+        numbers, every = weight.data.view(-1), -(-weight.numel() // 12)
+        for place, gradient in enumerate(weight.grad.flatten().tolist()):
+            if place % every:
+                continue
             ends = []
             for step in (1e-4, -2e-4):
-                with torch.no_grad():
-                    weight[place] += step
-                    ends.append(output().item())
-            with torch.no_grad():
-                weight[place] += 1e-4
+                numbers[place] += step
+                ends.append(output().item())
+            numbers[place] += 1e-4
             assert abs(gradient - (ends[0] - ends[1]) / 2e-4) <= 1e-6
             assert abs(gradient) > 1e-5
 
@@ -145,8 +152,8 @@ def test_injection_and_scales_start_where_the_configuration_says() -> None:
     # a whole number, as YAML has it
     closed = ZttConfig(base_config=base_config("llama"), cycles=3, input_injection_start=0, **SCALARS)
     assert ZttForCausalLM(closed).input_injection.weight.tolist() == [0.0, 0.0]
-    once = ZttForCausalLM(ZttConfig(base_config=base_config("llama"), cycles=1, **SCALARS))
-    assert once.input_injection is once.cycle_scales is None
+    once = ZttForCausalLM(ZttConfig(base_config=base_config("llama"), cycles=1, **SCALARS, residual_streams=2))
+    assert once.input_injection is once.cycle_scales is once.residual_streams is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

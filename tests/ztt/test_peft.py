@@ -53,7 +53,8 @@ def states(model: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("parts", [OWN, {*OWN_PARTS}], ids=["own parts", "every own part"])
 def test_named_parts_are_trained_and_come_back(family: str, parts: set[str], tmp_path: Path) -> None:
-    others = {part: True for part in ("input_injection", "cycle_scales") if part in parts}
+    others: dict[str, Any] = {part: True for part in ("input_injection", "cycle_scales") if part in parts}
+    others |= {"residual_streams": 2} if "residual_streams" in parts else {}
     model = converted(family, cycle_lora_rank=2 if "cycle_lora" in parts else 0, **others)
     start = copy.deepcopy(model)
     tuned = adapted(model, parts, family)

@@ -98,6 +98,16 @@ def test_cycles_that_are_fed_or_scaled_do_not_convert_back() -> None:
         to_base(deep, unroll=True)
 
 
+@torch.no_grad()
+def test_streams_that_are_mixed_do_not_convert_back() -> None:
+    deep = from_base(tiny_plain(), cycles=2, zero_tokens=False, residual_streams=2)
+    open_gates(deep, 1.0)
+    torch.testing.assert_close(logits(to_base(deep, unroll=True)), logits(deep), atol=1e-5, rtol=1e-5)
+    deep.residual_streams.weight[1, 3] = 0.25
+    with pytest.raises(ZerodraftError, match="cycles mix 2 residual streams, which a plain LlamaForCausalLM cannot"):
+        to_base(deep, unroll=True)
+
+
 def test_layers_that_know_their_position_are_not_unrolled() -> None:
     config = ZttConfig(base_config=base_config("gpt2"), cycles=2, zero_tokens=False)
     assert config.scale_attn_by_inverse_layer_idx

@@ -158,9 +158,11 @@ def hook_cycles(model: ZttForCausalLM, layers: Any, depth: Tensor | None) -> Non
                 out = out * scales[cycle]
             if weight is not None and index == last and cycle < config.cycles and first <= index:
                 for j in range(streams):
-                    moved = fed["keep"][..., [j]] * (kept[j] - fed["read"]) + fed["more"][..., [j]] * (out - fed["read"])
+                    moved = fed["keep"][..., [j]] * (kept[j] - fed["read"]) + fed["more"][..., [j]] * (
+                        out - fed["read"]
+                    )
                     kept[j] = torch.where(running, out + moved, kept[j])
-                out = sum(kept) / streams
+                out = torch.stack(kept).mean(0)
             return torch.where(running, out, args[0])
 
         layer.register_forward_pre_hook(enter)

@@ -70,7 +70,7 @@ class ModelRecipe:
     zero_tokens: bool = True
     """Trainable zero tokens in the cycled layers."""
     ztt: dict[str, Any] = field(default_factory=dict)
-    """Any other key of ZttConfig (input_injection, cycle_scales, zero_rope, ffn_gate, cycle_gates, ...)."""
+    """Any other key of ZttConfig (input_injection, residual_streams, cycle_scales, zero_rope, cycle_gates, ...)."""
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -174,7 +174,7 @@ class TrainingRecipe:
     shared_learning_rate_factor: float = 1.0
     """Multiplies the learning rate of the cycled layers' matrices, which collect gradients from every cycle."""
     ztt_learning_rate: float = 0.0
-    """Peak learning rate of zero tokens, gates, injection and scales; 0 means the same as `learning_rate`."""
+    """Peak learning rate of zero tokens, gates, injection, scales and streams; 0 means the same as `learning_rate`."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
     """After the warm-up: cosine decay, a plateau with a linear decay at the end, or a plateau."""
     warmup_steps: int = 50
@@ -186,7 +186,7 @@ class TrainingRecipe:
     betas: tuple[float, ...] = (0.9, 0.95)
     """AdamW betas."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; norms, embeddings, zero tokens, gates, injection and scales have none."""
+    """Weight decay of matrices; norms, embeddings, zero tokens, gates, injection, scales and streams have none."""
     max_grad_norm: float = 1.0
     """Gradient norm is clipped here."""
     bf16: bool = False

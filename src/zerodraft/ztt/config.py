@@ -234,7 +234,13 @@ class ZttConfig(PreTrainedConfig):
 
 def check_counts(config: ZttConfig) -> None:
     """Raise `ZerodraftError` unless the numbers of layers and cycles are such numbers at all."""
-    for name, least in (("head_layers", 0), ("tail_layers", 0), ("cycles", 1), ("residual_streams", 1), ("cycle_lora_rank", 0)):
+    for name, least in (
+        ("head_layers", 0),
+        ("tail_layers", 0),
+        ("cycles", 1),
+        ("residual_streams", 1),
+        ("cycle_lora_rank", 0),
+    ):
         value = getattr(config, name)
         if not isinstance(value, int) or value < least:
             raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")

@@ -37,7 +37,7 @@ class ResidualStreams(nn.Module):
     @staticmethod
     def start(cycles: int, streams: int) -> Float[Tensor, "cycles numbers"]:
         """The biases of plain loops; cycles read the streams in turn, by which these come to differ."""
-        read = F.one_hot(torch.arange(cycles) % streams, streams).float()
+        read = torch.eye(streams)[torch.arange(cycles) % streams]
         return torch.cat([read, torch.ones_like(read), torch.zeros_like(read)], 1)
 
     @property
@@ -89,12 +89,15 @@ class StreamStates:
         self, out: Float[Tensor, "b t d"], grid: TokenGrid | None = None, running: Tensor | None = None
     ) -> Float[Tensor, "b t d"]:
         """The mean of the streams after a cycle that returned `out`. With `running`, `(b, t)` bool, the streams of the
-        other tokens stay."""
-        assert self._all is not None and self._running is not None
+        other tokens stay, and what is returned for these is of no use."""
+        assert self._all is not None
+        assert self._running is not None
         states, fed, keep, more = self._running
         made = out[..., None, :]
-        new = made + keep * (states - fed) + more * (made - fed)
+        apart = keep * (states - fed) + more * (made - fed)
+        new = made + apart
         if running is not None:
             new = torch.where(running[..., None, None], new, states)
         self._all = new if grid is None else grid.unpack(new, into=self._all)
-        return new.mean(-2)
+        # their mean, which is exactly `out` while all streams are the same
+        return out + apart.mean(-2)

@@ -20,6 +20,7 @@ OPTIONS = (
     "model.tie_word_embeddings=false",
     "model.ztt.input_injection=true",
     "model.ztt.cycle_scales=true",
+    "model.ztt.residual_streams=2",
 )
 SHARDED = ("training.batch_size=2", "training.fsdp=true", "training.save_every=3")
 

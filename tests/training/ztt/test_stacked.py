@@ -50,7 +50,7 @@ def recipes(make_recipe, place, *overrides, runs=RUNS):
             "training.shared_learning_rate_factor=0.5",
             "model.cycles=3",
             "loss.cycles_from=[0.3, 0.6]",
-            "model.ztt={input_injection: true}",
+            "model.ztt={input_injection: true, residual_streams: 2}",
         ),
         ("loss.kind=weighted", "loss.exits_from=0.5", "training.optimizer=muon", "training.max_grad_norm=0.1"),
         ("model.cycles=1", "model.zero_tokens=false", "training.max_grad_norm=0"),
