@@ -107,7 +107,7 @@ def test_cycles_that_are_fed_or_scaled_do_something_behind_closed_gates() -> Non
     model = ZttForCausalLM.from_base(plain, cycles=2, residual_streams=2)
     with pytest.raises(ZerodraftError, match="All gates of the model are closed"):
         Ruler(model, tokens(2, 8))
-    model.residual_streams.bias[1, 0] = 0.5
+    model.residual_streams.bias[0, 0] = 0.5
     assert Ruler(model, tokens(2, 8)).full.loss > 0
 
 

@@ -76,7 +76,7 @@ def test_parameters_by_part() -> None:
     assert parameters["output"] == 32 + 64 * 32
     assert parameters["cycle_gates"] == 2 * (LAYERS - 2)
     assert (parameters["input_injection"], parameters["cycle_scales"]) == (2, 3)
-    assert parameters["residual_streams"] == 3 * 6 * (2 * 32 + 1)
+    assert parameters["residual_streams"] == 2 * (6 * (32 + 1) + 3)
     assert parameters["zero_tokens"] == (3 * (LAYERS - 2) + 2) * 2 * 8
     assert parameters["total"] == model.num_parameters() == sum(parameters.values()) - parameters["total"]
 

@@ -103,7 +103,7 @@ def test_streams_that_are_mixed_do_not_convert_back() -> None:
     deep = from_base(tiny_plain(), cycles=2, zero_tokens=False, residual_streams=2)
     open_gates(deep, 1.0)
     torch.testing.assert_close(logits(to_base(deep, unroll=True)), logits(deep), atol=1e-5, rtol=1e-5)
-    deep.residual_streams.weight[1, 3] = 0.25
+    deep.residual_streams.weight[0, 3] = 0.25
     with pytest.raises(ZerodraftError, match="cycles mix 2 residual streams, which a plain LlamaForCausalLM cannot"):
         to_base(deep, unroll=True)
 

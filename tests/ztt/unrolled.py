@@ -114,39 +114,37 @@ def hook_cycles(model: ZttForCausalLM, layers: Any, depth: Tensor | None) -> Non
     """Gates, mixed streams, input injection, scales and frozen tokens, around the layers of the unrolled model."""
     config, state = model.config, model.state_dict()
     first, last = config.head_layers, config.base_config.num_hidden_layers - config.tail_layers - 1
-    gates, injection, scales, weight, bias = (
-        state.get(name)
-        for name in (
-            "cycle_gates.weight",
-            "input_injection.weight",
-            "cycle_scales.weight",
-            "residual_streams.weight",
-            "residual_streams.bias",
-        )
+    gates, injection, scales = (
+        state.get(f"{name}.weight") for name in ("cycle_gates", "input_injection", "cycle_scales")
     )
-    streams, fed = config.residual_streams, {}  # what each cycle was fed with, and the head's output
-    kept: list[Tensor] = []  # the streams
+    weight, bias, scale = (state.get(f"residual_streams.{name}") for name in ("weight", "bias", "scale"))
+    count = config.residual_streams
+    seen: dict[str, Tensor] = {}  # the head's output, and what the cycle before was fed with
+    streams: list[Tensor] = []
     for (index, cycle), layer in zip(executions(config), layers, strict=True):
         running = torch.tensor(True) if depth is None else (cycle < depth)[..., None]
 
-        def numbers(cycle: int) -> tuple[Tensor, ...]:
-            """read, keep and more: of each a number for every stream and token."""
-            together = torch.cat(kept, -1)
-            made = bias[cycle] + (together / together.norm(dim=-1, keepdim=True) @ weight[cycle].T).tanh()
-            return made.split(streams, -1)
+        def mixed(out: Tensor, pair: int) -> Tensor:
+            """What a cycle is fed with that comes after one with this output."""
+            unit = out / out.norm(dim=-1, keepdim=True)
+            number = bias[pair] + scale[pair].repeat_interleave(count) * (unit @ weight[pair].T).tanh()
+            for j in range(count):
+                keep, more = number[..., count + j, None], number[..., 2 * count + j, None]
+                streams[j] = out + keep * (streams[j] - seen["fed"]) + more * (out - seen["fed"])
+            return torch.stack([number[..., j, None] * streams[j] for j in range(count)]).sum(0)
 
         def enter(_: Any, args: Any, index: int = index, cycle: int = cycle, running: Tensor = running) -> Any:
             if index != first:
                 return None
             x = args[0]
             if cycle == 0:
-                fed["head"] = x
-                kept[:] = [x] * streams
+                seen["head"] = seen["fed"] = x
+                streams[:] = [x] * count
+                return None
             if weight is not None:
-                read, fed["keep"], fed["more"] = numbers(cycle)
-                x = fed["read"] = sum(read[..., [j]] * kept[j] for j in range(streams))
-            if injection is not None and cycle > 0:
-                x = x + injection[cycle - 1] * fed["head"]
+                x = seen["fed"] = mixed(x, cycle - 1)
+            if injection is not None:
+                x = x + injection[cycle - 1] * seen["head"]
             return torch.where(running, x, args[0]), *args[1:]
 
         def leave(
@@ -156,13 +154,6 @@ def hook_cycles(model: ZttForCausalLM, layers: Any, depth: Tensor | None) -> Non
                 out = args[0] + gates[cycle - 1, index - first] * (out - args[0])
             if scales is not None and index == last:
                 out = out * scales[cycle]
-            if weight is not None and index == last and cycle < config.cycles and first <= index:
-                for j in range(streams):
-                    moved = fed["keep"][..., [j]] * (kept[j] - fed["read"]) + fed["more"][..., [j]] * (
-                        out - fed["read"]
-                    )
-                    kept[j] = torch.where(running, out + moved, kept[j])
-                out = torch.stack(kept).mean(0)
             return torch.where(running, out, args[0])
 
         layer.register_forward_pre_hook(enter)

@@ -208,10 +208,9 @@ class CycleRun(Recorder):
         memory = KvMemory() if self.options.depth is not None and self.options.policy == "latest" else None
         for step in shared:
             running = None if self.options.depth is None or step.cycle == 0 else step.cycle < self.options.depth
-            hidden = self.begin_cycle(step, hidden, running=running)
+            hidden = self.feed(step, hidden, running=running)
             view = SlotView(self.cache, step.slot, memory, running=running)
             out = self.run_layer(step, hidden, view if memory or self.cache is not None else None)
-            out = self.end_cycle(step, out, running=running)
             hidden = out if running is None else torch.where(running[..., None], out, hidden)
         return hidden
 
@@ -242,9 +241,8 @@ class CycleRun(Recorder):
             before, masses = tokens.states, [] if reads_zero_mass(rule) else None
             for step in steps:
                 view = SlotView(self.cache, step.slot, memory, tokens.grid)
-                states = self.begin_cycle(step, tokens.states, tokens.grid)
-                out = self.run_layer(step, states, view, tokens.grid, masses)
-                tokens.states = self.end_cycle(step, out, tokens.grid)
+                states = self.feed(step, tokens.states, tokens.grid)
+                tokens.states = self.run_layer(step, states, view, tokens.grid, masses)
             if cycle == self.cycles:
                 break
             asked = tokens.asked()
@@ -309,29 +307,17 @@ class CycleRun(Recorder):
 
     # -- one layer ------------------------------------------------------------------------------------------------
 
-    def begin_cycle(
-        self, step: Step, hidden: Tensor, grid: TokenGrid | None = None, running: Tensor | None = None
-    ) -> Tensor:
-        """What a step that begins a cycle is fed with: a mixture of the streams, and the head's output again; tokens
-        that have left keep their states."""
-        if step.layer != self.plan.head_layers:
+    def feed(self, step: Step, hidden: Tensor, grid: TokenGrid | None = None, running: Tensor | None = None) -> Tensor:
+        """What a step is fed with: where a further cycle begins, a mixture of the streams, and the head's output again.
+        Tokens that have left keep their states."""
+        if step.layer != self.plan.head_layers or (self.streams is None and self.injection is None):
             return hidden
-        fed = hidden if self.streams is None else self.streams.begin(step.cycle, hidden, grid)
+        fed = hidden if self.streams is None else self.streams.feed(step.cycle, hidden, grid)
         if self.injection is not None and step.cycle > 0:
             assert self.head_output is not None
             again = self.head_output if grid is None else grid.pack(self.head_output)
-            fed = fed + self.injection[step.cycle - 1].to(fed.dtype) * again
+            fed = fed + self.injection[step.cycle - 1].to(hidden.dtype) * again
         return fed if running is None else torch.where(running[..., None], fed, hidden)
-
-    def end_cycle(
-        self, step: Step, out: Tensor, grid: TokenGrid | None = None, running: Tensor | None = None
-    ) -> Tensor:
-        """The states after a step that ends a cycle: scaled, and mixed into the streams."""
-        if step.layer != self.plan.head_layers + self.plan.shared_layers - 1:
-            return out
-        if self.scales is not None:
-            out = self.scales[step.cycle].to(out.dtype) * out
-        return out if self.streams is None else self.streams.end(out, grid, running)
 
     def run_layer(
         self,
@@ -341,7 +327,7 @@ class CycleRun(Recorder):
         grid: TokenGrid | None = None,
         masses: list[Tensor] | None = None,
     ) -> Tensor:
-        """One execution of a stored layer, with its slot, zero token and gate."""
+        """One execution of a stored layer, with its slot, zero token and gate, and at a cycle's end the scale."""
         layer, place = self.layers[step.layer], step.layer - self.plan.head_layers
         if view is None and self.cache is not None:
             view = SlotView(self.cache, step.slot)
@@ -368,6 +354,8 @@ class CycleRun(Recorder):
         if self.gates is not None and is_shared and step.cycle > 0:
             gate = self.gates[step.cycle - 1, place]
             out = hidden + gate.to(hidden.dtype) * (out - hidden)
+        if self.scales is not None and place == self.plan.shared_layers - 1:
+            out = self.scales[step.cycle].to(out.dtype) * out
         return out
 
     def layer_inputs(self, step: Step, grid: TokenGrid | None) -> dict[str, Any]:

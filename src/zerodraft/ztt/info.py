@@ -161,7 +161,7 @@ class Costs:
         inside = {id(module) for layer in model.layers for module in layer.modules()}
         outside = [m for _, m in projections(model.base) if id(m) not in inside and m is not lm_head]
         mixed = model.residual_streams
-        self.mixing = 0 if mixed is None else 2 * mixed.weight[0].numel()  # of a token, in each cycle
+        self.mixing = 0 if mixed is None else 2 * mixed.weight[0].numel()  # of a token, between two cycles
         self.around = sum(2 * module.weight.numel() for module in outside)  # OPT projects its embeddings
 
     def projections(self, step: Step, only_kv: bool = False) -> int:
@@ -188,7 +188,7 @@ class Costs:
         cycles[0] = self.lm_head + self.around
         for step in self.config.steps():
             cycles[step.cycle] += self.projections(step) + self.attention(step, 1, self.seen(step, context - 1) + 1)
-        cycles = [cost + self.mixing for cost in cycles]
+        cycles[1:] = [cost + self.mixing for cost in cycles[1:]]
         return tuple(accumulate(cycles))
 
     def seen(self, step: Step, past: int) -> int:
@@ -209,7 +209,7 @@ class Costs:
             keys = self.seen(step, past) + length
             if running:
                 total += running * self.projections(step) + self.attention(step, everything, keys)
-                total += running * self.mixing if shared and step.layer == self.config.head_layers else 0
+                total += running * self.mixing if cycle > 0 and step.layer == self.config.head_layers else 0
             if shared and cycle > 0 and policy == "propagate":
                 # Keys and values of frozen states: once for each exited token; in every cycle where cycles differ.
                 frozen = (depth > 0) & (depth <= cycle) if self.lora is not None else depth == cycle
