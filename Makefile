@@ -15,7 +15,7 @@ CORE := tests/models/test_caches.py tests/ztt/test_families.py tests/ztt/test_ca
 	tests/training/ztt/test_adapters.py tests/ztt/test_peft.py tests/ztt/test_trl.py tests/ztt/test_lm_eval.py \
 	tests/benchmarks/test_tasks.py tests/evaluation/test_harness.py
 
-.PHONY: demo test test-newest quality docs format env env-newest clean
+.PHONY: demo test test-newest test-vllm quality docs format env env-newest env-vllm clean
 
 demo: env
 	@$(RUN) examples/demo.py
@@ -26,6 +26,10 @@ test: env
 # the newest releases of transformers, TRL, PEFT and lm-eval, in an environment of their own
 test-newest: env-newest
 	@.venv-newest/$(BIN)/python -m pytest $(PYTEST_FLAGS) $(CORE)
+
+# Zero Token Transformers and drafters in vLLM for CPUs, which is large (540 MB) and has an environment of its own
+test-vllm: env-vllm
+	@.venv-vllm/$(BIN)/python -m pytest --durations=5 tests/plugins/vllm
 
 quality: env
 	@$(RUN) -m ruff check .
@@ -49,5 +53,8 @@ env:
 env-newest:
 	@$(PYTHON) scripts/bootstrap.py --torch $(TORCH) --newest
 
+env-vllm:
+	@$(PYTHON) scripts/bootstrap.py --torch cpu --vllm
+
 clean:
-	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-newest .venv-vllm .pytest_cache .ruff_cache .hypothesis build dist

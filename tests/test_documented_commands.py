@@ -21,6 +21,7 @@ FOREIGN = {
     "README.md": {"--torch-backend"},  # uv's
     "docs/cli.md": {"--a", "--training.step"},  # a typing mistake and what it is answered
     "docs/drafters.md": {"--speculative-algorithm", "--speculative-config", "--speculative-draft-model-path"},
+    "docs/serving.md": {"--dtype", "--hf-overrides", "--model"},  # vLLM's
     # of benchmarks/
     "docs/training.md": {"--keep", "--minutes", "--results", "--runs", "--seeds", "--text", "--together"},
     "src/zerodraft/bench/measure.py": {"--porcelain", "--untracked-files"},

@@ -59,8 +59,8 @@ def modules() -> list[str]:
 
 
 def test_every_module_imports_with_the_minimal_dependencies_only() -> None:
-    # a server is nothing without its libraries; its command says so
-    plain = [name for name in modules() if not name.startswith("zerodraft.serve.")]
+    # a server is nothing without its libraries; its command says so. vLLM imports what is made of its own parts
+    plain = [n for n in modules() if not n.startswith("zerodraft.serve.") and n != "zerodraft.plugins.vllm.model"]
     code = IMPORT_WITHOUT.format(blocked=set(OPTIONAL), modules=plain)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_direct_dependencies_are_pinned_for_tests() -> None:
     }
     extras = {name(r) for rs in project["optional-dependencies"].values() for r in rs}
     wanted = {name(r) for r in project["dependencies"]} | extras
-    assert wanted - pinned - {"zerodraft"} == set()
+    assert wanted - pinned - {"zerodraft", "vllm"} == set()  # vLLM's are in constraints-vllm.txt
 
 
 def test_the_version_is_the_same_everywhere() -> None:

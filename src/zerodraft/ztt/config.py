@@ -15,8 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.models.loading import DEEPEST
@@ -96,7 +95,10 @@ class ZttConfig(PreTrainedConfig):
     """
 
     model_type = "ztt"
-    sub_configs_defaults = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    # transformers 5.19, which vLLM 0.32 asks for, reads the first, later ones read the second and make of it what it is
+    # declared to be
+    sub_configs = {"base_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
+    sub_configs_defaults = {"base_config": LlamaConfig}  # pyright: ignore[reportAssignmentType]
 
     base_config: dict | PreTrainedConfig | None = None
     head_layers: int = 1
@@ -123,6 +125,8 @@ class ZttConfig(PreTrainedConfig):
         # The attention settings below are written into the base configuration: never into the caller's object.
         self.base_config = copy.deepcopy(self.base_config)
         check_counts(self)  # first: transformers asks for the unrolled depth
+        if not isinstance(self.base_config, PreTrainedConfig):
+            self.base_config = AutoConfig.for_model(**{"model_type": "llama", **(self.base_config or {})})
         super().__post_init__(**kwargs)
         check_cycling(self)
 

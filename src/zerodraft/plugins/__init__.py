@@ -1,0 +1,1 @@
+"""What other programs load: parts of this package in the forms that they ask for."""
