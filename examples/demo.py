@@ -44,8 +44,9 @@ PROMPTS = (
 SEED = 0
 BLOCKS = 256
 """Of the text that neither model of the pair has seen."""
+TURNS = 9
 SPEED_SECONDS = 12.0
-"""On a slow or busy machine a batch size gets fewer turns than three once this time has passed."""
+"""On a slow or busy machine a batch size gets fewer turns than that once this time has passed."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -191,15 +192,25 @@ def write(console: Console, model: Any, tokenizer: Any, rule: Any, new_tokens: i
 def speed(
     console: Console, model: Any, tokenizer: Any, rule: Any, new_tokens: int, batches: Sequence[int] = (1, 16, 64)
 ) -> list[dict[str, Any]]:
-    """Tokens per second with exits off and on: a warm-up, then turns, and the median."""
-    console.rule("Tokens per second, exits off and on")
+    """Tokens per second with exits off and on, decoded without drafts on the fastest path of the machine: a warm-up,
+    then turns, and the median. By one thread: so small a model has little to share out, and on a busy machine threads
+    wait for each other."""
+    import torch
+
+    from zerodraft.drafters.none import NoDrafter
+    from zerodraft.generate.decoder import decoder, own_plain
+
+    console.rule("Tokens per second, exits off and on, one thread")
+    decode = own_plain(decoder(model, NoDrafter()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     results = []
     for batch in batches:
         prompts, length = book_blocks(tokenizer, batch, 32), new_tokens if batch == 1 else max(1, new_tokens // 2)
         seconds: dict[bool, list[float]] = {False: [], True: []}
         cycles = 0.0
         started = time.perf_counter()
-        for turn in range(4):
+        for turn in range(TURNS + 1):
             if turn > 1 and time.perf_counter() - started > SPEED_SECONDS:
                 break
             for exits in (False, True):
@@ -207,10 +218,11 @@ def speed(
                 model.generate(
                     prompts,
                     attention_mask=prompts.new_ones(prompts.shape),
-                    min_new_tokens=length,
+                    eos_token_id=None,
                     max_new_tokens=length,
                     do_sample=False,
                     exit_rule=rule if exits else None,
+                    custom_generate=decode,
                 )
                 if turn > 0:
                     seconds[exits].append(time.perf_counter() - before)
@@ -219,11 +231,12 @@ def speed(
                     cycles = model.last_exit[:, prompts.shape[1] - 1 :].double().mean().item()
         off, on = (batch * length / statistics.median(seconds[exits]) for exits in (False, True))
         results.append({"batch": batch, "off": off, "on": on, "speedup": on / off, "mean_cycles": cycles})
-        verdict = "faster" if on >= off else "slower: deciding costs more here than the cycles saved"
+        verdict = "faster" if on >= off else "slower: deciding and keeping depths takes longer than the cycles saved"
         console.print(
             f"batch {batch:>2}: off {off:,.0f}, on {on:,.0f} tokens/s: {on / off:.2f}x, {verdict} "
             f"({cycles:.2f} of {model.config.cycles} cycles a token)"
         )
+    torch.set_num_threads(threads)
     return results
 
 

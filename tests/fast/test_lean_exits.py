@@ -65,9 +65,11 @@ def test_a_threshold_for_each_cycle() -> None:
         both(model, LatentExit(threshold=(0.1,) * cycles), "propagate", batch)
 
 
-def both(model: Any, rule: ExitRule, policy: str, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def both(
+    model: Any, rule: ExitRule, policy: str, batch: dict[str, Tensor], **more: Any
+) -> tuple[list[Tensor], list[Tensor]]:
     """Tokens and depths of the model's own `generate`, and of ours on the lean path."""
-    options, made = {**OPTIONS, "exit_rule": rule, "exit_policy": policy}, []
+    options, made = {**OPTIONS, "exit_rule": rule, "exit_policy": policy, **more}, []
 
     def make(model: Any) -> LeanTarget | None:
         made.append(lean_target(model))
@@ -105,6 +107,18 @@ def test_rules_that_read_predictions_and_fixed_depths(policy: str) -> None:
         expected, ours = both(model, rule, policy, batch)
         assert torch.equal(ours[0], expected[0])
         assert torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.parametrize("pieces", [{}, {"prefill_chunk_size": 4}])
+def test_depths_have_the_columns_of_generate(pieces: dict[str, int]) -> None:
+    """Rows of different lengths, one with a hole in its mask."""
+    model, batch = CYCLED[NAMES[0]](), prompts(3)
+    batch["attention_mask"][1, -2] = 0
+    rule = rule_for(LatentExit, model, batch)
+    expected, ours = both(model, rule, "propagate", batch, **pieces)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1], expected[1])
+    assert (ours[1] == 0).sum() == (batch["attention_mask"] == 0).sum()
 
 
 class Watching:

@@ -26,7 +26,7 @@ from .check import scores_as_model
 from .compiled import CPU
 from .lean_cache import LeanCache
 from .lean_draft import OwnDraft
-from .lean_exits import Depths, run_exits
+from .lean_exits import Depths, EarlyExit
 from .lean_pass import Tokens
 from .lean_torch import unit
 from .lean_weights import LeanWeights, lean_weights, release_lean
@@ -66,6 +66,7 @@ class LeanTarget:
         self._weights = weights
         self._cache = LeanCache(weights)
         self._exits, self._depths = exits, Depths()
+        self._early = None if exits is None else EarlyExit(weights, exits.rule, exits.policy)
         self._draft: OwnDraft | None = None
         # where the last call's tokens lie, if not in order
         self._places: list[int] | None = None
@@ -74,7 +75,7 @@ class LeanTarget:
         """Give back the memory of the cache and of the model's packed weights. The target is of no use afterwards."""
         if (model := self._model()) is not None:
             release_lean(model)
-        self._draft = None
+        self._draft = self._early = None
         del self._weights, self._cache
 
     @torch.no_grad()
@@ -170,13 +171,13 @@ class LeanTarget:
         with torch.inference_mode():
             x = F.embedding(ids.flatten(), weights.embedding)
             fed = torch.empty_like(x) if weights.feeds_again else None
-            if self._exits is None:
+            if self._early is None:
                 ran = weights.run.run(x, kv, tokens, range(end), head_output=fed, taps=taps, last_only=one_row)
             else:
-                ran, depth = run_exits(
-                    weights, kv, x, tokens, self._exits.rule, self._exits.policy, self._logits, head_output=fed,
-                    real=None if real is None else real.flatten(), taps=taps, last_only=one_row,
-                )  # fmt: skip
+                real = None if real is None else real.flatten()
+                ran, depth = self._early.run(
+                    kv, x, tokens, self._logits, head_output=fed, real=real, taps=taps, last_only=one_row
+                )
                 self._depths.last = depth.view(batch, count)
             x, tapped, _ = ran
         # from here on outside of inference mode, so that callers may write into what they get

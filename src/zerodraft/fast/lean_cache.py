@@ -95,6 +95,13 @@ class LeanCache:
             places.append(place if self.gaps is None else place + self.gaps[row, :length] - self._holes[row])
         return places
 
+    def newest(self, row: int, count: int) -> Sequence[int]:
+        """The columns of a row's last tokens."""
+        end = self.lengths[row]
+        if self.gaps is None:
+            return range(self._padding[row] + end - count, self._padding[row] + end)
+        return self.columns()[row][end - count :].tolist()
+
     def width(self) -> int:
         """How many columns there are."""
         return max(pad + length for pad, length in zip(self._padding, self.lengths, strict=True))

@@ -28,11 +28,11 @@ SCORES = ("latent", "mean", "max", "min")
 
 
 class CompiledLayers:
-    """Packed layers as the kernels take them."""
+    """Packed layers as the kernels take them: `count` of the `shape` that `functions` read at `pointers`."""
 
     def __init__(self, functions: Kernels, layers: Sequence[LeanLayer], shape: Shape) -> None:
-        self._functions, self._layers, self._shape = functions, layers, shape
-        self._pointers = (LayerPointers * len(layers))(*(_pointers(layer, shape) for layer in layers))
+        self.functions, self._layers, self.shape, self.count = functions, layers, shape, len(layers)
+        self.pointers = (LayerPointers * len(layers))(*(_pointers(layer, shape) for layer in layers))
 
     @staticmethod
     def of(
@@ -118,79 +118,44 @@ class CompiledLayers:
                 leave keys and values; of x the rest is meant then.
         """
         layers = self._layers
-        self._check_fed(head_output)
+        self.check_fed(head_output)
         new = 0 if context is None else len(context)
         tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers) and is_met(tap, stage)}
         found: dict[int, Tensor] = {}
         if masses:
             with_zero = (i for i in stage if (zero := layers[i].zero) is not None and zero.key is not None)
-            found = {i: x.new_empty(len(x), self._shape.heads) for i in with_zero}
+            found = {i: x.new_empty(len(x), self.shape.heads) for i in with_zero}
         feeds: list[int | None] = [None] * len(layers)
         if context is not None:
-            hidden = self._shape.hidden
+            hidden = self.shape.hidden
             first, step = address(context, (new, len(layers), hidden)), hidden * context.element_size()
             feeds = [first + i * step for i in range(len(layers))]
-        run = self._pass(x, kv, tokens, stage, head_output, new, len(x) - 1 if last_only else new)
-        at, masses_at = self._addresses(tapped), self._addresses(found)
-        self._functions.forward(self._shape, self._pointers, run, self._masks(x, kv, tokens), at, feeds, masses_at)
+        run = self.make_pass(x, kv, tokens, stage, head_output, new, len(x) - 1 if last_only else new)
+        at, masses_at = self.addresses(tapped), self.addresses(found)
+        self.functions.forward(self.shape, self.pointers, run, self.masks(x, kv, tokens), at, feeds, masses_at)
         return Ran(x, tapped, list(found.values()))
-
-    def run_exits(
-        self,
-        x: Float[Tensor, "N H"],
-        kv: Float[Tensor, "E B nk2 S D"],
-        tokens: Tokens,
-        stages: Stages,
-        scores: Scores,
-        policy: ExitPolicy,
-        *,
-        head_output: Float[Tensor, "N H"] | None = None,
-        real: Bool[Tensor, " N"] | None = None,
-        taps: Sequence[int] = (),
-        last_only: bool = False,
-    ) -> tuple[Ran, Int[Tensor, " N"]]:
-        """See `lean_exits.run_exits`; `x` becomes the stream behind the last layer, `head_output` is used up."""
-        self._check_fed(head_output)
-        depth = torch.ones(len(x), dtype=torch.int64, device=CPU) if real is None else real.to(CPU, torch.int64)
-        thresholds = (ctypes.c_float * len(scores.thresholds))(*scores.thresholds)
-        exits = Exits(
-            head=stages.head_layers,
-            shared=stages.shared_layers,
-            cycles=stages.cycles,
-            score=SCORES.index(scores.kind),
-            first_read=scores.layers.start,
-            end_read=scores.layers.stop,
-            latest=policy == "latest",
-            thresholds=ctypes.addressof(thresholds),
-            depth=address(depth, (len(x),), torch.int64),
-        )
-        tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(self._layers)}
-        run = self._pass(x, kv, tokens, range(len(self._layers)), head_output, 0, len(x) - 1 if last_only else 0)
-        masks, at = self._masks(x, kv, tokens), self._addresses(tapped)
-        self._functions.forward_with_exits(self._shape, self._pointers, run, masks, at, exits)
-        return Ran(x, tapped, []), depth
 
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """See `Layers.keep`."""
-        run, none = self._pass(x, kv, tokens, stage, None, len(x), len(x)), [None] * len(self._layers)
-        self._functions.forward(self._shape, self._pointers, run, none, none, none, none)
+        run, none = self.make_pass(x, kv, tokens, stage, None, len(x), len(x)), [None] * len(self._layers)
+        self.functions.forward(self.shape, self.pointers, run, none, none, none, none)
 
-    def _check_fed(self, head_output: Tensor | None) -> None:
-        if head_output is None and self._shape.head_layers >= 0:
+    def check_fed(self, head_output: Tensor | None) -> None:
+        if head_output is None and self.shape.head_layers >= 0:
             raise ZerodraftError("Cycles are fed with the head's output; give a tensor to keep it in.")
 
-    def _masks(self, x: Tensor, kv: Tensor, tokens: Tokens) -> list[int | None]:
+    def masks(self, x: Tensor, kv: Tensor, tokens: Tokens) -> list[int | None]:
         """Where each layer's bias is."""
         batch = kv.shape[1] if tokens.texts is None else len(tokens.texts)
-        seen = (batch, 1, len(x) // batch, tokens.seen)
+        seen = (batch, 1, x.shape[0] // batch, tokens.seen)
         at = {window: None if bias is None else address(bias, seen) for window, bias in tokens.biases.items()}
         return [at[layer.window] for layer in self._layers]
 
-    def _addresses(self, found: Mapping[int, Tensor]) -> list[int | None]:
+    def addresses(self, found: Mapping[int, Tensor]) -> list[int | None]:
         """Where something of each layer goes, if anywhere."""
         return [found[i].data_ptr() if i in found else None for i in range(len(self._layers))]
 
-    def _pass(
+    def make_pass(
         self,
         x: Tensor,
         kv: Tensor,
@@ -200,13 +165,14 @@ class CompiledLayers:
         context: int,
         last_from: int,
     ) -> Pass:
-        layers, shape = self._layers, self._shape
+        """A pass over some executions; see `Pass` of kernels.cpp."""
+        shape, rows = self.shape, x.shape[0]  # len() of a tensor takes five times as long
         texts, capacity = kv.shape[1], kv.shape[3]
-        batch = texts if tokens.texts is None else len(tokens.texts)
-        each, places = len(x) // batch, tokens.places
-        if tokens.seen > capacity or len(x) % batch or context > len(x):
+        batch = texts if tokens.texts is None else tokens.texts.shape[0]
+        each, places = rows // batch, tokens.places
+        if tokens.seen > capacity or rows % batch or context > rows:
             raise ZerodraftError(
-                f"A pass of {len(x)} rows over {batch} texts does not fit into {tokens.seen} of {capacity} slots."
+                f"A pass of {rows} rows over {batch} texts does not fit into {tokens.seen} of {capacity} slots."
             )
         return Pass(
             first=stage.start,
@@ -220,15 +186,55 @@ class CompiledLayers:
             causal=tokens.causal,
             masked_from=tokens.masked_from,
             context=context,
-            feed_step=len(layers) * shape.hidden,
+            feed_step=self.count * shape.hidden,
             last_from=last_from,
-            x=address(x, (len(x), shape.hidden)),
-            head_output=None if head_output is None else address(head_output, (len(x), shape.hidden)),
-            turns=address(tokens.turns, (len(x), shape.head_dim // 2), torch.complex64),
-            kv=address(kv, (len(layers), texts, 2 * shape.kv_heads, capacity, shape.head_dim)),
-            places=None if places is None else address(places, (len(x),), torch.int64),
+            x=address(x, (rows, shape.hidden)),
+            head_output=None if head_output is None else address(head_output, (rows, shape.hidden)),
+            turns=address(tokens.turns, (rows, shape.head_dim // 2), torch.complex64),
+            kv=address(kv, (self.count, texts, 2 * shape.kv_heads, capacity, shape.head_dim)),
+            places=None if places is None else address(places, (rows,), torch.int64),
             text_of=None if tokens.texts is None else address(tokens.texts, (batch,), torch.int64),
         )
+
+
+class CompiledExits:
+    """All layers with early exit in one call; a rule's scores for the tokens of every pass."""
+
+    def __init__(self, layers: CompiledLayers, stages: Stages, scores: Scores, policy: ExitPolicy) -> None:
+        self._layers = layers
+        self._thresholds = (ctypes.c_float * len(scores.thresholds))(*scores.thresholds)
+        self._how = {
+            "head": stages.head_layers,
+            "shared": stages.shared_layers,
+            "cycles": stages.cycles,
+            "score": SCORES.index(scores.kind),
+            "first_read": scores.layers.start,
+            "end_read": scores.layers.stop,
+            "latest": policy == "latest",
+            "thresholds": ctypes.addressof(self._thresholds),
+        }
+
+    def run(
+        self,
+        x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E B nk2 S D"],
+        tokens: Tokens,
+        *,
+        head_output: Float[Tensor, "N H"] | None,
+        real: Bool[Tensor, " N"] | None,
+        taps: Sequence[int],
+        last_only: bool,
+    ) -> tuple[Ran, Int[Tensor, " N"]]:
+        """See `lean_exits.run_exits`; `x` becomes the stream behind the last layer, `head_output` is used up."""
+        layers, rows = self._layers, x.shape[0]
+        layers.check_fed(head_output)
+        depth = torch.ones(rows, dtype=torch.int64, device=CPU) if real is None else real.to(CPU, torch.int64)
+        exits = Exits(**self._how, depth=address(depth, (rows,), torch.int64))
+        tapped = {tap: torch.empty_like(x) for tap in taps if tap < layers.count}
+        run = layers.make_pass(x, kv, tokens, range(layers.count), head_output, 0, rows - 1 if last_only else 0)
+        masks, at = layers.masks(x, kv, tokens), layers.addresses(tapped)
+        layers.functions.forward_with_exits(layers.shape, layers.pointers, run, masks, at, exits)
+        return Ran(x, tapped, []), depth
 
 
 def _pointers(layer: LeanLayer, shape: Shape) -> LayerPointers:

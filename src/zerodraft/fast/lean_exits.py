@@ -11,6 +11,7 @@ Legend: B texts, T tokens of each, N = B*T, n tokens that still run, H hidden si
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -18,13 +19,49 @@ from torch import Tensor
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean_cache import LeanCache
-from zerodraft.fast.lean_compiled import CompiledLayers
+from zerodraft.fast.lean_compiled import CompiledExits, CompiledLayers
 from zerodraft.fast.lean_pass import Ran, Tokens
 from zerodraft.fast.lean_scores import scores_of
 from zerodraft.fast.lean_weights import LeanWeights
+from zerodraft.fast.lean_ztt import Stages
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass
 
 Readout = Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]]
+
+
+class EarlyExit:
+    """A rule over a model's packed weights, asked within the compiled pass where that can be, else here."""
+
+    def __init__(self, weights: LeanWeights, rule: ExitRule, policy: ExitPolicy) -> None:
+        assert weights.stages is not None
+        check_thresholds(rule, weights.stages.cycles)
+        self._weights, self._rule = weights, rule
+        self._policy: ExitPolicy = policy
+        self._compiled: CompiledExits | None = None
+        scores, layers = scores_of(rule, weights.stages), weights.run
+        if scores is not None and isinstance(layers, CompiledLayers):
+            self._compiled = CompiledExits(layers, weights.stages, scores, policy)
+
+    def run(
+        self,
+        kv: Tensor,
+        x: Float[Tensor, "N H"],
+        tokens: Tokens,
+        readout: Readout,
+        *,
+        head_output: Float[Tensor, "N H"] | None,
+        real: Bool[Tensor, " N"] | None,
+        taps: Sequence[int],
+        last_only: bool,
+    ) -> tuple[Ran, Int[Tensor, " N"]]:
+        """See `run_exits`."""
+        stages = self._weights.stages
+        assert stages is not None
+        _check_taps(taps, stages)
+        how: dict[str, Any] = {"head_output": head_output, "real": real, "taps": taps, "last_only": last_only}
+        if self._compiled is not None:
+            return self._compiled.run(x, kv, tokens, **how)
+        return run_exits(self._weights, kv, x, tokens, self._rule, self._policy, readout, **how)
 
 
 def run_exits(
@@ -56,41 +93,10 @@ def run_exits(
         taps: As in `Layers.run`, in front of the cycles or behind them.
         last_only: As there.
     """
-    stages = weights.stages
-    assert stages is not None
-    check_thresholds(rule, stages.cycles)
-    if inside := [tap for tap in taps if stages.head.stop < tap <= stages.tail.start]:
-        raise ZerodraftError(
-            f"The drafter reads the target's hidden states {inside}, within the cycles, which tokens leave with "
-            "exit_rule; choose a drafter that reads none of them, or leave out exit_rule."
-        )
-    scores = scores_of(rule, stages)
-    if scores is not None and isinstance(weights.run, CompiledLayers):
-        how: dict[str, Any] = {"head_output": head_output, "real": real, "taps": taps, "last_only": last_only}
-        return weights.run.run_exits(x, kv, tokens, stages, scores, policy, **how)
-    return asking(
-        weights, kv, x, tokens, rule, policy, readout,
-        head_output=head_output, real=real, taps=taps, last_only=last_only,
-    )  # fmt: skip
-
-
-def asking(
-    weights: LeanWeights,
-    kv: Tensor,
-    x: Float[Tensor, "N H"],
-    tokens: Tokens,
-    rule: ExitRule,
-    policy: ExitPolicy,
-    readout: Readout,
-    *,
-    head_output: Float[Tensor, "N H"] | None,
-    real: Bool[Tensor, " N"] | None,
-    taps: Sequence[int],
-    last_only: bool,
-) -> tuple[Ran, Int[Tensor, " N"]]:
-    """See `run_exits`: any rule, which is asked here after each cycle."""
     stages, run = weights.stages, weights.run.run
     assert stages is not None
+    check_thresholds(rule, stages.cycles)
+    _check_taps(taps, stages)
     x, before, _ = run(x, kv, tokens, stages.head, head_output=head_output, taps=taps)
     depth = torch.ones(len(x), dtype=torch.int64, device=CPU) if real is None else real.long()
     runs = _Runs(x, tokens, kv.shape[1], head_output)
@@ -126,28 +132,38 @@ def asking(
     return Ran(x, before | behind, []), depth
 
 
+def _check_taps(taps: Sequence[int], stages: Stages) -> None:
+    if inside := [tap for tap in taps if stages.head.stop < tap <= stages.tail.start]:
+        raise ZerodraftError(
+            f"The drafter reads the target's hidden states {inside}, within the cycles, which tokens leave with "
+            "exit_rule; choose a drafter that reads none of them, or leave out exit_rule."
+        )
+
+
 class Depths:
-    """The cycles that cached tokens took; `last` are those of the last call (B, T)."""
+    """The cycles that cached tokens took, in the columns of `generate`; `last` are those of the last call (B, T)."""
 
     last: Int[Tensor, "B T"]
 
     def __init__(self) -> None:
-        self._kept = torch.zeros(0, 0, dtype=torch.int64, device=CPU)
+        # numpy: torch takes ten times as long to set some numbers
+        self._kept = np.zeros((0, 0), np.int64)
 
     def keep(self, kept: Sequence[Sequence[int]], cache: LeanCache) -> Int[Tensor, "B C"]:
-        """Keep those of tokens that the cache has just kept; all, in the columns of `generate`."""
-        if self._kept.shape[1] < cache.slots:
-            more = max(cache.slots, 2 * self._kept.shape[1])
-            grown = torch.zeros(len(kept), more, dtype=torch.int64, device=CPU)
-            if len(self._kept):
-                grown[:, : self._kept.shape[1]] = self._kept
-            self._kept = grown
-        for row, (indices, length) in enumerate(zip(kept, cache.lengths, strict=True)):
-            self._kept[row, length - len(indices) : length] = self.last[row, indices]
-        laid_out = torch.zeros(len(kept), cache.width(), dtype=torch.int64, device=CPU)
-        for row, (columns, length) in enumerate(zip(cache.columns(), cache.lengths, strict=True)):
-            laid_out[row, columns] = self._kept[row, :length]
-        return laid_out
+        """Keep those of tokens that the cache has just kept; all."""
+        rows, width, known = len(kept), cache.width(), self._kept.shape[1]
+        last = self.last.numpy()
+        if known < width:
+            more = np.zeros((rows, max(width, 2 * known) - known), np.int64)
+            self._kept = np.concatenate([self._kept, more], 1) if known else more
+        if rows == 1:
+            self._kept[0, cache.newest(0, len(kept[0]))] = last[0, kept[0]]
+            # what one row's columns hold stays as it is
+            return torch.from_numpy(self._kept[:, :width])
+        of = [row for row, nodes in enumerate(kept) for _ in nodes]
+        columns = [column for row, nodes in enumerate(kept) for column in cache.newest(row, len(nodes))]
+        self._kept[of, columns] = last[of, [node for nodes in kept for node in nodes]]
+        return torch.from_numpy(self._kept[:, :width].copy())
 
 
 class _Runs:
