@@ -132,7 +132,8 @@ class DataRecipe:
     """Split to take of hub data sets."""
 
     def __post_init__(self) -> None:
-        check_least("data", self, document_chars=1, context_length=1, validation_blocks=0)
+        # a block of one token has nothing to predict
+        check_least("data", self, document_chars=1, context_length=2, validation_blocks=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,13 +215,20 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         counts = {"steps": 1, "batch_size": 1, "accumulation": 1, "log_every": 1, "keep_checkpoints": 1}
-        zero_or_more = ("max_minutes", "warmup_steps", "eval_every", "save_every", "weight_decay", "max_grad_norm")
+        zero_or_more = ("max_minutes", "warmup_steps", "eval_every", "save_every", "max_grad_norm")
         check_least("training", self, **counts, **dict.fromkeys(zero_or_more, 0))
-        if not 0 < self.learning_rate < math.inf:
-            raise ZerodraftError(f"training.learning_rate is {self.learning_rate}; it must be a number above 0")
-        factor = self.shared_learning_rate_factor
-        if not 0 < factor < math.inf:
-            raise ZerodraftError(f"training.shared_learning_rate_factor is {factor}; it must be a number above 0")
+        for name in ("learning_rate", "shared_learning_rate_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ZerodraftError(f"training.{name} is {getattr(self, name)}; it must be a number above 0")
+        for name in ("muon_learning_rate", "ztt_learning_rate", "weight_decay", "final_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ZerodraftError(f"training.{name} is {getattr(self, name)}; it must be a number of at least 0")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ZerodraftError(f"training.decay_fraction is {self.decay_fraction}; it must be a share from 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ZerodraftError(
+                f"training.betas is {list(self.betas)}; it must be two numbers from 0 to below 1, such as 0.9 0.95"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,6 +246,10 @@ class PeftRecipe:
 
     def __post_init__(self) -> None:
         check_least("peft", self, rank=0)
+        if not 0 <= self.dropout < 1:
+            raise ZerodraftError(f"peft.dropout is {self.dropout}; it must be a share from 0 to below 1")
+        if not abs(self.alpha) < math.inf:
+            raise ZerodraftError(f"peft.alpha is {self.alpha}; it must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

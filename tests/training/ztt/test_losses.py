@@ -20,7 +20,9 @@ def test_weights(weights, expected):
     assert weights_over_cycles(weights, 3) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 2.0), (0.0, 0.0, 0.0), (-1.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 2.0), (0.0, 0.0, 0.0), (-1.0, 1.0, 1.0), (float("nan"), 1.0, 1.0), (float("inf"), 1.0, 1.0)]
+)
 def test_wrong_weights(weights):
     with pytest.raises(ZerodraftError, match=r"loss\.weights"):
         weights_over_cycles(weights, 3)

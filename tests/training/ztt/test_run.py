@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.models.tokenizers import load_tokenizer
 from zerodraft.training.callbacks import read_log
 from zerodraft.training.folder import last_checkpoint
+from zerodraft.training.recipe import Recipe, read_recipe
+from zerodraft.training.ztt.models import build_from_start
 from zerodraft.training.ztt.run import finetune, pretrain
+from zerodraft.ztt.model import ZttForCausalLM
 
 # a callback that sleeps, so that the kill hits the middle of the run
 SLOW_RUN = """
@@ -266,6 +269,26 @@ def test_finetune_goes_on_where_pretrain_ended(make_recipe, tmp_path):
     second = make_recipe(f"model.start={first.output}/model", f"output={tmp_path / 'tuned'}", "training.steps=20")
     after = finetune(second, callbacks=[])["evaluation"]
     assert after["eval_validation_loss_2"] < before["eval_validation_loss_2"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("ztt", ["model.cycles=5"], "model.cycles is 5, and the model to start from, .* has 2,"),
+        ("ztt", ["model.ztt={residual_streams: 2}"], "model.ztt.residual_streams is 2, .* has 1,"),
+        ("ztt", ["model.ztt={residual_streamz: 2}"], "did you mean 'residual_streams'"),
+        ("ztt", ["model.num_hidden_layers=9"], "model.num_hidden_layers is 9, .* has 3,"),
+        ("plain", ["model.hidden_size=512"], "model.hidden_size is 512, .* has 64,"),
+    ],
+)
+def test_a_start_keeps_its_sizes_and_cycles(tmp_path, kind, settings, message):
+    base = LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    plain = LlamaForCausalLM(base)
+    (plain if kind == "plain" else ZttForCausalLM.from_base(plain, cycles=2)).save_pretrained(tmp_path)
+    recipe = read_recipe(Recipe, None, [f"model.start={tmp_path}", "output=x", *settings])
+    with pytest.raises(ZerodraftError, match=message):
+        build_from_start(recipe.model)
+    assert build_from_start(read_recipe(Recipe, None, [f"model.start={tmp_path}", "output=x"]).model)
 
 
 def test_finetune_needs_a_start(make_recipe):

@@ -17,6 +17,7 @@ anew.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -42,8 +43,8 @@ def weights_over_cycles(weights: Weights, cycles: int) -> tuple[float, ...]:
         raise ZerodraftError(
             f"loss.weights has {len(weights)} numbers, the model has {cycles} cycles: give one for each"
         )
-    if min(weights) < 0 or sum(weights) <= 0:
-        raise ZerodraftError(f"loss.weights must be non-negative and not all zero, got {list(weights)}")
+    if not all(0 <= weight < math.inf for weight in weights) or not 0 < sum(weights) < math.inf:
+        raise ZerodraftError(f"loss.weights must be finite, non-negative and not all zero, got {list(weights)}")
     return tuple(weight / sum(weights) for weight in weights)
 
 

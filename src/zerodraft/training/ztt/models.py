@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zerodraft.common.errors import ZerodraftError, did_you_mean, reading
@@ -61,10 +61,33 @@ def build_from_start(recipe: ModelRecipe) -> PreTrainedModel:
         raise ZerodraftError(f"model.start '{recipe.start}' is a Zero Token Transformer, so model.kind must be 'ztt'")
     # weights are trained in float32, whatever they were saved in; bf16 is a matter of autocast
     model = load_pretrained(ZttForCausalLM if is_ztt else AutoModelForCausalLM, path, dtype=torch.float32)
+    check_same(recipe, model.config)
     if is_ztt or recipe.kind == "plain":
         return model
     settings = {"init": recipe.init, **_cycling(recipe)}
     return ZttForCausalLM.from_base(model, mode=recipe.convert, **settings)
+
+
+def check_same(recipe: ModelRecipe, config: PreTrainedConfig) -> None:
+    """A model that a run starts from keeps its sizes, and a Zero Token Transformer its cycles: what the recipe says of
+    them must be so already.
+
+    Raises:
+        ZerodraftError: a setting that is neither the recipe's default nor the model's own, or an unknown one.
+    """
+    usual, theirs = ModelRecipe(), {name: getattr(config, name, None) for name in SIZES}
+    asked = {name: getattr(recipe, name) for name in SIZES}
+    if isinstance(config, ZttConfig):
+        asked |= _cycling(recipe)
+        theirs |= {name: getattr(config, name) for name in asked.keys() - theirs.keys()}
+        theirs["num_hidden_layers"] = config.stored_layers
+    for name, value in asked.items():
+        own = name in recipe.ztt
+        if value != theirs[name] and (own or value != getattr(usual, name)):
+            raise ZerodraftError(
+                f"model.{'ztt.' if own else ''}{name} is {value!r}, and the model to start from, {recipe.start!r}, has "
+                f"{theirs[name]!r}, which training does not change: leave it out, or start from another model"
+            )
 
 
 def number_of_cycles(model: PreTrainedModel) -> int:
