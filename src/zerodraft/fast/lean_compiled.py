@@ -32,6 +32,7 @@ class CompiledLayers:
 
     def __init__(self, functions: Kernels, layers: Sequence[LeanLayer], shape: Shape) -> None:
         self.functions, self._layers, self.shape, self.count = functions, layers, shape, len(layers)
+        self._nowhere: list[int | None] = [None] * len(layers)
         self.pointers = (LayerPointers * len(layers))(*(_pointers(layer, shape) for layer in layers))
 
     @staticmethod
@@ -125,7 +126,7 @@ class CompiledLayers:
         if masses:
             with_zero = (i for i in stage if (zero := layers[i].zero) is not None and zero.key is not None)
             found = {i: x.new_empty(len(x), self.shape.heads) for i in with_zero}
-        feeds: list[int | None] = [None] * len(layers)
+        feeds = self._nowhere
         if context is not None:
             hidden = self.shape.hidden
             first, step = address(context, (new, len(layers), hidden)), hidden * context.element_size()
@@ -137,7 +138,7 @@ class CompiledLayers:
 
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """See `Layers.keep`."""
-        run, none = self.make_pass(x, kv, tokens, stage, None, len(x), len(x)), [None] * len(self._layers)
+        run, none = self.make_pass(x, kv, tokens, stage, None, len(x), len(x)), self._nowhere
         self.functions.forward(self.shape, self.pointers, run, none, none, none, none)
 
     def check_fed(self, head_output: Tensor | None) -> None:
@@ -146,6 +147,8 @@ class CompiledLayers:
 
     def masks(self, x: Tensor, kv: Tensor, tokens: Tokens) -> list[int | None]:
         """Where each layer's bias is."""
+        if all(bias is None for bias in tokens.biases.values()):
+            return self._nowhere
         batch = kv.shape[1] if tokens.texts is None else len(tokens.texts)
         seen = (batch, 1, x.shape[0] // batch, tokens.seen)
         at = {window: None if bias is None else address(bias, seen) for window, bias in tokens.biases.items()}
@@ -153,6 +156,8 @@ class CompiledLayers:
 
     def addresses(self, found: Mapping[int, Tensor]) -> list[int | None]:
         """Where something of each layer goes, if anywhere."""
+        if not found:
+            return self._nowhere
         return [found[i].data_ptr() if i in found else None for i in range(len(self._layers))]
 
     def make_pass(
@@ -203,16 +208,17 @@ class CompiledExits:
     def __init__(self, layers: CompiledLayers, stages: Stages, scores: Scores, policy: ExitPolicy) -> None:
         self._layers = layers
         self._thresholds = (ctypes.c_float * len(scores.thresholds))(*scores.thresholds)
-        self._how = {
-            "head": stages.head_layers,
-            "shared": stages.shared_layers,
-            "cycles": stages.cycles,
-            "score": SCORES.index(scores.kind),
-            "first_read": scores.layers.start,
-            "end_read": scores.layers.stop,
-            "latest": policy == "latest",
-            "thresholds": ctypes.addressof(self._thresholds),
-        }
+        # all but the depths is the same in every pass
+        self._exits = Exits(
+            head=stages.head_layers,
+            shared=stages.shared_layers,
+            cycles=stages.cycles,
+            score=SCORES.index(scores.kind),
+            first_read=scores.layers.start,
+            end_read=scores.layers.stop,
+            latest=policy == "latest",
+            thresholds=ctypes.addressof(self._thresholds),
+        )
 
     def run(
         self,
@@ -229,11 +235,11 @@ class CompiledExits:
         layers, rows = self._layers, x.shape[0]
         layers.check_fed(head_output)
         depth = torch.ones(rows, dtype=torch.int64, device=CPU) if real is None else real.to(CPU, torch.int64)
-        exits = Exits(**self._how, depth=address(depth, (rows,), torch.int64))
-        tapped = {tap: torch.empty_like(x) for tap in taps if tap < layers.count}
+        self._exits.depth = address(depth, (rows,), torch.int64)
+        tapped = {tap: torch.empty_like(x) for tap in taps if tap < layers.count} if taps else {}
         run = layers.make_pass(x, kv, tokens, range(layers.count), head_output, 0, rows - 1 if last_only else 0)
         masks, at = layers.masks(x, kv, tokens), layers.addresses(tapped)
-        layers.functions.forward_with_exits(layers.shape, layers.pointers, run, masks, at, exits)
+        layers.functions.forward_with_exits(layers.shape, layers.pointers, run, masks, at, self._exits)
         return Ran(x, tapped, []), depth
 
 

@@ -156,8 +156,9 @@ class Depths:
         if known < width:
             more = np.zeros((rows, max(width, 2 * known) - known), np.int64)
             self._kept = np.concatenate([self._kept, more], 1) if known else more
-        if rows == 1:
-            self._kept[0, cache.newest(0, len(kept[0]))] = last[0, kept[0]]
+        if rows == 1 and cache.gaps is None:
+            nodes = kept[0]
+            self._kept[0, width - len(nodes) : width] = last[0] if len(nodes) == last.shape[1] else last[0, nodes]
             # what one row's columns hold stays as it is
             return torch.from_numpy(self._kept[:, :width])
         of = [row for row, nodes in enumerate(kept) for _ in nodes]
