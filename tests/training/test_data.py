@@ -60,6 +60,11 @@ def test_formats(tmp_path, recipe):
     assert read_documents((str(tmp_path / "*.txt"),), recipe) == ["one\n\n\ntwo"]
     assert read_documents((str(tmp_path / "a.txt"),), replace(recipe, separator="\n\n\n")) == ["one", "two"]
     assert read_documents((str(tmp_path),), recipe)[1:] == ["three\u2028still three", "four", "five"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "more" / "A.TXT")
+    (tmp_path / "b.jsonl").rename(tmp_path / "more" / "b.JSONL")
+    for source in (tmp_path / "more", tmp_path / "more" / "*"):
+        assert read_documents((str(source),), recipe) == ["one\n\n\ntwo", "three\u2028still three", "four"]
     shown = replace(recipe, template="{label}: {text}")
     assert read_documents((str(tmp_path / "c.parquet"),), shown) == ["z: five"]
 
@@ -71,6 +76,8 @@ def test_formats(tmp_path, recipe):
         ("$NOT_SET_ANYWHERE/a.txt", "environment variable NOT_SET_ANYWHERE is not set"),
         ("bok.txt", r"did you mean 'book\.txt'"),
         ("book.doc", "unknown format"),
+        ("pictures", r"no data in the folder 'pictures': expected files in one of \.txt"),
+        ("rows.jsonl", r"'rows\.jsonl' line 3 has a int in 'text'"),
         ("bad.jsonl", r"line 1 is not JSON"),
         ("list.jsonl", "must be an object"),
         ("fields.jsonl", r"has no field 'text' \(did you mean 'texts'\?\)"),
@@ -79,6 +86,9 @@ def test_formats(tmp_path, recipe):
 )
 def test_errors(tmp_path, monkeypatch, recipe, source, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": 1}\n', encoding="utf-8")
     contents = {"book.txt": "x", "book.doc": "x", "bad.jsonl": "{", "list.jsonl": "[1]", "empty.txt": " \n"}
     for name, content in {**contents, "fields.jsonl": '{"texts": 1}'}.items():
         (tmp_path / name).write_text(content, encoding="utf-8")

@@ -40,13 +40,16 @@ RIGHT = (
 """What is in braces is learned."""
 
 
+TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["Who are you? A fox. And he? Nobody <user> <assistant> <end>"], 300)
 
 
-def chat(turns, prompt=0):
-    return Chat(json.dumps(turns), prompt)
+def chat(turns, prompt=0, tools=None):
+    return Chat(json.dumps(turns), prompt, json.dumps(tools) if tools else "")
 
 
 def marked_text(ids, learned, tokenizer):
@@ -117,6 +120,18 @@ def test_templates_that_do_not_do(tokenizer, template, message):
 USER = [{"role": "user", "content": "x"}]
 
 
+@pytest.mark.parametrize("template", [ASKING, MARKED])
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_the_template_is_told_of_the_tools(tokenizer, template, prompt):
+    told = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + template
+    tokenizer.chat_template = told
+    ids, learned = tokens_of(chat(TURNS[:2], prompt, TOOLS), tokenizer)
+    bare, bare_learned = tokens_of(chat(TURNS[:2], prompt), tokenizer)
+    text, bare_text = marked_text(ids, learned, tokenizer), marked_text(bare, bare_learned, tokenizer)
+    assert text == "[search]" + bare_text
+    assert content(chat(TURNS, 0, TOOLS)) != content(chat(TURNS))
+
+
 @pytest.mark.parametrize(
     ("row", "template", "expected"),
     [
@@ -133,6 +148,10 @@ USER = [{"role": "user", "content": "x"}]
         ({"prompt": None, "completion": "c"}, None, None),
         ({"prompt": USER, "completion": USER}, None, chat(USER * 2, 1)),
         ({"prompt": USER, "completion": None}, None, None),
+        ({"messages": USER, "tools": TOOLS}, None, chat(USER, tools=TOOLS)),
+        ({"messages": USER, "tools": json.dumps(TOOLS)}, None, chat(USER, tools=TOOLS)),
+        ({"messages": USER, "tools": None}, None, chat(USER)),
+        ({"prompt": USER, "completion": USER, "tools": TOOLS}, None, chat(USER * 2, 1, TOOLS)),
         ({"q": "a", "n": 3, "x": 0.5}, "{q} {n} {x:.2f}", "a 3 0.50"),
         ({"q": "a", "b": None}, "{q} {b}", None),
         ({"q": {"r": "a"}}, "{q[r]}", "a"),
@@ -140,7 +159,7 @@ USER = [{"role": "user", "content": "x"}]
     ],
 )
 def test_what_a_row_is(row, template, expected):
-    assert document_of(row, DataRecipe(template=template), "a.jsonl") == expected
+    assert document_of(row, DataRecipe(template=template), "a row of 'a.jsonl'") == expected
 
 
 @pytest.mark.parametrize(
@@ -149,7 +168,9 @@ def test_what_a_row_is(row, template, expected):
         ({"text": ["a", "b"]}, None, "a row of 'a.jsonl' has a list in 'text', expected a text"),
         ({"text": 5}, None, "a int in 'text'"),
         ({"txt": "a"}, None, r"no field 'text' \(did you mean 'txt'\?\)"),
-        ({"prompt": "a"}, None, "no field 'text'"),
+        ({"prompt": "a"}, None, r"no field 'text' \(known: prompt\): name the field .* as data\.text_field"),
+        ({"messages": USER, "tools": "search"}, None, "has a str in 'tools', expected a list of objects"),
+        ({"messages": USER, "tools": ["search"]}, None, "has a list in 'tools'"),
         ({"messages": "a"}, None, "has a str in 'messages', expected a list of messages"),
         ({"messages": ["a"]}, None, "expected a list of messages"),
         ({"messages": [{"role": "user"}]}, None, "a message in 'messages' whose role or content is not a text"),
@@ -168,7 +189,7 @@ def test_what_a_row_is(row, template, expected):
 )
 def test_rows_that_are_refused(row, template, message):
     with pytest.raises(ZerodraftError, match=message):
-        document_of(row, DataRecipe(template=template), "a.jsonl")
+        document_of(row, DataRecipe(template=template), "a row of 'a.jsonl'")
 
 
 def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):

@@ -75,7 +75,7 @@ def read_questions(files: Sequence[str], *, limit: int = 0, seed: int = 0) -> li
 
 def _read(name: str) -> Iterator[Question]:
     path = user_path(name)
-    rows = list(_spec_bench(path)) if path.suffix == ".jsonl" else []
+    rows = list(_spec_bench(path)) if path.suffix.lower() == ".jsonl" else []
     if rows:
         yield from rows
         return

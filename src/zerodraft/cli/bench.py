@@ -369,7 +369,7 @@ class BenchReport(Command):
 
     def check(self) -> None:
         """Looks at the page's name."""
-        if Path(self.out).suffix not in (".html", ".md"):
+        if Path(self.out).suffix.lower() not in (".html", ".md"):
             raise ZerodraftError(f"--out is '{self.out}'; name a file that ends in .html or .md")
 
     def run(self, console: Console) -> Result:
@@ -381,7 +381,7 @@ class BenchReport(Command):
         from zerodraft.ztt.plot import check_matplotlib
 
         costs = parse_costs(self.what_if) if self.what_if else EXAMPLE
-        as_html = Path(self.out).suffix == ".html"
+        as_html = Path(self.out).suffix.lower() == ".html"
         if as_html or self.plots:
             check_matplotlib()
         results = read_results(self.files)

@@ -111,7 +111,7 @@ def resolve(
         if user_path(base).resolve() == path.resolve():
             raise ZerodraftError(f"The adapter in '{path}' names itself as its base model.")
         return from_adapter(path, resolve(base, cache_dir=cache_dir, sources=sources), cache)
-    if exists and path.suffix == ".gguf":
+    if exists and path.suffix.lower() == ".gguf":
         return from_gguf(path, cache)
     if exists:
         files = sorted(path.glob("*.gguf")) if path.is_dir() else []

@@ -6,7 +6,8 @@ assistant's message comes. A token that is partly the assistant's is learned.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
@@ -43,31 +44,31 @@ def tokens_of(document: Chat | Pair, tokenizer: Any, completion_only: bool = Tru
             "the data holds conversations, and the tokenizer has no chat template: start from a model that was tuned "
             "on chats, or name a tokenizer with a template as tokenizer.path"
         )
-    turns = document.turns
+    turns, render = document.turns, partial(_render, tokenizer, document.callable)
     if not completion_only:
-        return _tokens(_render(tokenizer, turns), None, tokenizer)
+        return _tokens(render(turns), None, tokenizer)
     if not document.prompt and MARKED.search(str(tokenizer.chat_template)):
-        marked = _render(tokenizer, turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        marked = render(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
-    text = _render(tokenizer, turns)
+    text = render(turns)
     if document.prompt:
-        spans = [(_prefix(tokenizer, text, turns[: document.prompt], True), len(text))]
+        spans = [(_prefix(render, text, turns[: document.prompt], True), len(text))]
     else:
         spans = [
-            (_prefix(tokenizer, text, turns[:i], True), _prefix(tokenizer, text, turns[: i + 1], False))
+            (_prefix(render, text, turns[:i], True), _prefix(render, text, turns[: i + 1], False))
             for i, turn in enumerate(turns)
             if turn["role"] == "assistant"
         ]
     return _tokens(text, spans, tokenizer)
 
 
-def _render(tokenizer: Any, turns: Sequence[dict[str, Any]], prompt: bool = False, **options: Any) -> Any:
-    return templated(tokenizer, turns, **{"add_generation_prompt": prompt, "tokenize": False, **options})
+def _render(tokenizer: Any, tools: Any, turns: Sequence[dict[str, Any]], prompt: bool = False, **options: Any) -> Any:
+    return templated(tokenizer, turns, tools=tools, **{"add_generation_prompt": prompt, "tokenize": False, **options})
 
 
-def _prefix(tokenizer: Any, text: str, turns: Sequence[dict[str, Any]], prompt: bool) -> int:
+def _prefix(render: Callable[..., str], text: str, turns: Sequence[dict[str, Any]], prompt: bool) -> int:
     """Characters of the whole text that the first turns take."""
-    beginning = _render(tokenizer, turns, prompt)
+    beginning = render(turns, prompt)
     if not text.startswith(beginning):
         raise ZerodraftError(
             "the chat template writes earlier turns in another way once later ones follow, so what the assistant said "

@@ -217,19 +217,20 @@ def cut_document(document: str, chars: int) -> Iterator[str]:
 
 def _read_source(source: str, recipe: DataRecipe) -> Iterator[Document | None]:
     if source.startswith("hub:"):
-        yield from (document_of(row, recipe, source) for row in _hub_rows(source[4:], recipe.hub_split))
+        yield from (document_of(row, recipe, f"a row of '{source}'") for row in _hub_rows(source[4:], recipe.hub_split))
         return
     for path in _expand(source):
-        if path.suffix in (".txt", ".md"):
+        if _format(path) in (".txt", ".md"):
             text = read_text(path, "data file")
             yield from text.split(recipe.separator) if recipe.separator else (text,)
-        elif path.suffix == ".jsonl":
+        elif _format(path) == ".jsonl":
             # split on "\n" only: strings may hold U+2028 and other characters that str.splitlines takes for line ends
             for number, line in enumerate(read_text(path, "data file").split("\n"), 1):
                 if line.strip():
-                    yield document_of(json_object(line, f"'{path}' line {number}"), recipe, str(path))
+                    where = f"'{path}' line {number}"
+                    yield document_of(json_object(line, where), recipe, where)
         else:
-            yield from (document_of(row, recipe, str(path)) for row in _parquet_rows(path))
+            yield from (document_of(row, recipe, f"a row of '{path}'") for row in _parquet_rows(path))
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -259,7 +260,9 @@ def _expand(source: str) -> list[Path]:
         raise ZerodraftError(f"'{source}': the environment variable {unset} is not set")
     path = Path(expanded)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in FORMATS)
+        found = sorted(p for p in path.rglob("*") if _format(p) in FORMATS)
+        if not found:
+            raise ZerodraftError(f"no data in the folder '{source}': expected files in one of {', '.join(FORMATS)}")
     elif path.is_file():
         found = [path]
     else:
@@ -269,9 +272,14 @@ def _expand(source: str) -> list[Path]:
         suggestion = did_you_mean(path.name, siblings) if siblings else ""
         raise ZerodraftError(f"no data at '{source}'{suggestion if 'did you' in suggestion else ''}")
     for file in found:
-        if file.suffix not in FORMATS:
+        if _format(file) not in FORMATS:
             raise ZerodraftError(f"'{file}' has an unknown format: expected one of {', '.join(FORMATS)}")
     return found
+
+
+def _format(path: Path) -> str:
+    """The end of a file's name, which tells what is in it."""
+    return path.suffix.lower()
 
 
 def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:

@@ -40,7 +40,7 @@ def read_prompts(files: Sequence[str]) -> list[Prompt]:
     seen: dict[str, Prompt] = {}
     for name in files:
         path = user_path(name)
-        if path.suffix not in FORMATS:
+        if path.suffix.lower() not in FORMATS:
             raise ZerodraftError(f"'{name}' has an unknown format: expected prompts in one of {', '.join(FORMATS)}")
         for prompt in _texts(read_text(path, "prompt file"), path):
             if prompt:
@@ -61,7 +61,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 def _texts(text: str, path: Path) -> Iterator[str]:
     # split on "\n" only: strings may hold characters that str.splitlines takes for line ends
     for number, line in enumerate(text.split("\n"), 1):
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             yield line.strip()
         elif line.strip():
             yield _of_row(json_object(line, f"'{path}' line {number}"), path, number)
