@@ -19,6 +19,7 @@ from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.own import SelfDrafter
 from zerodraft.fast.best import release
+from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest, DepthWork
 from zerodraft.generate.decoder import decoder
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.ztt.config import ZttConfig
@@ -62,6 +63,10 @@ __all__ = [
     "CostAwareTree",
     "CycleOutput",
     "DecodeStats",
+    "DepthAnswer",
+    "DepthBatch",
+    "DepthRequest",
+    "DepthWork",
     "DiffuSpec",
     "DraftLength",
     "EntropyExit",

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.saved import save_target
+from zerodraft import LatentExit
+from zerodraft.cli.batch import for_depths
 from zerodraft.cli.main import main
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -185,6 +187,47 @@ def test_exit_rules(ztt_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     plain = model.generate(**inputs, max_new_tokens=8, do_sample=False, exit_rule=FixedExit(cycles=1))
     assert found[0]["tokens"] == plain[0, inputs.input_ids.shape[1] :].tolist()
     assert torch.equal(plain[:, : inputs.input_ids.shape[1]], inputs.input_ids)
+
+
+def test_looped_models_are_batched_over_depth(ztt_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """Greedy lines share a batch whatever their lengths, the others are answered as ever, and all are in order."""
+    lines: list[dict[str, Any]] = [
+        {"prompt": "the cat"},
+        {"prompt": "once upon a time", "max_tokens": 3},
+        {"prompt": "the dog", "temperature": 1.0, "seed": 5},
+        {"prompt": "a house", "max_tokens": 11},
+        {"prompt": "the cat and the dog"},
+    ]
+    prompts, out = write(tmp_path / "a.jsonl", *lines), tmp_path / "b.jsonl"
+    words = ["generate", "--model", str(ztt_dir), "--prompt-file", prompts, "--out", str(out), "--max-new-tokens", "8"]
+    words += ["--exit-rule", "latent:0.9", "--batch", "3"]
+    assert main(words) == 0
+    found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(ztt_dir)
+    for line, answer in zip(lines, found, strict=True):
+        if "seed" in line:
+            assert "mat" in answer["stats"]
+            continue
+        inputs = tokenizer(line["prompt"], return_tensors="pt")
+        new = line.get("max_tokens", 8)
+        rule = LatentExit(threshold=0.9)
+        plain = model.generate(**inputs, max_new_tokens=new, do_sample=False, exit_rule=rule)
+        assert answer["tokens"] == plain[0, inputs.input_ids.shape[1] :].tolist()
+        depths = model.last_exit[0, inputs.input_ids.shape[1] - 1 :].float()
+        assert answer["stats"] == {"rows": 3, "cycles": pytest.approx(depths.mean().item())}
+    # cut off behind the second line, it goes on
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]) + b'{"text')
+    assert main(words) == 0
+    again = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [line["tokens"] for line in again] == [line["tokens"] for line in found]
+
+
+@pytest.mark.parametrize("change", [{"repetition_penalty": 1.3}, {"min_new_tokens": 4}])
+def test_what_a_batch_over_depth_does_not_know_is_not_left_out(change: dict[str, Any], ztt_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ztt_dir)
+    assert for_depths(model)
+    model.generation_config.update(**change)
+    assert not for_depths(model)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,16 @@ from typing import Any
 from zerodraft.cli.console import LiteralConsole
 from zerodraft.cli.decoding import check_prompt
 from zerodraft.cli.progress import LiveProgress
-from zerodraft.cli.requests import Answered, Request, key_of, line_of
+from zerodraft.cli.requests import Answered, Request, figures, key_of, line_of
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import json_object
 from zerodraft.models.tokenizers import encode, encode_messages
+
+UNUSED = {
+    *("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length"),
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "use_cache"),
+}
+"""Keys of a generation configuration that change nothing in greedy decoding but where it ends."""
 
 
 def kept_lines(out: Path, keys: Sequence[str]) -> int:
@@ -81,6 +87,66 @@ def groups(prompts: Iterable[tuple[Request, Any]], rows: int) -> Iterator[list[t
         yield from (block[start : start + rows] for start in range(0, len(block), rows))
 
 
+def depth_blocks(prompts: Iterable[tuple[Request, Any]]) -> Iterator[tuple[bool, list[tuple[Request, Any]]]]:
+    """Neighbours that a batch over depth answers, and the others: greedy ones without a text to stop at, whatever their
+    lengths."""
+
+    def for_depths(item: tuple[Request, Any]) -> bool:
+        request, _ = item
+        sampling = request.sampling
+        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        return greedy and not sampling.stop and not request.error
+
+    for together, block in groupby(prompts, key=for_depths):
+        yield together, list(block)
+
+
+def for_depths(model: Any) -> bool:
+    """Whether a batch over depth answers as `generate` does: a looped model on the lean path, whose generation settings
+    ask for nothing beside the end of the text."""
+    from zerodraft.fast.lean import packed_weights
+
+    if model.config.model_type != "ztt" or model.config.cycles < 2:
+        return False
+    asked = {name for name, value in model.generation_config.to_diff_dict().items() if value}
+    if asked - UNUSED:
+        return False
+    weights = packed_weights(model)
+    return weights is not None and weights.stages is not None
+
+
+def decode_over_depth(
+    model: Any, tokenizer: Any, group: Sequence[tuple[Request, Any]], rows: int, rule: Any
+) -> Iterator[Answered]:
+    """The answers to greedy requests, in order, as soon as those before are there too."""
+    from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest
+
+    ends = frozenset(_ends(model))
+    wanted = [
+        DepthRequest(prompt=inputs["input_ids"][0].tolist(), max_new_tokens=request.sampling.max_new_tokens, ends=ends)
+        for request, inputs in group
+    ]
+    batch = DepthBatch(model, rows=min(rows, len(wanted)), slots=max(one.slots for one in wanted), exit_rule=rule)
+    keys = [batch.submit(one) for one in wanted]
+    found: dict[int, DepthAnswer] = {}
+    for key, one in zip(keys, wanted, strict=True):
+        while key not in found:
+            found.update(batch.step())
+        answer = found.pop(key)
+        yield Answered(
+            text=tokenizer.decode(answer.tokens, skip_special_tokens=True),
+            tokens=answer.tokens,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=len(one.prompt),
+            stats={"rows": rows, "cycles": sum(answer.depths) / len(answer.depths)},
+        )
+
+
+def _ends(model: Any) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
 def decode_together(
     model: Any, tokenizer: Any, decode: Any, group: Sequence[tuple[Request, Any]], **options: Any
 ) -> list[Answered | None]:
@@ -99,8 +165,7 @@ def decode_together(
         model, ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
         **sampling.arguments(tokenizer), **options,
     )  # fmt: skip
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = _ends(model)
     answers: list[Answered | None] = []
     for prompt, row in zip(prompts, out[:, width:].tolist(), strict=True):
         tokens = row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
@@ -111,7 +176,7 @@ def decode_together(
                 tokens=tokens,
                 finish_reason="stop" if stopped else "length",
                 prompt_tokens=len(prompt),
-                stats=decode.last_stats,
+                stats=figures(decode.last_stats),
             )
         )
     return answers
@@ -128,6 +193,7 @@ def answer_file(
     rows: int,
     chat: bool,
     name: str,
+    over_depth: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Answers the requests that the file does not answer yet, in order.
@@ -142,6 +208,7 @@ def answer_file(
         rows: Requests that are decoded together.
         chat: Put prompts into the chat template.
         name: What the model is called.
+        over_depth: Whether greedy requests go into a batch over depth, without drafts.
         **options: Further ones of `generate`.
 
     Raises:
@@ -149,19 +216,27 @@ def answer_file(
     """
     import json
 
+    def in_turn() -> Iterator[tuple[Request, Answered | None]]:
+        for deep, block in depth_blocks(prompts) if over_depth else [(False, prompts)]:
+            if deep:
+                found = decode_over_depth(model, tokenizer, block, rows, options.get("exit_rule"))
+                yield from zip((request for request, _ in block), found, strict=True)
+                continue
+            for group in groups(block, rows):
+                found = decode_together(model, tokenizer, decode, group, **options)
+                yield from zip((request for request, _ in group), found, strict=True)
+
     done = kept_lines(out, keys)
     prompts = prompts_of(tokenizer, model, requests[done:], chat=chat)
-    at, tokens, failed = done, 0, 0
+    at, tokens, failed, answers = done, 0, 0, in_turn()
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("ab") as file, LiveProgress(LiteralConsole(stderr=True)) as progress:
-        for group in groups(prompts, rows):
-            progress.show("prompts answered", at, len(requests))
-            for (request, _), answered in zip(
-                group, decode_together(model, tokenizer, decode, group, **options), strict=True
-            ):
-                line = line_of(request, answered, keys[at], name)
-                file.write((json.dumps(line) + "\n").encode())
-                at, failed = at + 1, failed + (answered is None)
-                tokens += 0 if answered is None else len(answered.tokens)
+        progress.show("prompts answered", at, len(requests))
+        for request, answered in answers:
+            line = line_of(request, answered, keys[at], name)
+            file.write((json.dumps(line) + "\n").encode())
             file.flush()
+            at, failed = at + 1, failed + (answered is None)
+            tokens += 0 if answered is None else len(answered.tokens)
+            progress.show("prompts answered", at, len(requests))
     return {"answered": at - done, "kept": done, "failed": failed, "new_tokens": tokens}

@@ -136,7 +136,7 @@ class Generate(Command):
 
     def _run_batch(self, console: Console) -> Result:
         """All lines of a file."""
-        from zerodraft.cli.batch import answer_file, kept_lines
+        from zerodraft.cli.batch import answer_file, for_depths, kept_lines
         from zerodraft.cli.requests import read_requests
 
         out, name = user_path(self.out), self.target or self.model
@@ -148,7 +148,9 @@ class Generate(Command):
             return {"answered": 0, "kept": len(requests), "failed": 0, "new_tokens": 0}
         model, tokenizer, decode, drafter = self._decoder(name)
         rule = rule_of(model, self.exit_rule)
-        options = {} if rule is None else {"exit_rule": rule}
+        options: dict[str, Any] = {} if rule is None else {"exit_rule": rule}
+        if self.batch > 1 and not self._given(OF_DRAFTS):
+            options["over_depth"] = for_depths(model)
         started = time.perf_counter()
         result = answer_file(
             model, tokenizer, decode, requests, out, keys=keys, rows=self.batch, chat=self.chat, name=name, **options

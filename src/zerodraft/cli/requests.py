@@ -179,14 +179,14 @@ class Answered:
         tokens: Its tokens.
         finish_reason: `stop`, or `length` where it could have gone on.
         prompt_tokens: Tokens that it goes on from.
-        stats: Of the call that wrote it, with all its rows.
+        stats: Figures of how it was written.
     """
 
     text: str
     tokens: Sequence[int]
     finish_reason: str
     prompt_tokens: int
-    stats: DecodeStats
+    stats: dict[str, Any]
 
 
 def line_of(request: Request, answered: Answered | None, key: str, model: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def line_of(request: Request, answered: Answered | None, key: str, model: str) -
         "tokens": list(answered.tokens),
         "finish_reason": answered.finish_reason,
         "prompt_tokens": answered.prompt_tokens,
-        "stats": _figures(answered.stats),
+        "stats": answered.stats,
     }
 
 
@@ -240,6 +240,6 @@ def _body(request: Request, answered: Answered, model: str) -> dict[str, Any]:
     }
 
 
-def _figures(stats: DecodeStats) -> dict[str, Any]:
-    """How the call went, for all its rows together."""
+def figures(stats: DecodeStats) -> dict[str, Any]:
+    """How a call with drafts went, for all its rows together."""
     return {"rows": stats.rows, "mat": stats.mat, "tokens_per_second": stats.tokens_per_second}

@@ -244,6 +244,8 @@ struct Pass {
   float* kv;              // (layers, texts, keys' then values' heads, capacity, D)
   const int64_t* places;  // (N): slots of the tokens; null: from `past` on
   const int64_t* text_of; // (B): the texts in the cache; null: all, in order
+  const int64_t* shifts;  // (B): how many layers further on than the pass's each text is, in one of its cycles that have
+                          // the same weights; null: none. What the head has made is known then.
   float* scratch;         // scratch_floats(...)
 };
 
@@ -387,8 +389,13 @@ struct Worker {
   // Where the keys of a head (or, counted on from them, its values) of a layer begin.
   float* kept(int64_t layer, int64_t sequence, int64_t head) const {
     const int64_t text = p.text_of ? p.text_of[sequence] : sequence;
-    return p.kv + ((layer * p.texts + text) * 2 * s.kv_heads + head) * p.capacity * d;
+    return p.kv + (((layer + shift(sequence)) * p.texts + text) * 2 * s.kv_heads + head) * p.capacity * d;
   }
+
+  int64_t shift(int64_t sequence) const { return p.shifts ? p.shifts[sequence] : 0; }
+
+  // The layer that a text runs where the pass is at `layer`: other weights it has not, but another cycle's numbers.
+  const Layer<W>& own(const Layer<W>& layer, int64_t sequence) const { return (&layer)[shift(sequence)]; }
 
   // Goes on with all rows, in order; `spare` (N, H) is for their states.
   void take_all(const Rows& rows, float* spare) {
@@ -419,18 +426,28 @@ struct Worker {
     std::copy(x + mine.first, x + mine.end, to + mine.first);
   }
 
-  void inject(float factor) const {
-    const Range mine = share(n * s.hidden);
-    for (int64_t i = mine.first; i < mine.end; i++) x[i] += factor * p.head_output[i];
+  void inject(const Layer<W>& layer) const {
+    const Range mine = share(n);
+    for (int64_t row = mine.first; row < mine.end; row++) {
+      const float factor = own(layer, sequence(row)).injection;
+      float* const to = x + row * s.hidden;
+      if (factor != 0)
+        for (int64_t i = 0; i < s.hidden; i++) to[i] += factor * p.head_output[row * s.hidden + i];
+    }
   }
 
   // The stream between what it was before the layer and what it is, times a factor.
-  void gate_and_scale(float gate, float factor) const {
-    const Range mine = share(n * s.hidden);
-    if (gate != 1)
-      for (int64_t i = mine.first; i < mine.end; i++) x[i] = earlier[i] + gate * (x[i] - earlier[i]);
-    if (factor != 1)
-      for (int64_t i = mine.first; i < mine.end; i++) x[i] *= factor;
+  void gate_and_scale(const Layer<W>& layer) const {
+    const Range mine = share(n);
+    for (int64_t row = mine.first; row < mine.end; row++) {
+      const Layer<W>& of_row = own(layer, sequence(row));
+      const float gate = of_row.cycle_gate, factor = of_row.scale, *const before = earlier + row * s.hidden;
+      float* const to = x + row * s.hidden;
+      if (gate != 1)
+        for (int64_t i = 0; i < s.hidden; i++) to[i] = before[i] + gate * (to[i] - before[i]);
+      if (factor != 1)
+        for (int64_t i = 0; i < s.hidden; i++) to[i] *= factor;
+    }
   }
 
   void feed(const float* from) const {
@@ -533,7 +550,8 @@ struct Worker {
       hide(b, mask, seen);
       Vector zero[kVectors], inverse[kVectors];
       for (int v = 0; v < kVectors; v++) zero[v] = Vector{} - INFINITY;
-      if (layer.zero) score_zero(b, layer.zero + b.kv_head * d, layer.zero_turns, zero);
+      const Layer<W>& of_text = own(layer, sequence);
+      if (of_text.zero) score_zero(b, of_text.zero + b.kv_head * d, of_text.zero_turns, zero);
       soften(seen, zero, inverse);
       for (int64_t query = 0; masses && query < b.count; query++)
         masses[b.row_of(query) * s.heads + b.head_of(query)] = zero[query / kLanes][query % kLanes];
@@ -628,12 +646,13 @@ struct Worker {
 
   // All of a layer. `tap` gets what it leaves, before its gate and scale, if not null; `mask` and `masses` as in `attend`.
   void run(int64_t index, const Layer<W>& layer, const float* mask, float* tap, float* masses) {
-    if (index == s.head_layers) copy_stream(p.head_output);
-    if (layer.injection != 0) {
-      inject(layer.injection);
+    const bool apart = p.shifts, gated = apart ? s.gated : layer.cycle_gate != 1;
+    if (index == s.head_layers && !apart) copy_stream(p.head_output);
+    if (apart ? p.head_output != nullptr : layer.injection != 0) {
+      inject(layer);
 #pragma omp barrier
     }
-    if (layer.cycle_gate != 1) copy_stream(earlier);
+    if (gated) copy_stream(earlier);
     norm(0, layer.before);
     project(layer, 0);
 #pragma omp barrier
@@ -653,8 +672,8 @@ struct Worker {
     onto_stream(inner, s.inner, layer.down, layer.down_bias);
 #pragma omp barrier
     if (tap) copy_stream(tap);
-    if (layer.cycle_gate != 1 || layer.scale != 1) {
-      gate_and_scale(layer.cycle_gate, layer.scale);
+    if (apart || gated || layer.scale != 1) {
+      gate_and_scale(layer);
 #pragma omp barrier
     }
   }

@@ -42,12 +42,17 @@ def lean_target(model: nn.Module) -> "LeanTarget | None":
     pass on a few tokens; they are kept for later calls until the model changes, is gone, or `release` is called. Where
     the two differ, a warning says so, and the answer is None.
     """
-    weights, exits = lean_weights(model, _accept), current.generation
+    weights, exits = packed_weights(model), current.generation
     if exits is not None and exits.model is not model:
         exits = None
     if weights is None or (exits is not None and weights.stages is None):
         return None
     return LeanTarget(weights, model, exits)
+
+
+def packed_weights(model: nn.Module) -> LeanWeights | None:
+    """The packed weights of a model that this path computes exactly, else None: see `lean_target`."""
+    return lean_weights(model, _accept)
 
 
 def _accept(model: nn.Module, weights: LeanWeights) -> bool:

@@ -124,7 +124,7 @@ def run_exits(
             if policy == "propagate":
                 source = stages.cycle(cycle + 1)
                 weights.run.keep(states, kv, gone, source)
-            _copy(kv, gone, source, stages.tail.start)
+            copy_on(kv, gone, source, stages.tail.start)
             if count == len(stops):
                 break
         depth[runs.rows] = cycle + 1
@@ -202,7 +202,7 @@ class _Runs:
         return x[stops], first.pick(here[stops], places, texts)
 
 
-def _copy(kv: Tensor, tokens: Tokens, source: range, end: int) -> None:
+def copy_on(kv: Tensor, tokens: Tokens, source: range, end: int) -> None:
     """The keys and values that tokens have in a cycle are theirs in all later cycles, those before execution `end`."""
     cycles = kv[source.start : end].unflatten(0, (-1, len(source)))
     if tokens.places is None:

@@ -1,0 +1,214 @@
+"""Batches over depth: every request gets what it gets alone, whatever its company, its cycles and its arrival."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fast.cycled import over
+from tests.ztt.tiny import gap, tiny, tokens
+from zerodraft import ConfidenceExit, FixedExit, LatentExit, ZerodraftError, ZeroMassExit, ZttForCausalLM
+from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest, in_turn, run_depths
+from zerodraft.fast.lean import packed_weights
+from zerodraft.fast.lean_compiled import CompiledLayers
+from zerodraft.ztt.exits import CycleOutput
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {"input_injection": True, "cycle_gates": True, "cycle_scales": True, "edge_zero_tokens": True},
+    "late zero tokens": {"zero_token_start": 2, "zero_rope": "none"},
+    "no head": {"head_layers": 0, "input_injection": True},
+    "no tail": {"tail_layers": 0, "zero_rope": "relative"},
+    "no zero tokens": {"zero_tokens": False},
+}
+
+
+class ByState:
+    """Stops some of the tokens after each cycle, as good as at random, but by their states alone."""
+
+    reads_zero_mass = False
+
+    def __call__(self, out: CycleOutput) -> torch.Tensor:
+        return (2 * out.hidden[:, :4].sum(-1)).frac().abs() < 0.4
+
+
+RULES: dict[str, Any] = {
+    "off": None,
+    "own": ByState(),
+    "zero mass": ZeroMassExit(threshold=0.45),
+    "latent": LatentExit(threshold=(0.6, None, 0.8)),
+    "confidence": ConfidenceExit(threshold=0.2),
+    "fixed": FixedExit(cycles=2),
+}
+
+
+def requests(count: int = 7) -> list[DepthRequest]:
+    return [
+        DepthRequest(prompt=tokens(1, 3 + 2 * i, seed=i)[0].tolist(), max_new_tokens=1 + (5 * i) % 8)
+        for i in range(count)
+    ]
+
+
+def alone(model: Any, request: DepthRequest, rule: Any = None, policy: Any = "propagate") -> DepthAnswer:
+    """By the model's own forward pass."""
+    prompt = torch.tensor([request.prompt])
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_new_tokens, do_sample=False,
+        eos_token_id=list(request.ends) or None, pad_token_id=0, exit_rule=rule, exit_policy=policy,
+    )  # fmt: skip
+    new = out[0, prompt.shape[1] :].tolist()
+    depths = [model.config.cycles] * len(new)
+    if rule is not None:
+        depths = model.last_exit[0, prompt.shape[1] - 1 :].tolist()
+    return DepthAnswer(tokens=new, depths=depths, finish_reason="stop" if new[-1] in request.ends else "length")
+
+
+@pytest.mark.parametrize("policy", ["propagate", "latest"])
+@pytest.mark.parametrize("rule", RULES)
+def test_each_as_alone(rule: str, policy: Any) -> None:
+    """Compiled, and with torch's operators (whose heads are too small for the kernels)."""
+    for model in (over("llama", cycles=4, **OPTIONS["everything"]), tiny("llama", cycles=4, input_injection=True)):
+        batch = DepthBatch(model, rows=3, slots=64, exit_rule=RULES[rule], exit_policy=policy)
+        assert batch.run(requests()) == [alone(model, request, RULES[rule], policy) for request in requests()]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_family_and_option(family: str, options: str) -> None:
+    """Mistral's window is shorter than the texts."""
+    model = over(family, cycles=4, **OPTIONS[options])
+    batch = DepthBatch(model, rows=4, slots=64, exit_rule=ByState())
+    answers = batch.run(requests())
+    assert answers == [alone(model, request, ByState()) for request in requests()]
+    assert len({depth for answer in answers for depth in answer.depths}) > 2
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_one_call_for_all_cycles_is_one_for_each(options: str) -> None:
+    model = over("qwen3", cycles=4, **OPTIONS[options])
+    weights = packed_weights(model)
+    assert weights is not None
+    if not isinstance(weights.run, CompiledLayers):
+        pytest.skip("no kernels on this machine")
+    batch = DepthBatch(model, rows=6, slots=16)
+    generator = torch.Generator().manual_seed(0)
+    batch._kv.normal_(generator=generator)
+    x, fed = (torch.randn(6, 32, generator=generator) for _ in range(2))
+    batch._slot[:] = torch.tensor([0, 3, 15, 7, 7, 1])
+    at, cycles = torch.tensor([4, 0, 2, 5, 1]), torch.tensor([2, 4, 1, 2, 3])
+    found = []
+    for run in (run_depths, in_turn):
+        kv = batch._kv.clone()
+        again = fed[at] if weights.feeds_again else None
+        ran = run(weights, kv, x[at], batch._tokens(at), cycles, head_output=again, masses=True)
+        found.append((ran.x, kv, torch.stack(ran.masses) if ran.masses else None))
+    (ours, our_kv, mass), (theirs, their_kv, other) = found
+    assert gap(ours, theirs) <= 1e-5
+    assert gap(our_kv, their_kv) <= 1e-5
+    assert (mass is None) == (other is None) == (model.zero_tokens is None)
+    assert mass is None or gap(mass, other) <= 1e-6
+    assert gap(ours, in_turn(weights, batch._kv.clone(), x[at], batch._tokens(at), cycles.flip(0),
+                             head_output=again, masses=False).x) > 1e-3  # fmt: skip
+
+
+MODEL: list[ZttForCausalLM] = []
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    patience=st.sampled_from([0.0, 0.3, 1.0]),
+    arrivals=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    cancelled=st.sets(st.integers(0, 7)),
+)
+def test_any_order_of_arrivals(rows: int, patience: float, arrivals: list[int], cancelled: set[int]) -> None:
+    """Requests come at any time and some are given up; nobody else notices, and nothing is left behind."""
+    if not MODEL:
+        MODEL.append(over("llama", cycles=3, input_injection=True))
+    model, rule, todo = MODEL[0], ByState(), requests(len(arrivals))
+    batch = DepthBatch(model, rows=rows, slots=64, exit_rule=rule, patience=patience)
+    found: dict[int, DepthAnswer] = {}
+    keys = []
+    for number, (request, steps) in enumerate(zip(todo, arrivals, strict=True)):
+        keys.append(batch.submit(request))
+        for _ in range(steps):
+            found.update(batch.step())
+        if number in cancelled:
+            assert batch.cancel(keys[-1]) == (keys[-1] not in found)
+    while batch.busy:
+        found.update(batch.step())
+    assert sorted(batch._free) == list(range(rows))
+    assert not batch._cycling
+    assert not batch._waiting
+    for number, (key, request) in enumerate(zip(keys, todo, strict=True)):
+        if key in found:
+            assert found[key] == alone(model, request, rule)
+        else:
+            assert number in cancelled
+
+
+def test_a_text_ends_with_one_of_its_ends() -> None:
+    model, (request, *_) = over("llama"), requests(1)
+    request = DepthRequest(prompt=request.prompt, max_new_tokens=12)
+    whole = DepthBatch(model, rows=1, slots=32).run([request])[0].tokens
+    for end in (0, 3, 11):
+        ends = DepthRequest(prompt=request.prompt, max_new_tokens=12, ends=frozenset({whole[end]}))
+        (answer,) = DepthBatch(model, rows=1, slots=32).run([ends])
+        assert answer.tokens == whole[: whole.index(whole[end]) + 1]
+        assert answer.finish_reason == "stop"
+
+
+def test_what_was_computed_is_counted() -> None:
+    model = over("llama", cycles=3)
+    batch = DepthBatch(model, rows=2, slots=32, exit_rule=ByState())
+    answers = batch.run(requests(5))
+    behind = [depth for answer in answers for depth in answer.depths[1:]]  # the first comes with the prompt
+    assert batch.work.tokens == len(behind)
+    assert batch.work.rows == sum(behind)
+    assert batch.work.cycles_per_token == sum(behind) / len(behind)
+    assert batch.work.places == 2 * batch.work.calls
+    assert 0.5 < batch.work.occupancy <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"rows": 0}, "rows=0 must be at least 1"),
+        ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"patience": 1.5}, r"patience=1\.5 must lie between 0 and 1"),
+        ({"exit_rule": LatentExit(threshold=(0.1,))}, "threshold"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ZerodraftError, match=complaint):
+        DepthBatch(over("llama", cycles=3), **options)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: tiny("gemma3"), lambda: tiny("llama", cycle_lora_rank=2), lambda: tiny("llama", schedule="layer")],
+    ids=["family", "lora", "schedule"],
+)
+def test_models_that_are_not_for_it_are_refused(model: Any) -> None:
+    with pytest.raises(ZerodraftError, match=r"need the lean decode path.*decode with model\.generate"):
+        DepthBatch(model())
+
+
+def test_requests_that_do_not_fit_are_refused() -> None:
+    batch = DepthBatch(over("llama"), rows=1, slots=8)
+    with pytest.raises(ZerodraftError, match="A prompt of 5 tokens and 5 new ones need 9 slots, and slots=8"):
+        batch.submit(DepthRequest(prompt=[3] * 5, max_new_tokens=5))
+    with pytest.raises(ZerodraftError, match="outside of the vocabulary of 64"):
+        batch.submit(DepthRequest(prompt=[3, 64], max_new_tokens=1))
+    with pytest.raises(ZerodraftError, match="The prompt is empty"):
+        DepthRequest(prompt=[], max_new_tokens=1)
+    with pytest.raises(ZerodraftError, match="max_new_tokens=0 must be at least 1"):
+        DepthRequest(prompt=[3], max_new_tokens=0)
+    assert not batch.busy
+    assert not batch.cancel(7)
+    # exactly full
+    request = DepthRequest(prompt=[3] * 5, max_new_tokens=4)
+    assert batch.run([request]) == [alone(over("llama"), request)]
