@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ztt.tiny import base_config, gap, tiny, tokens
+from tests.ztt.tiny import base_config, gap, tiny, tiny_plain, tokens
 from tests.ztt.unrolled import executions, layers_of, unroll
-from zerodraft import ZttConfig, ZttForCausalLM
+from zerodraft import FixedExit, ZerodraftError, ZttConfig, ZttForCausalLM, decoder
 from zerodraft.ztt.lora import projections
 
 FAMILIES = ["llama", "gemma3", "gpt2", "opt", "gpt_neox"]
@@ -181,6 +181,25 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, reentrant:
     assert torch.equal(found[0][0], found[1][0])
     for name, grad in found[0][1].items():
         assert gap(grad, found[1][1][name]) <= 1e-6 * (1 + grad.abs().max()), name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("way", ["plain", "exits", "drafts", "drafts of a plain model", "its own drafts"])
+def test_nothing_is_written_without_a_cache(way: str) -> None:
+    """transformers' checkpointed layers take no cache in training: `generate` would go on from the last token alone."""
+    ids, options = tokens(1, 8), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    model = tiny_plain("llama") if way.endswith("plain model") else tiny("llama", cycles=2)
+    model.activation_checkpointing_enable()
+    how: dict[str, Any] = {"plain": {}, "exits": {"exit_rule": FixedExit(cycles=1)}}.get(
+        way, {"custom_generate": decoder(model, "self" if way == "its own drafts" else "lookup")}
+    )
+    right = model.generate(ids, **options, **how)
+    model.train()
+    with pytest.raises(ZerodraftError, match=r"in training with gradient checkpointing.*: call model\.eval\(\)"):
+        model.generate(ids, **options, **how)
+    if way == "plain":
+        assert torch.equal(model.generate(ids, **options, use_cache=False), right)
+    assert torch.equal(model.eval().generate(ids, **options, **how), right)
 
 
 def count_calls(model: ZttForCausalLM) -> list[int]:

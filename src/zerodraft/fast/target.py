@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.protocols import Target, TargetOutput
 from zerodraft.fast.cache import DraftCache, check_readable, drops_windows
-from zerodraft.models.caches import argument_of
+from zerodraft.models.caches import argument_of, check_takes_cache
 from zerodraft.ztt.interface import current
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -68,6 +68,7 @@ class HfTarget:
                 f"{type(model).__name__} takes no position_ids (ALiBi or recurrent?), so a draft tree cannot be "
                 "placed; choose a model with rotary or learned positions."
             )
+        check_takes_cache(model)
         self._cache_argument = argument_of(model)
         if getattr(self._config, "alibi", False):
             raise ZerodraftError(

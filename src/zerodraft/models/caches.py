@@ -80,3 +80,14 @@ def the_one(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     if past_key_values is not None and cache is not None:
         raise ZerodraftError("cache and past_key_values are two names of the same argument; give one of them.")
     return past_key_values if cache is None else cache
+
+
+def check_takes_cache(model: Any) -> None:
+    """Raise `ZerodraftError` for a model in training whose layers are checkpointed: transformers' layers are then given
+    no cache, and would see of a text what one pass holds."""
+    dropped = (layer.training and getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+    if any(dropped):
+        raise ZerodraftError(
+            f"{type(model).__name__} is in training with gradient checkpointing, in which transformers hands layers no "
+            "cache: call model.eval() before it writes, and model.train() after it."
+        )

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.models.caches import for_return, the_one
+from zerodraft.models.caches import check_takes_cache, for_return, the_one
 from zerodraft.ztt.cycling import CycleOptions, CycleRun
 from zerodraft.ztt.exits import ExitPolicy, ExitRule, check_policy
 from zerodraft.ztt.families import build_family
@@ -294,6 +294,9 @@ class ZttForCausalLM(ZttPreTrainedModel, GenerationMixin):
         given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(given, Tensor) and given.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
             raise ZerodraftError("The prompt is empty; give at least one token.")
+        settings = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("custom_generate") is None and kwargs.get("use_cache", getattr(settings, "use_cache", True)):
+            check_takes_cache(self)
         with self._exits(exit_rule, exit_policy):
             # pyright takes the protocol that `generate` annotates its self with for a class that we are not.
             out = super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
