@@ -89,6 +89,17 @@ def test_dtype_and_generation_settings_are_taken_over() -> None:
     assert torch.equal(logits(deep), logits(base))
 
 
+def test_frequencies_that_have_grown_are_taken_over_as_grown() -> None:
+    """`dynamic` frequencies follow the longest text so far: the copy has to know which one that was."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    base = tiny_plain("llama", max_position_embeddings=12, rope_parameters=rope)
+    short, long = tokens(1, 8), tokens(1, 20)
+    base(long)
+    model = from_base(base, cycles=2)
+    for text in (short, long, short):
+        assert torch.equal(model(text).logits, base(text).logits)
+
+
 def test_from_a_directory(tmp_path: Path) -> None:
     base = tiny_plain()
     base.save_pretrained(tmp_path)

@@ -30,6 +30,13 @@ def model() -> ZttForCausalLM:
         ({"zero_rope": "everywhere"}, "zero_rope='everywhere' is unknown; choose one of origin, none, relative"),
         ({"zero_token_start": 0}, "zero_token_start=0 must lie between 1 and cycles \\+ 1 = 3"),
         ({"zero_token_start": 4}, "zero_token_start=4 must lie between"),
+        ({"zero_token_start": 1.5}, r"zero_token_start=1\.5 must lie between"),
+        ({"zero_token_start": "2"}, "zero_token_start='2' must lie between"),
+        ({"cycles": True}, "cycles=True must be a whole number"),
+        ({"residual_streams": True}, "residual_streams=True must be a whole number"),
+        ({"zero_tokens": "no"}, "zero_tokens='no' must be true or false"),
+        ({"ffn_gate": 1}, "ffn_gate=1 must be true or false"),
+        ({"cycle_gates": "false"}, "cycle_gates='false' must be true or false"),
         (
             {"input_injection": True, "schedule": "layer"},
             'input_injection needs schedule="block": with "layer" the cycles',

@@ -246,7 +246,7 @@ def check_counts(config: ZttConfig) -> None:
         ("cycle_lora_rank", 0),
     ):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ZerodraftError(f"{name}={value!r} must be a whole number of at least {least}.")
     base = config.base_config
     stored = base.get("num_hidden_layers") if isinstance(base, dict) else getattr(base, "num_hidden_layers", None)
@@ -274,6 +274,9 @@ def check_cycling(config: ZttConfig) -> None:
             f"Layers of this {config.family.model_type!r} model attend to the keys and values of earlier ones "
             "(num_kv_shared_layers), which cycles do not support; only models without such layers can be cycled."
         )
+    for name in ("zero_tokens", "edge_zero_tokens", "ffn_gate", "cycle_gates", "input_injection", "cycle_scales"):
+        if not isinstance(getattr(config, name), bool):
+            raise ZerodraftError(f"{name}={getattr(config, name)!r} must be true or false.")
     for name, choices in (("schedule", get_args(Schedule)), ("zero_rope", get_args(ZeroRope))):
         if getattr(config, name) not in choices:
             raise ZerodraftError(f"{name}={getattr(config, name)!r} is unknown; choose one of {', '.join(choices)}.")
@@ -286,7 +289,7 @@ def check_cycling(config: ZttConfig) -> None:
         raise ZerodraftError(f"input_injection_start={start!r} must be a finite number.")
     if not isinstance(config.exit_rule, (dict, type(None))):
         raise ZerodraftError(f"exit_rule={config.exit_rule!r} is not one that 'zerodraft calibrate' writes.")
-    if not 1 <= config.zero_token_start <= config.cycles + 1:
+    if type(config.zero_token_start) is not int or not 1 <= config.zero_token_start <= config.cycles + 1:
         raise ZerodraftError(
-            f"zero_token_start={config.zero_token_start} must lie between 1 and cycles + 1 = {config.cycles + 1}."
+            f"zero_token_start={config.zero_token_start!r} must lie between 1 and cycles + 1 = {config.cycles + 1}."
         )

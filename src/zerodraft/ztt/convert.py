@@ -339,7 +339,12 @@ def _load(model: ZttForCausalLM, state: dict[str, Tensor], like: PreTrainedModel
         # A rotary module that was cast with its model (`.to(bfloat16)`) has lost digits, and so should ours.
         if name not in state and not name.startswith(f"{layers}."):
             owner, _, leaf = name.rpartition(".")
-            setattr(model.base.get_submodule(owner), leaf, buffer.clone())
+            ours, theirs = model.base.get_submodule(owner), like.get_submodule(owner)
+            setattr(ours, leaf, buffer.clone())
+            # frequencies that grew with a long text are those of its length ("dynamic")
+            for counter, reached in vars(theirs).items():
+                if counter.endswith("max_seq_len_cached"):
+                    setattr(ours, counter, reached)
     try:
         model.base.load_state_dict(state)
     except RuntimeError as error:
