@@ -8,6 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from zerodraft.common import moved
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.fallback import Fallback
+from zerodraft.decoding.kept import KeptTexts
 from zerodraft.decoding.lengths import AdaptiveLength, CostAwareLength, CostAwareTree, DraftLength, FixedLength
 from zerodraft.decoding.proxies import ContextProxy, KenLMProxy, MixtureProxy, NgramProxy
 from zerodraft.decoding.scorers import CausalProxy
@@ -76,6 +77,7 @@ __all__ = [
     "FixedLength",
     "HybridDrafter",
     "KenLMProxy",
+    "KeptTexts",
     "KlExit",
     "LatentExit",
     "MixtureProxy",

@@ -1,5 +1,7 @@
 """Turns of a conversation: what earlier ones computed is used again, and every token is what it is without."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -338,6 +340,18 @@ def test_threads_take_it_by_turns() -> None:
     with ThreadPoolExecutor(4) as threads:
         answers = list(threads.map(lambda prompt: model.generate(prompt, **OPTIONS, custom_generate=spec), prompts))
     assert all(map(torch.equal, answers, right))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec))])
+def test_copies_begin_with_nothing_kept(copied: Callable[[DiffuSpec], DiffuSpec]) -> None:
+    model, prompt = tiny_plain("llama"), tokens(1, 10)
+    spec = DiffuSpec(PromptLookupDrafter(), length=FixedLength(3), reuse=KeptTexts(mib=5, texts=2))
+    right = model.generate(prompt, **OPTIONS)
+    for other in (spec, copied(spec)):
+        assert torch.equal(model.generate(prompt, **OPTIONS, custom_generate=other), right)
+        assert other.last_stats is not None
+        assert other.last_stats.reused_tokens == 0
+        assert (other._kept.mib, other._kept.texts, len(other._kept)) == (5, 2, 1)
 
 
 def test_a_long_conversation_grows_every_buffer() -> None:

@@ -1,5 +1,6 @@
 """`zerodraft.decoder`: one call chooses everything, its texts are those of plain decoding; all kinds of drafters."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,29 @@ def test_a_model_without_a_name_decodes_with_copies() -> None:
 def test_names_that_are_none(name: str, message: str) -> None:
     with pytest.raises(ZerodraftError, match=message):
         zerodraft.decoder(model_of("llama"), name)
+
+
+@pytest.mark.parametrize("drafter", [None, 5, "a model"])
+def test_what_is_no_drafter_is_refused(drafter: Any) -> None:
+    model = model_of("llama")
+    given = model if drafter == "a model" else drafter
+    # as a user calls them, without the checks of types that tests add
+    decoder, init = inspect.unwrap(zerodraft.decoder), inspect.unwrap(zerodraft.DiffuSpec.__init__)
+    for door in (lambda: decoder(model, given), lambda: init(object.__new__(zerodraft.DiffuSpec), given)):
+        with pytest.raises(ZerodraftError, match=r"^A \w+ was given as the drafter: expected one of zerodraft's"):
+            door()
+
+
+@pytest.mark.parametrize("model", [None, "smollm2", torch.nn.Linear(2, 2), LlamaForCausalLM])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(ZerodraftError, match=r"^A \w+ was given as the model: expected a loaded causal language model"):
+        zerodraft.decoder(model)
+
+
+def test_no_rows_are_no_prompt() -> None:
+    model = model_of("llama")
+    with pytest.raises(ZerodraftError, match="A prompt is empty"):
+        zerodraft.decoder(model).generate(model, torch.zeros(0, 3, dtype=torch.long), **OPTIONS)
 
 
 # -- kinds of drafters ------------------------------------------------------------------------------------------------

@@ -84,6 +84,13 @@ class KeptTexts:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy, or another process, begins with no texts: what is kept belongs to one model's memory
+        return {"mib": self.mib, "texts": self.texts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
     @property
     def nbytes(self) -> int:
         """Bytes that are kept at present."""

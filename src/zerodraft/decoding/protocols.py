@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
 
 
@@ -164,6 +165,15 @@ class Drafter(Protocol):
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> DraftSession:
         """A session for `batch` rows."""
         ...
+
+
+def check_drafter(drafter: Any) -> None:
+    """Raise `ZerodraftError` for what is no drafter, such as a model that was not made one."""
+    if not isinstance(drafter, Drafter):
+        raise ZerodraftError(
+            f"A {type(drafter).__name__} was given as the drafter: expected one of zerodraft's, such as "
+            "PromptLookupDrafter() or AutoregressiveDrafter(MODEL), or for 'zerodraft.decoder' the name of one."
+        )
 
 
 @runtime_checkable

@@ -3,9 +3,10 @@
 from os import PathLike
 from typing import Any
 
+from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.kept import KeptTexts
 from zerodraft.decoding.lengths import CostAwareTree, FixedLength
-from zerodraft.decoding.protocols import Drafter
+from zerodraft.decoding.protocols import Drafter, check_drafter
 from zerodraft.decoding.proxies import NgramProxy
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.drafters.hybrid import HybridDrafter
@@ -44,8 +45,15 @@ def decoder(
     Raises:
         ZerodraftError: a drafter or a table that cannot be loaded or does not fit the model.
     """
+    # not by its class: adapters and compiled models wrap one
+    if not callable(getattr(model, "generate", None)) or not hasattr(model, "config"):
+        raise ZerodraftError(
+            f"A {type(model).__name__} was given as the model: expected a loaded causal language model, such as "
+            "AutoModelForCausalLM.from_pretrained(...) gives."
+        )
     if isinstance(drafter, (str, PathLike)):
         drafter, _ = find_drafter(drafter, model, getattr(model, "name_or_path", ""))
+    check_drafter(drafter)
     # what it prepares beside the model is no part of the first text's time
     best_target(model)
     if hybrid and not isinstance(drafter, PromptLookupDrafter):

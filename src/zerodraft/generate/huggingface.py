@@ -24,7 +24,7 @@ from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.instep import InStep
 from zerodraft.decoding.kept import KeptTexts, Origin
 from zerodraft.decoding.lengths import AdaptiveLength, DraftLength, FixedLength
-from zerodraft.decoding.protocols import Drafter, ExportingTarget, Target
+from zerodraft.decoding.protocols import Drafter, ExportingTarget, Target, check_drafter
 from zerodraft.decoding.rotary import horizon
 from zerodraft.decoding.scorers import CausalProxy
 from zerodraft.decoding.search import SearchConfig
@@ -101,6 +101,7 @@ class DiffuSpec:
         dice: Randomness | None = None,
         reuse: bool | KeptTexts = False,
     ) -> None:
+        check_drafter(drafter)
         self.drafter, self.proxy = drafter, proxy
         self.make_target: MakeTarget | Literal["auto"] | None = make_target
         self.length = AdaptiveLength() if length is None else length

@@ -63,7 +63,7 @@ def check_prompts(
 ) -> int | None:
     """Raise `ZerodraftError` for prompts that cannot be read; returns the positions that the model has."""
     real = mask.sum(1)
-    if not ids.shape[1] or not bool(real.all()):
+    if not ids.numel() or not bool(real.all()):
         raise ZerodraftError("A prompt is empty; give at least one token for each row.")
     if not bool(mask[:, -1].all()):
         raise ZerodraftError(
