@@ -5,7 +5,7 @@ import re
 
 import pytest
 from examples.demo import TITLES
-from scripts import exit_rules
+from scripts import depth_batches, exit_rules
 
 
 @pytest.mark.parametrize("path", sorted((exit_rules.ROOT / "results").glob("*-exit-rules.json")), ids=lambda p: p.stem)
@@ -15,6 +15,13 @@ def test_the_tables_of_exit_rules_are_those_of_the_measurement(path) -> None:
     assert (exit_rules.ROOT / "docs" / "figures" / f"{path.stem}.png").is_file()
     assert {"command", "commit", "versions", "machine"} <= measured.keys()
     assert "/home/" not in json.dumps(measured)
+
+
+def test_the_table_of_batches_over_depth_is_that_of_the_measurement() -> None:
+    measured = json.loads(depth_batches.RESULT.read_text(encoding="utf-8"))
+    assert depth_batches.table(measured) in depth_batches.PAGE.read_text(encoding="utf-8")
+    assert depth_batches.FIGURE.is_file()
+    assert all(of["equal"] == 1 for of in depth_batches.by_rows(measured).values())
 
 
 def test_the_run_in_the_readme_is_that_of_the_results() -> None:
