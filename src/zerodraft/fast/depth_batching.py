@@ -130,7 +130,7 @@ class DepthBatch:
         slots: int = 1024,
         exit_rule: ExitRule | None = None,
         exit_policy: ExitPolicy = "propagate",
-        patience: float = 0.25,
+        patience: float = 0.5,
     ) -> None:
         for name, value in (("rows", rows), ("slots", slots)):
             if value < 1:
