@@ -48,6 +48,9 @@ def test_tokenizer_errors(tmp_path):
         train_tokenizer(["text"], 100)
     with pytest.raises(ZerodraftError, match="There is no model directory"):
         load_tokenizer(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ZerodraftError, match=r"There is no tokenizer in .*: expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_formats(tmp_path, recipe):

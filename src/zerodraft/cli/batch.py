@@ -156,7 +156,7 @@ def decode_together(
     if group[0][0].error:
         return [None] * len(group)
     prompts = [inputs["input_ids"][0] for _, inputs in group]
-    width, pad = max(map(len, prompts)), tokenizer.eos_token_id
+    width, pad = max(map(len, prompts)), tokenizer.eos_token_id or 0
     ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in prompts])
     mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in prompts])
     sampling = group[0][0].sampling

@@ -115,7 +115,7 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     from zerodraft.models.resolve import resolve
 
     path = resolve(name)
-    return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
+    return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path, ends=False)
 
 
 def check_prompt(model: Any, prompt: "torch.Tensor") -> None:

@@ -13,11 +13,13 @@ from zerodraft.cli.command import Command, Result, metavar, positional, settings
 from zerodraft.cli.decoding import Drafting, Sampling, check_prompt, decode_and_report, load_target
 from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.loading import Dtype, load_ztt
+from zerodraft.cli.reading import read_stdin
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import model_type, read_text, user_path, whole_characters
 from zerodraft.models.tokenizers import encode, load_tokenizer
 from zerodraft.ztt.rules import rule_of, written_rules
 
+STDIN = "-"
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
 OF_EXITS = ("exit_rule", "show_depth")
 OF_ONE_TEXT = ("compare", "trace", "show_depth")
@@ -36,7 +38,7 @@ class Generate(Command):
     example: ClassVar[str] = "zerodraft generate --target smollm2 --chat --compare --trace 'What is a fox?'"
 
     prompt: str = positional("PROMPT", default="")
-    """The text to continue."""
+    """The text to continue (-: standard input)."""
     model: str = metavar("DIR|NAME", default="")
     """The model: directory, hub id, short name, GGUF file, LoRA folder."""
     target: str = metavar("DIR|NAME", default="")
@@ -71,7 +73,12 @@ class Generate(Command):
         elif self.batch != 1:
             raise ZerodraftError("--batch is for a file of prompts: name the file for the answers with --out")
         file = user_path(self.prompt_file) if self.prompt_file else None
-        if not self.out and (self.prompt or file is None or file.is_file() or file.is_dir() or not file.exists()):
+        piped = STDIN in (self.prompt, self.prompt_file)
+        if (
+            not self.out
+            and not piped
+            and (self.prompt or file is None or file.is_file() or file.is_dir() or not file.exists())
+        ):
             # what comes through a pipe can be read once only, and is read later
             self._prompt()
         self.sampling.check()
@@ -168,7 +175,7 @@ class Generate(Command):
         from zerodraft.ztt.streamer import DepthStreamer
 
         model, path = load_ztt(self.model)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, ends=False)
         rule = rule_of(model, self.exit_rule)
         inputs = encode(tokenizer, self._prompt(), self.chat).to(model.device)
         check_prompt(model, inputs["input_ids"])
@@ -207,7 +214,9 @@ class Generate(Command):
         if self.prompt and self.prompt_file:
             raise ZerodraftError("give the prompt either as a word or with --prompt-file, not both")
         text = whole_characters(self.prompt)
-        if self.prompt_file:
+        if STDIN in (self.prompt, self.prompt_file):
+            text = read_stdin()
+        elif self.prompt_file:
             file = user_path(self.prompt_file)
             if not file.exists() or file.is_dir():
                 raise ZerodraftError(f"no prompt file at '{self.prompt_file}'")

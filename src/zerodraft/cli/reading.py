@@ -1,4 +1,5 @@
-"""Reading a conversation's messages: from a terminal with line editing and history, from a pipe line by line."""
+"""Reading a conversation's messages: from a terminal with line editing and history, from a pipe line by line; and
+all of standard input."""
 
 import contextlib
 import io
@@ -80,6 +81,21 @@ class Messages:
                 self._history.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(self._history, os.O_CREAT | os.O_WRONLY, 0o600))
                 self._editor.write_history_file(self._history)
+
+
+def read_stdin() -> str:
+    """All of standard input, which is UTF-8 whatever the locale says, without the end of its last line.
+
+    Raises:
+        ZerodraftError: it is closed, or no UTF-8.
+    """
+    if sys.stdin is None:
+        raise ZerodraftError("standard input is closed: give the prompt as a word or with --prompt-file")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ZerodraftError("Standard input is not UTF-8 text: convert it first.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _editor() -> Any:

@@ -67,6 +67,12 @@ def load_tokenizer_files(name: Name, loader: Any = AutoTokenizer, **options: Any
         ZerodraftError: nothing there that transformers can read.
     """
     check_files(name)
+    folder = Path(name)
+    if folder.is_dir() and not options and not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        raise ZerodraftError(
+            f"There is no tokenizer in '{folder}': expected tokenizer.json or another one's files; save it there with "
+            "its save_pretrained."
+        )
     with reading(f"The tokenizer in {str(name)!r}"):
         return loader.from_pretrained(name, trust_remote_code=False, **options)
 
@@ -139,6 +145,10 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], owner: str) -> None:
 
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 """What transformers reads of a model's directory."""
+
+
+TOKENIZERS = ("*token*", "*vocab*", "*merges*", "*.model", "*.bpe", "*.codes")
+"""Names that files of tokenizers have."""
 
 
 def check_files(name: Name) -> None:

@@ -7,18 +7,25 @@ from typing import Any
 from zerodraft.common.errors import ZerodraftError, why
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, *, ends: bool = True) -> Any:
     """Loads a tokenizer saved by `save_pretrained` (a model's folder will do).
 
+    Args:
+        path: Where it is.
+        ends: It has to have an end-of-text token, as what separates documents does; a text can be continued without.
+
     Raises:
-        ZerodraftError: nothing there that transformers can read, or it has no end-of-text token.
+        ZerodraftError: nothing there that transformers can read, or no end-of-text token.
     """
     # not at the top: whoever only fills in a template need not wait for transformers
     from zerodraft.models.loading import load_tokenizer_files
 
     tokenizer = load_tokenizer_files(path)
-    if tokenizer.eos_token_id is None:
-        raise ZerodraftError(f"the tokenizer in '{path}' has no end-of-text token, which separates documents")
+    if ends and tokenizer.eos_token_id is None:
+        raise ZerodraftError(
+            f"the tokenizer in '{path}' has no end-of-text token, which separates documents: set its eos_token and "
+            "save it again"
+        )
     return tokenizer
 
 

@@ -249,6 +249,8 @@ def test_loss_that_is_not_finite_stops_the_run(make_recipe):
         (["model.cycles=0"], "cycles"),
         (["data.train=[nowhere.txt]"], r"no data at 'nowhere\.txt'"),
         (["model.start=somewhere"], "use finetune"),
+        (["tokenizer.path=somewhere"], "'somewhere' is not a model directory, a hub id"),
+        (["tokenizer.path=/somewhere"], "There is no such directory or file as '/somewhere'"),
         (["training.fsdp=true"], "needs several processes"),
         (["loss.weights=[1.0]"], "the model has 2 cycles"),
         (["loss.cycles_from=[0.1, 0.2]"], r"loss\.cycles_from has 2 numbers, the model has 2 cycles"),

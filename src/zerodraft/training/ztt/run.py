@@ -13,6 +13,7 @@ import transformers
 from transformers import TrainerCallback, default_data_collator, set_seed
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.common.files import user_path
 from zerodraft.common.outputs import filled_once
 from zerodraft.models.resolve import resolve
 from zerodraft.models.tokenizers import load_tokenizer
@@ -126,9 +127,10 @@ def _train(
 
 def tokenizer_of(recipe: Recipe, documents: Sequence[Document]) -> Any:
     """The tokenizer of a run: the one that it names, its start's own, or one made of its training text."""
-    path = recipe.tokenizer.path or (recipe.model.start and resolve(recipe.model.start))
-    if path:
-        return load_tokenizer(path)
+    if path := recipe.tokenizer.path or recipe.model.start:
+        folder = user_path(path)
+        # a folder that is named for it may hold a tokenizer alone, which is no model
+        return load_tokenizer(folder if recipe.tokenizer.path and folder.is_dir() else resolve(path))
     train, _ = split_documents(documents, 0.0 if recipe.data.validation else recipe.data.validation_fraction)
     texts = [plain_text(document) for document in train or documents]
     # training is deterministic, so equal text and size may share the result
