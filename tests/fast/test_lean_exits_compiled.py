@@ -17,7 +17,8 @@ from tests.fast.cycled import CYCLED, over
 from tests.fast.test_compiled import PROCESSORS, library
 from tests.ztt.tiny import gap, tokens
 from zerodraft import FixedExit, LatentExit, ZeroMassExit, ZttForCausalLM
-from zerodraft.fast.lean import LeanTarget, lean_target
+from zerodraft.fast.lean import LeanTarget, lean_target, packed_weights
+from zerodraft.fast.lean_cache import LeanCache
 from zerodraft.fast.lean_compiled import CompiledLayers
 from zerodraft.fast.lean_scores import scores_of
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, ScoredRule
@@ -211,3 +212,29 @@ def test_rules_of_users_and_those_that_read_logits_are_asked_in_python() -> None
     assert found is not None
     assert found.thresholds[0] == -0.25
     assert found.thresholds[1] != found.thresholds[1]
+
+
+@torch.inference_mode()
+def test_a_team_sees_the_states_before_they_are_changed() -> None:
+    """One token: threads that share it must not gate, scale or feed what another one has still to copy."""
+    parts = {"cycle_gates": True, "cycle_scales": True, "input_injection": True}
+    model = over("llama", {"hidden_size": 512}, cycles=4, **parts)
+    for part in (model.cycle_gates, model.cycle_scales, model.input_injection):
+        assert part is not None
+        part.weight.fill_(0.5)
+    weights = packed_weights(model)
+    assert weights is not None
+    run, each = weights.run, range(len(weights.layers))
+    assert isinstance(run, CompiledLayers)
+    cache = LeanCache(weights)
+    cache.make_room(1, 1)
+    token = cache.tokens(torch.zeros(1, 1, dtype=torch.int64), None)
+
+    def states() -> Tensor:
+        x = weights.embedding[5:6].clone()
+        return torch.cat(list(run.run(x, cache.kv, token, each, head_output=x.clone(), taps=each[1:]).taps.values()))
+
+    expected = states()
+    with threads(2):
+        for _ in range(500):
+            assert gap(states(), expected) < 1e-4

@@ -426,28 +426,35 @@ struct Worker {
     std::copy(x + mine.first, x + mine.end, to + mine.first);
   }
 
-  void inject(const Layer<W>& layer) const {
-    const Range mine = share(n);
-    for (int64_t row = mine.first; row < mine.end; row++) {
-      const float factor = own(layer, sequence(row)).injection;
-      float* const to = x + row * s.hidden;
-      if (factor != 0)
-        for (int64_t i = 0; i < s.hidden; i++) to[i] += factor * p.head_output[row * s.hidden + i];
+  // This thread's part of the stream, the same as in `copy_stream`: `change(row, first, end)` has numbers of one row.
+  template <typename Change>
+  void change_stream(Change change) const {
+    const Range mine = share(n * s.hidden);
+    for (int64_t at = mine.first, end; at < mine.end; at = end) {
+      const int64_t row = at / s.hidden;
+      end = std::min(mine.end, (row + 1) * s.hidden);
+      change(row, at, end);
     }
+  }
+
+  void inject(const Layer<W>& layer) const {
+    change_stream([&](int64_t row, int64_t first, int64_t end) {
+      const float factor = own(layer, sequence(row)).injection;
+      if (factor != 0)
+        for (int64_t i = first; i < end; i++) x[i] += factor * p.head_output[i];
+    });
   }
 
   // The stream between what it was before the layer and what it is, times a factor.
   void gate_and_scale(const Layer<W>& layer) const {
-    const Range mine = share(n);
-    for (int64_t row = mine.first; row < mine.end; row++) {
+    change_stream([&](int64_t row, int64_t first, int64_t end) {
       const Layer<W>& of_row = own(layer, sequence(row));
-      const float gate = of_row.cycle_gate, factor = of_row.scale, *const before = earlier + row * s.hidden;
-      float* const to = x + row * s.hidden;
+      const float gate = of_row.cycle_gate, factor = of_row.scale;
       if (gate != 1)
-        for (int64_t i = 0; i < s.hidden; i++) to[i] = before[i] + gate * (to[i] - before[i]);
+        for (int64_t i = first; i < end; i++) x[i] = earlier[i] + gate * (x[i] - earlier[i]);
       if (factor != 1)
-        for (int64_t i = 0; i < s.hidden; i++) to[i] *= factor;
-    }
+        for (int64_t i = first; i < end; i++) x[i] *= factor;
+    });
   }
 
   void feed(const float* from) const {
