@@ -138,7 +138,7 @@ def decode_over_depth(
             tokens=answer.tokens,
             finish_reason=answer.finish_reason,
             prompt_tokens=len(one.prompt),
-            stats={"rows": rows, "cycles": sum(answer.depths) / len(answer.depths)},
+            stats={"rows": batch.rows, "cycles": sum(answer.depths) / len(answer.depths)},
         )
 
 
