@@ -212,3 +212,49 @@ def test_requests_that_do_not_fit_are_refused() -> None:
     # exactly full
     request = DepthRequest(prompt=[3] * 5, max_new_tokens=4)
     assert batch.run([request]) == [alone(over("llama"), request)]
+
+
+class Raising(ByState):
+    """Every seventh time that it is asked it raises."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, out: CycleOutput) -> torch.Tensor:
+        self.asked += 1
+        if self.asked % 7 == 0:
+            raise InterruptedError
+        return super().__call__(out)
+
+
+@pytest.mark.parametrize("over_llama", [over, tiny], ids=["compiled", "torch"])
+def test_a_rule_that_raises_changes_no_answer(over_llama: Any) -> None:
+    model, todo = over_llama("llama", cycles=4, input_injection=True), requests()
+    batch = DepthBatch(model, rows=3, slots=64, exit_rule=Raising())
+    keys, found, raised = [batch.submit(request) for request in todo], {}, 0
+    while batch.busy:
+        try:
+            found.update(batch.step())
+        except InterruptedError:
+            raised += 1
+    assert raised > 5
+    assert [found[key] for key in keys] == [alone(model, request, ByState()) for request in todo]
+
+
+def test_a_run_that_breaks_off_leaves_nothing_behind() -> None:
+    batch, (one, two) = DepthBatch(over("llama", cycles=4), rows=2, slots=24, exit_rule=Raising()), requests(2)
+    with pytest.raises(InterruptedError):
+        batch.run([one, two])
+    with pytest.raises(ZerodraftError, match="slots"):
+        batch.run([one, DepthRequest(prompt=[3] * 30, max_new_tokens=1)])
+    assert not batch.busy
+    assert sorted(batch._free) == [0, 1]
+
+
+def test_a_run_takes_no_answers_of_others() -> None:
+    batch, (one, two) = DepthBatch(over("llama"), rows=2, slots=24), requests(2)
+    key = batch.submit(one)
+    with pytest.raises(ZerodraftError, match="under way already"):
+        batch.run([two])
+    assert batch.cancel(key)
+    assert len(batch.run([two])[0].tokens) == two.max_new_tokens

@@ -110,6 +110,7 @@ class DepthBatch:
 
     Args:
         model: A Zero Token Transformer that the lean path computes: over Llama, Mistral, Qwen2 or Qwen3, float32, CPU.
+            Its weights are taken as they are now; make a new batch after they have changed.
         rows: Requests at once, R.
         slots: Tokens that a request may have, prompt and answer, S.
         exit_rule: Decides after each cycle which tokens stop; None runs all cycles.
@@ -163,6 +164,7 @@ class DepthBatch:
         self._slot = torch.zeros(rows, dtype=torch.int64, device=CPU)
         self._pending: deque[tuple[int, DepthRequest]] = deque()
         self._at_work: dict[int, tuple[int, DepthRequest, DepthAnswer]] = {}  # by place
+        self._ended: list[tuple[int, DepthAnswer]] = []  # in a step whose rule raised they wait for the next one
         self._free = list(range(rows))
         self._cycling: list[int] = []
         self._waiting: list[int] = []
@@ -189,10 +191,11 @@ class DepthBatch:
 
     def cancel(self, key: int) -> bool:
         """Forgets a request; its place is free at once. Whether it was still there."""
-        for item in self._pending:
-            if item[0] == key:
-                self._pending.remove(item)
-                return True
+        for line in (self._pending, self._ended):
+            for at, item in enumerate(line):
+                if item[0] == key:
+                    del line[at]
+                    return True
         for place, (known, _, _) in self._at_work.items():
             if known == key:
                 self._leave(place)
@@ -202,26 +205,38 @@ class DepthBatch:
     @property
     def busy(self) -> bool:
         """Whether requests are left."""
-        return bool(self._pending or self._at_work)
+        return bool(self._pending or self._at_work or self._ended)
 
     def run(self, requests: Iterable[DepthRequest]) -> list[DepthAnswer]:
-        """The answers to requests, in their order."""
-        keys = [self.submit(request) for request in requests]
+        """The answers to requests, in their order.
+
+        Raises:
+            ZerodraftError: others are under way, whose answers would be lost; a request is longer than a place.
+        """
+        if self.busy:
+            raise ZerodraftError("Requests are under way already; call step() until busy is False, or cancel them.")
+        keys: list[int] = []
         found: dict[int, DepthAnswer] = {}
-        while self.busy:
-            found.update(self.step())
+        try:
+            keys += map(self.submit, requests)
+            while self.busy:
+                found.update(self.step())
+        finally:
+            # where that broke off nothing is left behind
+            for key in keys:
+                self.cancel(key)
         return [found[key] for key in keys]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, DepthAnswer]]:
         """One cycle of all that are in the cycled layers, and what has to come before it; the requests that ended."""
-        ended = []
         while self._free and self._pending:
-            ended += self._admit(*self._pending.popleft())
+            self._ended += self._admit(*self._pending[0])
         if self._waiting and (not self._cycling or len(self._waiting) >= self._patience * len(self._at_work)):
-            ended += self._boundary()
+            self._ended += self._boundary()
         if self._cycling:
             self._one_cycle()
+        ended, self._ended = self._ended, []
         return ended
 
     # -- what a step is made of -----------------------------------------------------------------------------------
@@ -243,6 +258,7 @@ class DepthBatch:
                 weights, cache.kv, x, tokens, self._rule, self._policy, self._logits, head_output=fed, last_only=True
             )
             x, depth = ran.x, int(depths[-1])
+        self._pending.popleft()  # not before the rule was asked, which may raise
         place = self._free.pop()
         self._kv[:, place, :, :count] = cache.kv[:, 0, :, :count]
         self._slot[place] = count - 1
@@ -315,10 +331,6 @@ class DepthBatch:
             weights, self._kv, entered.clone() if asks else entered, tokens, cycles,
             head_output=fed, masses=reads,
         )  # fmt: skip
-        self._x[at] = ran.x
-        self.work.calls += 1
-        self.work.rows += len(at)
-        self.work.places += self.rows
         through = cycles == stages.cycles
         if self._rule is not None:
             mass = torch.stack(ran.masses, 1) if ran.masses else None
@@ -330,6 +342,11 @@ class DepthBatch:
                     if bool(stops.any()):
                         through[rows[stops]] = True
                         self._skip(ran.x, rows[stops], at, cycle)
+        # not before: after a rule that raised, the same cycle can be run again
+        self._x[at] = ran.x
+        self.work.calls += 1
+        self.work.rows += len(at)
+        self.work.places += self.rows
         self._cycle[at[~through]] += 1
         gone = through.tolist()
         self._waiting += [place for place, done in zip(self._cycling, gone, strict=True) if done]
