@@ -178,6 +178,10 @@ def test_what_was_computed_is_counted() -> None:
     [
         ({"rows": 0}, "rows=0 must be at least 1"),
         ({"slots": 0}, "slots=0 must be at least 1"),
+        (
+            {"rows": 2, "slots": 10**17},
+            r"rows=2 of slots=10{17} need \d+\.\d GiB for keys and values",
+        ),
         ({"patience": 1.5}, r"patience=1\.5 must lie between 0 and 1"),
         ({"exit_rule": LatentExit(threshold=(0.1,))}, "threshold"),
     ],

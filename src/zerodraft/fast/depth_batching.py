@@ -12,6 +12,7 @@ What a request gets does not depend on its company, but for rounding.
 Legend: R places for requests, n of them at work, S slots of tokens, E executions of layers, H hidden size.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ class DepthBatch:
 
     Raises:
         ZerodraftError: a model that the lean path cannot compute, numbers below 1, a patience outside 0 to 1, a rule
-            that does not fit the model.
+            that does not fit the model, more keys and values than there is memory.
     """
 
     def __init__(
@@ -153,7 +154,13 @@ class DepthBatch:
         self._rule, self._patience = exit_rule, patience
         self._policy: ExitPolicy = exit_policy
         shape = len(weights.layers), rows, 2 * weights.kv_heads, slots, weights.head_dim
-        self._kv = torch.zeros(shape, dtype=torch.float32, device=CPU)
+        try:
+            self._kv = torch.zeros(shape, dtype=torch.float32, device=CPU)
+        except RuntimeError:
+            raise ZerodraftError(
+                f"rows={rows} of slots={slots} need {4 * math.prod(shape) / 2**30:.1f} GiB for keys and values, more "
+                "than there is: ask for fewer rows at once, or for shorter texts."
+            ) from None
         self._rope = rotations(torch.arange(slots, device=CPU), weights.frequencies, weights.rope_scale)
         self._windows = {layer.window for layer in weights.layers}
         hidden = weights.embedding.shape[1]
