@@ -24,14 +24,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.fast.compiled import CPU, address
+from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean import packed_weights
 from zerodraft.fast.lean_cache import LeanCache
 from zerodraft.fast.lean_compiled import CompiledLayers
+from zerodraft.fast.lean_depths import has_zero, run_depths
 from zerodraft.fast.lean_exits import copy_on, run_exits
-from zerodraft.fast.lean_pass import Ran, Tokens
+from zerodraft.fast.lean_pass import Tokens
 from zerodraft.fast.lean_torch import unit
-from zerodraft.fast.lean_weights import LeanWeights, rotations
+from zerodraft.fast.lean_weights import rotations
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, check_thresholds, reads_zero_mass
 from zerodraft.ztt.model import ZttForCausalLM
 
@@ -344,7 +345,7 @@ class DepthBatch:
             for cycle in cycles.unique().tolist():
                 if cycle < stages.cycles:
                     rows = (cycles == cycle).nonzero()[:, 0]
-                    shown = None if mass is None or not _has_zero(weights, cycle) else mass[rows]
+                    shown = None if mass is None or not has_zero(weights, cycle) else mass[rows]
                     stops = self._rule(CycleOutput(cycle, ran.x[rows], entered[rows], shown, self._logits))
                     if bool(stops.any()):
                         through[rows[stops]] = True
@@ -387,86 +388,3 @@ class DepthBatch:
 
     def _logits(self, x: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
         return self._weights.head(unit(x, self._weights.floor))
-
-
-def run_depths(
-    weights: LeanWeights,
-    kv: Float[Tensor, "E R nk2 S D"],
-    x: Float[Tensor, "n H"],
-    tokens: Tokens,
-    cycles: Int[Tensor, " n"],
-    *,
-    head_output: Float[Tensor, "n H"] | None = None,
-    masses: bool = False,
-) -> Ran:
-    """One cycle of tokens that are in different ones.
-
-    Args:
-        weights: Of a model with stages.
-        kv: The cache.
-        x: The stream in front of each token's cycle. It may be overwritten.
-        tokens: One of each text.
-        cycles: Which cycle each one runs, from 1.
-        head_output: What the head made of each, if cycles are fed with it.
-        masses: Whether the masses on the zero tokens are wanted; 0 in cycles that have none.
-    """
-    run = in_one_call if isinstance(weights.run, CompiledLayers) else in_turn
-    return run(weights, kv, x, tokens, cycles, head_output=head_output, masses=masses)
-
-
-def in_one_call(
-    weights: LeanWeights,
-    kv: Tensor,
-    x: Tensor,
-    tokens: Tokens,
-    cycles: Tensor,
-    *,
-    head_output: Tensor | None,
-    masses: bool,
-) -> Ran:
-    """See `run_depths`: by the kernels, for which each row is so many executions further on than the first cycle."""
-    stages, run = weights.stages, weights.run
-    assert stages is not None
-    assert isinstance(run, CompiledLayers)
-    run.check_fed(head_output)
-    stage, shifts = stages.cycle(1), (cycles - 1) * stages.shared_layers
-    found: dict[int, Tensor] = {}
-    if masses and any(_has_zero(weights, cycle) for cycle in range(1, stages.cycles + 1)):
-        found = {i: x.new_empty(len(x), weights.heads) for i in stage}
-    made = run.make_pass(x, kv, tokens, stage, head_output, 0, 0)
-    made.shifts = address(shifts, (len(x),), torch.int64)
-    none = run.addresses({})
-    run.functions.forward(run.shape, run.pointers, made, run.masks(x, kv, tokens), none, none, run.addresses(found))
-    return Ran(x, {}, list(found.values()))
-
-
-def in_turn(
-    weights: LeanWeights,
-    kv: Tensor,
-    x: Tensor,
-    tokens: Tokens,
-    cycles: Tensor,
-    *,
-    head_output: Tensor | None,
-    masses: bool,
-) -> Ran:
-    """See `run_depths`: one cycle's tokens after the other's."""
-    stages, made, found = weights.stages, torch.empty_like(x), {}
-    assert stages is not None
-    assert tokens.places is not None
-    for cycle in cycles.unique().tolist():
-        rows = (cycles == cycle).nonzero()[:, 0]
-        own = tokens.pick(rows, tokens.places, tokens.texts)
-        fed = None if head_output is None else head_output[rows]
-        ran = weights.run.run(x[rows], kv, own, stages.cycle(cycle), head_output=fed, masses=masses)
-        made[rows] = ran.x
-        for place, mass in enumerate(ran.masses):
-            found.setdefault(place, torch.zeros(len(x), mass.shape[1], device=CPU))[rows] = mass
-    return Ran(made, {}, list(found.values()))
-
-
-def _has_zero(weights: LeanWeights, cycle: int) -> bool:
-    """Whether the attention of a cycle has zero tokens."""
-    assert weights.stages is not None
-    zero = weights.layers[weights.stages.cycle(cycle).start].zero
-    return zero is not None and zero.key is not None
