@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from zerodraft import ZttConfig, ZttForCausalLM
 from zerodraft.drafters.block_model import drafter_from_target
@@ -12,6 +12,7 @@ from zerodraft.drafters.dflash_files import export_dflash
 from zerodraft.drafters.dflash_model import dflash_from_target
 from zerodraft.training.drafters.completions import Completion, write_shard
 from zerodraft.training.tokenizer import train_tokenizer
+from zerodraft.training.ztt.models import SIZES
 
 TEXT = "the cat sat on the mat. once upon a time there was a little fox who could not sleep."
 
@@ -74,3 +75,9 @@ def save_completions(path: Path, model: Any, rows: int, new_tokens: int) -> Path
     ids = model.generate(prompts, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     write_shard(path, "a", [Completion(row, 4, 0.0, "") for row in ids.tolist()], model.config.vocab_size)
     return path
+
+
+def sizes_of(folder: Path) -> dict[str, Any]:
+    """What a recipe has to say of a saved model that a run starts from, if it says anything of sizes."""
+    config = AutoConfig.from_pretrained(folder)
+    return {name: getattr(config, name) for name in SIZES}

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
 
 from evidence_table import read_table
 from finished_runs import finished_runs
 from gpu.evidence import main
-from tests.saved import save_target
-from zerodraft.training.ztt.models import SIZES
+from tests.saved import save_target, sizes_of
 
 
 def test_a_rehearsal(plan_file: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -75,8 +73,7 @@ def test_no_time_leaves_nothing_half_done(plan_file: Callable[..., Path], tmp_pa
 
 def test_models_that_exist_are_trained_one_by_one(plan_file: Callable[..., Path], tmp_path: Path) -> None:
     start = save_target(tmp_path / "start")
-    config = AutoConfig.from_pretrained(start)
-    model = {"start": str(start), "cycles": 2, **{name: getattr(config, name) for name in SIZES}}
+    model = {"start": str(start), "cycles": 2, **sizes_of(start)}
     file = plan_file(seeds=[0], arms={"vanilla": {"model": {"kind": "plain"}}}, recipe={"model": model})
     places = ["--runs", str(tmp_path / "runs"), "--rehearse"]
     assert main([str(file), "--out", str(tmp_path / "out"), *places]) == 0

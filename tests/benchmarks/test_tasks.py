@@ -12,7 +12,7 @@ from evidence_runs import make_runs
 from evidence_table import read_result
 from evidence_tasks import START, TaskScore, TaskTable, section
 from tasks import TASKS, Item, answers, item_of, main, score
-from tests.saved import save_target, tiny_tokenizer
+from tests.saved import save_target, sizes_of, tiny_tokenizer
 from tests.ztt.tiny import tiny_plain
 from zerodraft.evaluation import questions
 
@@ -84,7 +84,7 @@ def test_from_runs_to_the_page(
     make_plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = save_target(tmp_path / "start")
-    model = {"start": str(start), "num_hidden_layers": 4, "cycles": 2}
+    model = {"start": str(start), "cycles": 2, **sizes_of(start)}
     plan = make_plan(seeds=[0], arms={"vanilla": {"model": {"kind": "plain"}}}, recipe={"model": model})
     make_runs(plan, tmp_path / "tiny.json", tmp_path / "runs", words=["again"], tell=lambda text: None)
     words = [str(tmp_path / "runs" / "tiny"), "--results", str(tmp_path)]
