@@ -18,7 +18,7 @@ import torch
 
 from harness import arguments, emit, spread
 from looped_speed import random_model
-from zerodraft import CycleOutput, DepthBatch, DepthRequest, DiffuSpec, ZttForCausalLM
+from zerodraft import CycleOutput, DepthBatch, DepthRequest, DepthWork, DiffuSpec, ZttForCausalLM
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.drafters.none import NoDrafter
 from zerodraft.ztt.info import model_info
@@ -68,7 +68,7 @@ def main() -> None:
     share = model.config.cycles * (flops[1] - flops[0]) / flops[-1]
     results: dict[str, Any] = {"share_of_cycles": share}
     for rows in ROWS:
-        todo, work, texts = requests(rows), None, {}
+        todo, over, texts = requests(rows), DepthWork(), {}
         rates: dict[str, list[float]] = {"full depth": [], "over depth": [], "in step": []}
         tokens = sum(one.max_new_tokens for one in todo)
         for round_ in range(options.repeats + 1):
@@ -77,10 +77,10 @@ def main() -> None:
                 if name == "in step":
                     texts[name] = in_step(model, rows, todo, rule)
                 else:
-                    batch = DepthBatch(model, rows=rows, slots=64, exit_rule=rule if name == "over depth" else None)
-                    texts[name], work = [one.tokens for one in batch.run(todo)], batch.work
-                    if name == "over depth":
-                        over = work
+                    exits = name == "over depth"
+                    batch = DepthBatch(model, rows=rows, slots=64, exit_rule=rule if exits else None)
+                    texts[name] = [one.tokens for one in batch.run(todo)]
+                    over = batch.work if exits else over
                 if round_:
                     of.append(tokens / (time.thread_time() - began))
         mean = over.cycles_per_token / model.config.cycles

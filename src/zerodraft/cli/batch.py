@@ -91,13 +91,13 @@ def depth_blocks(prompts: Iterable[tuple[Request, Any]]) -> Iterator[tuple[bool,
     """Neighbours that a batch over depth answers, and the others: greedy ones without a text to stop at, whatever their
     lengths."""
 
-    def for_depths(item: tuple[Request, Any]) -> bool:
+    def greedy(item: tuple[Request, Any]) -> bool:
         request, _ = item
         sampling = request.sampling
-        greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
-        return greedy and not sampling.stop and not request.error
+        plain = sampling.temperature == 0 and sampling.repetition_penalty == 1 and not sampling.stop
+        return plain and not request.error
 
-    for together, block in groupby(prompts, key=for_depths):
+    for together, block in groupby(prompts, key=greedy):
         yield together, list(block)
 
 

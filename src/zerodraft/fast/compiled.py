@@ -119,25 +119,22 @@ class Kernels:
         masses: Sequence[Any],
     ) -> None:
         """The layers of a pass; the last four hold an address or None for each layer. Scratch is found here."""
-        scratch = self._scratch(shape, run, exits=False)  # noqa: F841  # kept until the call is over
         each = (_pointers(addresses) for addresses in (masks, taps, feeds, masses))
-        self._forward(ctypes.byref(shape), layers, ctypes.byref(run), *each)
+        self._call(self._forward, shape, layers, run, *each, exits=False)
 
     def forward_with_exits(
         self, shape: Shape, layers: Any, run: Pass, masks: Sequence[Any], taps: Sequence[Any], exits: Exits
     ) -> None:
         """All layers with early exit; see `forward`."""
-        scratch = self._scratch(shape, run, exits=True)  # noqa: F841  # kept until the call is over
-        self._with_exits(
-            ctypes.byref(shape), layers, ctypes.byref(run), _pointers(masks), _pointers(taps), ctypes.byref(exits)
-        )
+        rest = _pointers(masks), _pointers(taps), ctypes.byref(exits)
+        self._call(self._with_exits, shape, layers, run, *rest, exits=True)
 
-    def _scratch(self, shape: Shape, run: Pass, *, exits: bool) -> Tensor:
+    def _call(self, function: Any, shape: Shape, layers: Any, run: Pass, *rest: Any, exits: bool) -> None:
         run.threads = torch.get_num_threads()
         floats = self._scratch_floats(ctypes.byref(shape), ctypes.byref(run), exits)
         scratch = torch.empty(floats, dtype=torch.float32, device=CPU)
         run.scratch = scratch.data_ptr()
-        return scratch
+        function(ctypes.byref(shape), layers, ctypes.byref(run), *rest)
 
 
 def _pointers(addresses: Sequence[Any]) -> Any:

@@ -29,11 +29,11 @@ from zerodraft.fast.lean import packed_weights
 from zerodraft.fast.lean_cache import LeanCache
 from zerodraft.fast.lean_compiled import CompiledLayers
 from zerodraft.fast.lean_depths import has_zero, run_depths
-from zerodraft.fast.lean_exits import copy_on, run_exits
+from zerodraft.fast.lean_exits import EarlyExit, copy_on
 from zerodraft.fast.lean_pass import Tokens
 from zerodraft.fast.lean_torch import unit
 from zerodraft.fast.lean_weights import rotations
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, check_thresholds, reads_zero_mass
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
 from zerodraft.ztt.model import ZttForCausalLM
 
 
@@ -141,7 +141,6 @@ class DepthBatch:
         if not 0 <= patience <= 1:
             raise ZerodraftError(f"patience={patience} must lie between 0 and 1.")
         check_policy(exit_policy)
-        check_thresholds(exit_rule, model.config.cycles)
         weights = packed_weights(model)
         if weights is None or weights.stages is None:
             raise ZerodraftError(
@@ -154,6 +153,7 @@ class DepthBatch:
         self._weights, self._stages = weights, weights.stages
         self._rule, self._patience = exit_rule, patience
         self._policy: ExitPolicy = exit_policy
+        self._early = None if exit_rule is None else EarlyExit(weights, exit_rule, exit_policy)
         shape = len(weights.layers), rows, 2 * weights.kv_heads, slots, weights.head_dim
         try:
             self._kv = torch.zeros(shape, dtype=torch.float32, device=CPU)
@@ -258,12 +258,12 @@ class DepthBatch:
         x = F.embedding(torch.tensor(request.prompt, device=CPU), weights.embedding)
         fed = torch.empty_like(x) if weights.feeds_again else None
         depth = self._stages.cycles
-        if self._rule is None:
+        if self._early is None:
             end = range(len(weights.layers))
             x = weights.run.run(x, cache.kv, tokens, end, head_output=fed, last_only=True).x
         else:
-            ran, depths = run_exits(
-                weights, cache.kv, x, tokens, self._rule, self._policy, self._logits, head_output=fed, last_only=True
+            ran, depths = self._early.run(
+                cache.kv, x, tokens, self._logits, head_output=fed, real=None, taps=(), last_only=True
             )
             x, depth = ran.x, int(depths[-1])
         self._pending.popleft()  # not before the rule was asked, which may raise

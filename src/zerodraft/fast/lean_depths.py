@@ -34,25 +34,12 @@ def run_depths(
         head_output: What the head made of each, if cycles are fed with it.
         masses: Whether the masses on the zero tokens are wanted; 0 in cycles that have none.
     """
-    run = in_one_call if isinstance(weights.run, CompiledLayers) else in_turn
-    return run(weights, kv, x, tokens, cycles, head_output=head_output, masses=masses)
-
-
-def in_one_call(
-    weights: LeanWeights,
-    kv: Tensor,
-    x: Tensor,
-    tokens: Tokens,
-    cycles: Tensor,
-    *,
-    head_output: Tensor | None,
-    masses: bool,
-) -> Ran:
-    """See `run_depths`: by the kernels, for which each row is so many executions further on than the first cycle."""
     stages, run = weights.stages, weights.run
     assert stages is not None
-    assert isinstance(run, CompiledLayers)
+    if not isinstance(run, CompiledLayers):
+        return in_turn(weights, kv, x, tokens, cycles, head_output=head_output, masses=masses)
     run.check_fed(head_output)
+    # to the kernels each row is so many executions further on than the first cycle
     stage, shifts = stages.cycle(1), (cycles - 1) * stages.shared_layers
     found: dict[int, Tensor] = {}
     if masses and any(has_zero(weights, cycle) for cycle in range(1, stages.cycles + 1)):

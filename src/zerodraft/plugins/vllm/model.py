@@ -51,7 +51,7 @@ def check_served(config: ZttConfig) -> None:
         f"a base model of the kind {config.family.model_type!r}": config.family.model_type not in FAMILIES,
         "ffn_gate": config.ffn_gate,
         "cycle_lora_rank": config.cycle_lora_rank > 0,
-        "residual_streams": getattr(config, "residual_streams", 1) > 1,
+        "residual_streams": config.residual_streams > 1,
     }
     if found := [name for name, there in unknown.items() if there]:
         raise ZerodraftError(
