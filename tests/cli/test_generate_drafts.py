@@ -50,9 +50,6 @@ def test_the_text_is_that_of_plain_decoding(
     assert found["speedup"] > 0
     assert found["tokens_per_second"] > 0
     assert found["stats"]["new_tokens"] == 12
-    if drafter == "itself":
-        # how many drafts pay is for the clock to say; the first token of each that was tried is right
-        assert found["stats"]["accepted_at"][:1] == found["stats"]["tried_at"][:1]
 
 
 def test_a_zero_token_transformer_is_a_target_too(ztt_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

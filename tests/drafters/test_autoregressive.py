@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.ztt.tiny import VOCABULARY, base_config, tiny, tiny_plain
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lattice import Lattice
+from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter
 from zerodraft.generate.huggingface import DiffuSpec
@@ -67,6 +68,21 @@ def test_drafts_are_those_from_scratch_whatever_was_accepted(data: st.DataObject
             news.append([*accepted, data.draw(st.sampled_from([int(following), 9]))])
         session.observe(progress(*news))
         texts = [text + new for text, new in zip(texts, news, strict=True)]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_is_always_right_about_itself(family: str) -> None:
+    model = MODELS[family]
+    decode = DiffuSpec(AutoregressiveDrafter(model, candidates=1), length=FixedLength(4))
+    ids = torch.tensor([[3, 4, 5]])
+    given, same = (
+        model.generate(ids, max_new_tokens=20, do_sample=False, **by) for by in ({"custom_generate": decode}, {})
+    )
+    assert torch.equal(given, same)
+    stats = decode.last_stats
+    assert stats is not None
+    assert stats.tried_at == stats.accepted_at
+    assert stats.drafted == stats.accepted > 0
 
 
 def test_it_is_a_drafter_and_leaves_the_model_as_it_is() -> None:
