@@ -6,7 +6,7 @@ import { pathToFileURL } from "node:url";
 const [folder, url] = process.argv.slice(2);
 const load = (name) => import(pathToFileURL(`${folder}/${name}`));
 const { Events, read, ServerError, stream } = await load("api.mjs");
-const { draftLength, probabilities, sentence, share, Trace, tree } = await load("trace.mjs");
+const { comparison, draftLength, probabilities, sentence, share, Trace, tree } = await load("trace.mjs");
 const { bars, line } = await load("charts.mjs");
 const tokens = (...texts) => texts.map((text, id) => ({ id, text }));
 
@@ -51,12 +51,21 @@ assert.deepEqual(trace.tokens.map((t) => [t.piece, t.kind, t.step, t.cycles]), [
   ["o", "own", 0, 3], ["a", "accepted", 1, 1], ["c", "accepted", 1, 2], ["x", "own", 1, 3],
 ]);
 assert.deepEqual(trace.figures, {
-  tokens: 4, passes: 1, perPass: 3, drafted: 5, accepted: 2, length: 3, wait: 0.5, perSecond: 4, depth: 9 / 4,
+  tokens: 4, passes: 1, perPass: 3, drafted: 5, accepted: 2, length: 3, wait: 0.5, perSecond: 3, depth: 9 / 4,
 });
 assert.equal(
   sentence(trace, 1),
   "Step 2 of 2: 5 tokens drafted over 3 positions, 2 accepted, and the target wrote one of its own. Cycles: 1, 2, 3.",
 );
+
+const plain = new Trace(0);
+[..."oacx"].forEach((text, i) => plain.add({ text, steps: [{ tokens: tokens(text), drafted: [], accepted: [] }], at: 1000 * i }));
+assert.deepEqual(comparison(trace, plain), [
+  ["Tokens a second without drafts", "1.0"], ["Speed with drafts", "3.00 times"], ["Text without drafts", "the same"],
+]);
+const nothing = comparison(trace, new Trace(0)).map(([, value]) => value);
+assert.deepEqual(nothing.slice(0, 2), ["–", "–"]);
+assert.match(nothing[2], /^another/);
 
 const events = new Events();
 assert.deepEqual(events.add('data: {"a"'), []);

@@ -127,6 +127,14 @@ def test_a_conversation_in_a_browser(page: Page, model: Any, tokenizer: Any) -> 
         assert text_of(page, "#step-said").startswith("Step 2 of ")
         assert page.run("document.querySelectorAll('#charts path[d^=M]').length") >= 3
 
+        # the same answer without drafts
+        page.run("document.querySelector('#compare').click()")
+        page.wait(f"{IDLE} && document.querySelector('#compare').disabled")
+        figures = text_of(page, "#figures")
+        assert "Tokens a second without drafts" in figures
+        assert "Text without draftsthe same" in figures
+        assert page.run("document.querySelectorAll('.message').length") == 2
+
         # what the server refuses is said in its words, and nothing that was written is lost
         set_value(page, "#temperature", "9")
         write(page, "and then?")

@@ -272,6 +272,15 @@ def test_traces_tell_what_became_of_drafts(url: str, tokenizer: Any, stream: boo
         assert all(-1 <= node["parent"] < at for at, node in enumerate(step["drafted"]))
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1, "seed": 5}])
+def test_the_same_answer_without_drafts(url: str, how: dict[str, Any]) -> None:
+    asked = {**GREEDY, **how, "max_tokens": 16}
+    drafted, plain = (good(url, COMPLETE, {**asked, "zerodraft": {"drafts": drafts}}) for drafts in (True, False))
+    assert plain["choices"][0]["text"] == drafted["choices"][0]["text"]
+    assert plain["timings"]["draft_n"] == 0
+    assert plain["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
 def test_tokens_of_texts_and_conversations(url: str, tokenizer: Any) -> None:
     ids = tokenizer(PROMPT)["input_ids"]
     answer = good(url, "/tokenize", {"prompt": PROMPT, "return_token_strs": True})

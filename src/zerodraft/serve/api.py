@@ -71,6 +71,8 @@ class Extra(Strict):
 
     trace: bool = False
     """Tell of every step what was drafted and what became text."""
+    drafts: bool = True
+    """Without them the answer is the same and comes by plain decoding, to compare the speed."""
 
 
 class TextPart(Strict):

@@ -82,6 +82,7 @@ class Served:
             writer=writer,
             tell=tell,
             deadline=time.monotonic() + self.seconds,
+            drafts=asked.zerodraft.drafts,
         )
 
     def check(self, asked: Asked) -> None:

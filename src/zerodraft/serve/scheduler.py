@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from zerodraft.decoding.stats import DecodeStats, Step
+from zerodraft.generate.decoder import own_plain
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.serve.api import ApiError
 from zerodraft.serve.metrics import Metrics
@@ -55,6 +56,7 @@ class Job:
         writer: Makes text of tokens.
         tell: Called with every `Piece` and at last with the `End`, in the scheduler's thread; must not block.
         deadline: When it has to be over, by `time.monotonic`.
+        drafts: Decode with drafts; False: plainly, and read the whole prompt.
         cancelled: Set by whoever does not want it any more.
     """
 
@@ -64,6 +66,7 @@ class Job:
     writer: Writer
     tell: Callable[[Piece | End], None]
     deadline: float
+    drafts: bool = True
     cancelled: bool = False
     asked_at: float = field(default_factory=time.monotonic)
     first_at: float | None = None
@@ -94,6 +97,7 @@ class Scheduler:
         exit_rule: ExitRule | None = None,
     ) -> None:
         self.model, self.decode, self.metrics, self.exit_rule = model, decode, metrics, exit_rule
+        self._plain = own_plain(decode)
         self.parallel, self.queue = parallel, queue
         self._running: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
@@ -187,7 +191,7 @@ class Scheduler:
         try:
             if job.steps is None:
                 ids = torch.tensor([job.ids], device=self.model.device)
-                job.decode = self.decode.seeded(job.seed)
+                job.decode = (self.decode if job.drafts else self._plain).seeded(job.seed)
                 job.steps = job.decode.iterate(
                     self.model, ids, exit_rule=self.exit_rule, attention_mask=torch.ones_like(ids), **job.arguments
                 )

@@ -2,7 +2,7 @@
 
 import { read, ServerError, stream } from "./api.mjs";
 import { bars, chart, line } from "./charts.mjs";
-import { sentence, Trace, tree } from "./trace.mjs";
+import { comparison, sentence, Trace, tree } from "./trace.mjs";
 
 const at = (id) => document.getElementById(id);
 const DEEPEST = 8;
@@ -63,6 +63,8 @@ function request(text) {
     model: model.id,
     temperature: given("temperature"),
     max_tokens: given("max-tokens"),
+    // known, so that the answer can be written once more
+    seed: Math.floor(Math.random() * 2 ** 31),
     stream: true,
     stream_options: { include_usage: true },
     zerodraft: { trace: true },
@@ -73,30 +75,38 @@ function request(text) {
   return ["v1/chat/completions", { ...common, messages, ...(scored && { logprobs: true, top_logprobs: 5 }) }];
 }
 
-async function answer(text) {
-  const [path, body] = request(text);
-  const view = { trace: new Trace(performance.now()), step: null, stop: new AbortController(), usage: null };
-  const user = message(chats() ? "You" : "Text", text);
-  Object.assign(view, answerOf(view));
-  running = view;
+/** Hands on what the server tells until it is over; returns why it is, and nothing if nobody is interested any more. */
+async function receive(run, [path, body], take) {
+  running = run;
   busy(true);
   say("");
-  show(view);
   let why = "";
   try {
-    for await (const event of stream(path, body, { key, signal: view.stop.signal })) {
-      take(view, event);
+    for await (const event of stream(path, body, { key, signal: run.stop.signal })) {
+      take(event);
       why = event.choices[0]?.finish_reason ?? why;
     }
   } catch (error) {
     why = error.name === "AbortError" ? "stopped" : "error";
     // a cleared conversation has nothing to say any more
-    if (why === "error" && running === view) say(error instanceof ServerError ? error.message : String(error));
+    if (why === "error" && running === run) say(error instanceof ServerError ? error.message : String(error));
     if (error.status === 401) at("key-form").hidden = false;
   }
-  if (running !== view) return;
+  if (running !== run) return null;
   running = null;
   busy(false);
+  return why;
+}
+
+async function answer(text) {
+  const asked = request(text);
+  const view = { asked, trace: new Trace(performance.now()), step: null, stop: new AbortController(), usage: null };
+  const user = message(chats() ? "You" : "Text", text);
+  Object.assign(view, answerOf(view));
+  show(view);
+  const why = await receive(view, asked, (event) => take(view, event));
+  if (why === null) return;
+  view.whole = why === "stop" || why === "length";
   if (!view.trace.tokens.length) {
     // nothing was said: the text goes back to where it was written
     for (const element of [user, view.element]) element.remove();
@@ -112,14 +122,31 @@ async function answer(text) {
   refresh(view);
 }
 
-function take(view, event) {
+/** Writes the shown answer once more, without drafts. */
+async function compare(view) {
+  const [path, body] = view.asked;
+  const plain = new Trace(performance.now());
+  const again = { ...body, max_tokens: view.trace.tokens.length, zerodraft: { trace: true, drafts: false } };
+  const why = await receive({ stop: new AbortController() }, [path, again], (event) => plain.add(told(event)));
+  if (why === "stop" || why === "length") {
+    view.plain = plain;
+    at("status").textContent = comparison(view.trace, plain).map((said) => said.join(": ")).join(". ");
+  }
+  if (shown === view) refresh(view);
+}
+
+/** What an event tells of an answer. */
+function told(event) {
   const choice = event.choices[0];
+  const text = choice?.delta?.content ?? choice?.text ?? "";
+  return { text, steps: event.zerodraft?.trace, logprobs: choice?.logprobs, at: performance.now() };
+}
+
+function take(view, event) {
   view.usage = event.usage ?? view.usage;
-  if (!choice) return;
-  const text = choice.delta?.content ?? choice.text ?? "";
+  if (!event.choices.length) return;
   const last = view.trace.tokens.at(-1);
-  const told = { text, steps: event.zerodraft?.trace, logprobs: choice.logprobs, at: performance.now() };
-  const added = view.trace.add(told);
+  const added = view.trace.add(told(event));
   if (last && !added.length) view.words.lastChild.textContent = last.piece;
   const end = nearEnd();
   view.words.append(...added.map((token) => span(view, token)));
@@ -214,6 +241,8 @@ function refresh(view) {
     ["Of these kept from before", usage ? usage.prompt_tokens_details.cached_tokens : "–"],
   ];
   if (figures.depth !== null) rows.splice(3, 0, ["Mean cycles", number(figures.depth, 2)]);
+  if (view.plain) rows.splice(2, 0, ...comparison(trace, view.plain));
+  offer();
   at("figures").replaceChildren(
     ...rows.map(([name, value]) => {
       const row = make("div", "");
@@ -296,7 +325,13 @@ function say(problem) {
 function busy(is) {
   at("send").disabled = is;
   at("stop").disabled = !is;
+  offer();
   if (is) at("status").textContent = "The model writes.";
+}
+
+/** A comparison, where there is a whole answer that has none. */
+function offer() {
+  at("compare").disabled = Boolean(running) || !shown?.whole || Boolean(shown.plain);
 }
 
 function choose() {
@@ -366,6 +401,7 @@ at("stop").addEventListener("click", () => {
   at("text").focus();
 });
 at("clear").addEventListener("click", clear);
+at("compare").addEventListener("click", () => compare(shown));
 for (const id of ["mode-chat", "mode-text", "colour-step", "colour-depth"]) at(id).addEventListener("change", choose);
 at("step").addEventListener("input", () => pickShown(Number(at("step").value) - 1));
 for (const [id, by] of [["before", -1], ["after", 1]]) {
