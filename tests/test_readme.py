@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zerodraft.cli.main import COMMANDS
-from zerodraft.fast import lean_weights
+from zerodraft.fast.lean import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
     # decoding with drafts went the fast way, unasked
-    assert namespace["target"] in lean_weights._packed
+    assert namespace["target"] in weights._packed
 
 
 def test_the_make_targets_exist() -> None:

@@ -71,7 +71,7 @@ def test_targets(default: str, name: str, rows: int, kernels: bool, monkeypatch:
     model, batch = make(), prompts_of(rows)
     if not kernels:
         monkeypatch.setattr("zerodraft.fast.packed.kernels", lambda: None)
-        monkeypatch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: None)
+        monkeypatch.setattr("zerodraft.fast.lean.compiled_layers.kernels", lambda: None)
     plain = model.generate(**batch, **OPTIONS, do_sample=False)
     starts = [0] * rows if rows == 1 else (batch["attention_mask"] == 0).sum(1).tolist()
     texts = [row[start:].tolist() for row, start in zip(plain, starts, strict=True)]

@@ -17,7 +17,7 @@ from tests.ztt.tiny import gap, tiny_plain, tokens
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import After, Kernels, to_panels
 from zerodraft.fast.lean import lean_target
-from zerodraft.fast.lean_compiled import CompiledLayers
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.library import FLAGS, build
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -58,7 +58,7 @@ def test_layers_for_other_processors(
 ) -> None:
     functions = library(PROCESSORS[processor], tmp_path_factory)
     monkeypatch.setattr("zerodraft.fast.packed.kernels", lambda: functions)
-    monkeypatch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: functions)
+    monkeypatch.setattr("zerodraft.fast.lean.compiled_layers.kernels", lambda: functions)
     model, prompt = tiny_plain(family, head_dim=32), tokens(1, 30)
     target = lean_target(model)
     assert target is not None
@@ -123,7 +123,7 @@ def test_layers_of_scaled_weights(
     """Softmax over scores that lie far from each other, gates far from zero, norms of small and large states."""
     functions = library(PROCESSORS[processor], tmp_path_factory)
     monkeypatch.setattr("zerodraft.fast.packed.kernels", lambda: functions)
-    monkeypatch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: functions)
+    monkeypatch.setattr("zerodraft.fast.lean.compiled_layers.kernels", lambda: functions)
     model, prompt = tiny_plain("llama", head_dim=16), tokens(2, 20)
     # what the scaled part gives must not depend on rounding alone: one part, the first layer
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp

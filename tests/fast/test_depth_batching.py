@@ -12,8 +12,8 @@ from tests.ztt.tiny import gap, tiny, tokens
 from zerodraft import ConfidenceExit, FixedExit, LatentExit, ZerodraftError, ZeroMassExit, ZttForCausalLM
 from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest
 from zerodraft.fast.lean import packed_weights
-from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_depths import in_turn, run_depths
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.depths import in_turn, run_depths
 from zerodraft.ztt.exits import CycleOutput
 
 OPTIONS: dict[str, dict[str, Any]] = {

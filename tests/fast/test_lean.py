@@ -17,8 +17,8 @@ from tests.fast.test_target import EMPTY, PATH, TREE, check, check_rows, plain, 
 from tests.ztt.tiny import gap, left_padded, tiny_plain, tokens
 from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import LeanTarget, lean_target
-from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_weights import release_lean
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.weights import release_lean
 from zerodraft.fast.packed import HalvesLinear
 from zerodraft.models.caches import CACHE
 from zerodraft.models.resolve import resolve
@@ -67,7 +67,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         if without:
             patch.setattr("zerodraft.fast.packed.kernels", lambda: None)
-            patch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: None)
+            patch.setattr("zerodraft.fast.lean.compiled_layers.kernels", lambda: None)
         weights = lean(made)._weights
         gated = any(
             layer.zero is not None and layer.zero.gates_ffn and layer.zero.key is not None for layer in weights.layers

@@ -12,7 +12,7 @@ from tests.ztt.tiny import gap, tiny, tiny_plain, tokens
 from zerodraft import DiffuSpec, PromptLookupDrafter
 from zerodraft.fast.best import best_target
 from zerodraft.fast.lean import LeanTarget, lean_target
-from zerodraft.fast.lean_weights import SMALL
+from zerodraft.fast.lean.weights import SMALL
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
 

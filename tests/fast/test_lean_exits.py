@@ -88,7 +88,7 @@ def test_tokens_and_depths_are_those_of_the_model(
     name: str, policy: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: None)
+        monkeypatch.setattr("zerodraft.fast.lean.compiled_layers.kernels", lambda: None)
     model, seen = CYCLED[name](), set()
     for rows in (1, 3):
         batch = prompts(rows)

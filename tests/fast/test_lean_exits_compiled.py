@@ -18,9 +18,9 @@ from tests.fast.test_compiled import PROCESSORS, library
 from tests.ztt.tiny import gap, tokens
 from zerodraft import FixedExit, LatentExit, ZeroMassExit, ZttForCausalLM
 from zerodraft.fast.lean import LeanTarget, lean_target, packed_weights
-from zerodraft.fast.lean_cache import LeanCache
-from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_scores import scores_of
+from zerodraft.fast.lean.cache import LeanCache
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.scores import scores_of
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, ScoredRule
 from zerodraft.ztt.pretrained import ExitRecord
 
@@ -190,7 +190,7 @@ def test_exits_for_other_processors(
 ) -> None:
     functions = library(PROCESSORS[processor], tmp_path_factory)
     monkeypatch.setattr("zerodraft.fast.packed.kernels", lambda: functions)
-    monkeypatch.setattr("zerodraft.fast.lean_compiled.kernels", lambda: functions)
+    monkeypatch.setattr("zerodraft.fast.lean.compiled_layers.kernels", lambda: functions)
     model = MODELS["all parts, keys turned, zero tokens late"]()
     prompts, tree = prompts_of([9, 4], 0), tree_of(2, [0, 0, 1], 0)
     for rule in (ZeroMassExit(threshold=0.3), LatentExit(threshold=0.85)):

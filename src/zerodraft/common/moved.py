@@ -17,8 +17,8 @@ _FROM: dict[str, dict[str, Sequence[str]]] = {
     "targets": {
         "models": ("cache", "foreign", "resolve", "wheel"),
         "fast": (
-            "best", "check", "compiled", "graphed", "int8", "lean", "lean_compiled", "lean_weights", "lean_ztt",
-            "library", "modules", "packed", "recorded",
+            "best", "check", "compiled", "graphed", "int8", "lean", "library", "modules", "packed",
+            "recorded",
         ),
     },
     "ztt": {"models": ("loading",)},
@@ -38,6 +38,9 @@ MOVED = {
     for new, names in rooms.items()
     for name in names
 } | {
+    "zerodraft.targets.lean_compiled": "zerodraft.fast.lean.compiled_layers",
+    "zerodraft.targets.lean_weights": "zerodraft.fast.lean.weights",
+    "zerodraft.targets.lean_ztt": "zerodraft.fast.lean.ztt",
     "zerodraft.training.drafter": "zerodraft.training.drafters.block",
     "zerodraft.training.drafter_recipe": "zerodraft.training.drafters.recipe",
     "zerodraft.training.drafter_run": "zerodraft.training.drafters.run",

@@ -18,10 +18,10 @@ from zerodraft.drafters.block_model import BlockDrafterModel, BlockLayer
 from zerodraft.drafters.tapped import PackedLayer, reach
 from zerodraft.fast.compiled import CPU, kernels
 from zerodraft.fast.int8 import Int8Linear
-from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_layer import pack_layer
-from zerodraft.fast.lean_pass import Tokens
-from zerodraft.fast.lean_weights import rotations
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.layer import pack_layer
+from zerodraft.fast.lean.passes import Tokens
+from zerodraft.fast.lean.weights import rotations
 from zerodraft.fast.modules import VARYING_ROPE
 from zerodraft.fast.packed import PackedLinear
 

@@ -2,7 +2,7 @@
 
 Any Zero Token Transformer has shallower models inside of it, those that stop after fewer cycles. The number of cycles
 is the dial between cheap drafts and good ones. On the lean path the drafted tokens' keys, values and states of these
-cycles are used again when they are verified (`fast.lean_draft`); elsewhere the model's own forward pass drafts with a
+cycles are used again when they are verified (`fast.lean.draft`); elsewhere the model's own forward pass drafts with a
 cache of its own.
 
 Ideas: draft and verify with one model (LayerSkip, arXiv 2404.16710), and of looped models LoopSpec (arXiv 2609.17184).

@@ -9,7 +9,7 @@ from torch import nn
 from zerodraft.decoding.protocols import Target
 from zerodraft.fast.graphed import graphed_target, release_graphs
 from zerodraft.fast.lean import lean_target
-from zerodraft.fast.lean_weights import halves_of, release_lean
+from zerodraft.fast.lean.weights import halves_of, release_lean
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from torch import Tensor
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean import packed_weights
-from zerodraft.fast.lean_cache import LeanCache
-from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_depths import has_zero, run_depths
-from zerodraft.fast.lean_exits import EarlyExit, copy_on
-from zerodraft.fast.lean_pass import Tokens
-from zerodraft.fast.lean_torch import unit
-from zerodraft.fast.lean_weights import rotations
+from zerodraft.fast.lean.cache import LeanCache
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.depths import has_zero, run_depths
+from zerodraft.fast.lean.exits import EarlyExit, copy_on
+from zerodraft.fast.lean.passes import Tokens
+from zerodraft.fast.lean.torch_layers import unit
+from zerodraft.fast.lean.weights import rotations
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
 from zerodraft.ztt.model import ZttForCausalLM
 

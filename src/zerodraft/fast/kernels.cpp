@@ -8,7 +8,7 @@
 // Weights are float32, or bfloat16 where they are exactly that or may be a little wrong (drafters); sums are float32.
 //
 // Legend: N rows of a pass (B sequences of T tokens), K inputs of a product, H hidden size, D head size, S slots of the
-// cache. Heads lie as in lean_weights.py: a rotary pair is two neighbouring elements, and norms' gains are in the
+// cache. Heads lie as in lean/layer.py: a rotary pair is two neighbouring elements, and norms' gains are in the
 // weights if these need not stay what they are, so that a norm is one factor a row.
 
 #include <algorithm>

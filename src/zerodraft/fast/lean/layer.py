@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerodraft.fast.lean_ztt import LeanZero
+from zerodraft.fast.lean.ztt import LeanZero
 from zerodraft.fast.packed import PackedLinear
 
 

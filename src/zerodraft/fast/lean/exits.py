@@ -2,7 +2,7 @@
 
 What `ztt.cycling.CycleRun.run_exits` does for every family. Keys and values of a stopped token go at once into the
 cache of all cycles that it skips: those that its last state gives (`propagate`), or those of its last cycle (`latest`).
-The compiled pass does so by itself for rules that are scores of its own (`lean_scores`); other rules, and layers
+The compiled pass does so by itself for rules that are scores of its own (`scores`); other rules, and layers
 without kernels, come back here after each cycle.
 
 Legend: B texts, T tokens of each, N = B*T, n tokens that still run, H hidden size.
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
-from zerodraft.fast.lean_cache import LeanCache
-from zerodraft.fast.lean_compiled import CompiledExits, CompiledLayers
-from zerodraft.fast.lean_pass import Ran, Tokens
-from zerodraft.fast.lean_scores import scores_of
-from zerodraft.fast.lean_weights import LeanWeights
-from zerodraft.fast.lean_ztt import Stages
+from zerodraft.fast.lean.cache import LeanCache
+from zerodraft.fast.lean.compiled_layers import CompiledExits, CompiledLayers
+from zerodraft.fast.lean.passes import Ran, Tokens
+from zerodraft.fast.lean.scores import scores_of
+from zerodraft.fast.lean.weights import LeanWeights
+from zerodraft.fast.lean.ztt import Stages
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass
 
 Readout = Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]]

@@ -18,17 +18,16 @@ from jaxtyping import Complex64, Float, Int
 from torch import Tensor, nn
 
 from zerodraft.decoding.kept import versions
+from zerodraft.fast.compiled import CPU
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.layer import LeanLayer, gain_of, pack_layer
+from zerodraft.fast.lean.passes import Layers
+from zerodraft.fast.lean.torch_layers import TorchLayers
+from zerodraft.fast.lean.ztt import CYCLED_HOOKS, CYCLED_PARTS, Stages, executions, family_model
+from zerodraft.fast.modules import VARYING_ROPE, has_plain_parameters, is_untouched
+from zerodraft.fast.packed import HalvesLinear, PackedLinear, is_bfloat16
 from zerodraft.ztt.config import Plan
 from zerodraft.ztt.interface import PREFIX
-
-from .compiled import CPU
-from .lean_compiled import CompiledLayers
-from .lean_layer import LeanLayer, gain_of, pack_layer
-from .lean_pass import Layers
-from .lean_torch import TorchLayers
-from .lean_ztt import CYCLED_HOOKS, CYCLED_PARTS, Stages, executions, family_model
-from .modules import VARYING_ROPE, has_plain_parameters, is_untouched
-from .packed import HalvesLinear, PackedLinear, is_bfloat16
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ and what its cycles are fed with and scaled by.
 Every execution of a layer becomes a lean layer of its own. Those of one stored layer share its packed weights and
 differ in what is defined here.
 
-Legend as in `lean`: B rows of the batch, T tokens, N = B*T, D head size; h query heads, kv key-value heads.
+Legend: B rows of the batch, T tokens, N = B*T, D head size; h query heads, kv key-value heads.
 """
 
 from dataclasses import dataclass

@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zerodraft.fast.compiled import CPU
-from zerodraft.fast.lean_cache import LeanCache
-from zerodraft.fast.lean_exits import Readout, run_exits
-from zerodraft.fast.lean_weights import LeanWeights
+from zerodraft.fast.lean.cache import LeanCache
+from zerodraft.fast.lean.exits import Readout, run_exits
+from zerodraft.fast.lean.weights import LeanWeights
 from zerodraft.ztt.exits import CycleOutput, ExitRule
 
 

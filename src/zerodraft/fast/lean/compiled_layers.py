@@ -15,10 +15,10 @@ from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU, PANEL, Exits, Kernels, LayerPointers, Pass, Shape, address, kernels
-from zerodraft.fast.lean_layer import LeanLayer
-from zerodraft.fast.lean_pass import Ran, Tokens, is_met
-from zerodraft.fast.lean_scores import Scores
-from zerodraft.fast.lean_ztt import Stages
+from zerodraft.fast.lean.layer import LeanLayer
+from zerodraft.fast.lean.passes import Ran, Tokens, is_met
+from zerodraft.fast.lean.scores import Scores
+from zerodraft.fast.lean.ztt import Stages
 from zerodraft.fast.packed import PackedLinear
 from zerodraft.ztt.exits import ExitPolicy
 
@@ -231,7 +231,7 @@ class CompiledExits:
         taps: Sequence[int],
         last_only: bool,
     ) -> tuple[Ran, Int[Tensor, " N"]]:
-        """See `lean_exits.run_exits`; `x` becomes the stream behind the last layer, `head_output` is used up."""
+        """See `exits.run_exits`; `x` becomes the stream behind the last layer, `head_output` is used up."""
         layers, rows = self._layers, x.shape[0]
         layers.check_fed(head_output)
         depth = torch.ones(rows, dtype=torch.int64, device=CPU) if real is None else real.to(CPU, torch.int64)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf, nan
 from typing import Literal
 
-from zerodraft.fast.lean_ztt import Stages
+from zerodraft.fast.lean.ztt import Stages
 from zerodraft.ztt.exits import ExitRule, FixedExit, LatentExit, ZeroMassExit
 
 

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from zerodraft.fast.compiled import CPU, address
-from zerodraft.fast.lean_compiled import CompiledLayers
-from zerodraft.fast.lean_pass import Ran, Tokens
-from zerodraft.fast.lean_weights import LeanWeights
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
+from zerodraft.fast.lean.passes import Ran, Tokens
+from zerodraft.fast.lean.weights import LeanWeights
 
 
 def run_depths(

@@ -1,9 +1,8 @@
-"""The lean decode path: a Llama-like model in float32 on a CPU, with little but the matrix products left in a step. Its
-layers may be cycled: what a Zero Token Transformer adds is in `lean_ztt`.
+"""The lean decode path as a target: a model's packed weights run over one key-value buffer that is allocated ahead.
 
-Packed weights, queries, keys and values from one product, activations and sums inside the products, one key-value
-buffer that is allocated ahead. Where kernels can be compiled, a pass's layers are one call (`lean_compiled`), else they
-are torch's (`lean_torch`). Same results as the model's own forward up to rounding; the model is only read.
+Packed weights, queries, keys and values from one product, activations and sums inside the products. Where kernels can
+be compiled, a pass's layers are one call (`compiled_layers`), else they are torch's (`torch_layers`). Same results as
+the model's own forward up to rounding; the model is only read.
 
 Legend: B rows of the batch, T tokens of one call, N = B*T, H hidden size.
 """
@@ -18,18 +17,17 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from zerodraft.decoding.protocols import Target, TargetOutput
+from zerodraft.fast.check import scores_as_model
+from zerodraft.fast.compiled import CPU
+from zerodraft.fast.lean.cache import LeanCache
+from zerodraft.fast.lean.draft import OwnDraft
+from zerodraft.fast.lean.exits import Depths, EarlyExit
+from zerodraft.fast.lean.passes import Tokens
+from zerodraft.fast.lean.torch_layers import unit
+from zerodraft.fast.lean.weights import LeanWeights, lean_weights, release_lean
 from zerodraft.ztt.exits import ExitRule
 from zerodraft.ztt.interface import current, without_exits
 from zerodraft.ztt.pretrained import ExitRecord
-
-from .check import scores_as_model
-from .compiled import CPU
-from .lean_cache import LeanCache
-from .lean_draft import OwnDraft
-from .lean_exits import Depths, EarlyExit
-from .lean_pass import Tokens
-from .lean_torch import unit
-from .lean_weights import LeanWeights, lean_weights, release_lean
 
 
 def lean_target(model: nn.Module) -> "LeanTarget | None":

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from .compiled import CPU
-from .lean_pass import Tokens
-from .lean_weights import LeanWeights, rotations
+from zerodraft.fast.compiled import CPU
+from zerodraft.fast.lean.passes import Tokens
+from zerodraft.fast.lean.weights import LeanWeights, rotations
 
 _FIRST_SLOTS = 256
 

@@ -1,7 +1,7 @@
 """The layers of a lean pass with torch's operators: where no kernels can be compiled, and for FFNs that a zero token's
 mass gates.
 
-Legend as in `lean_pass`; h query heads.
+Legend as in `passes`; h query heads.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Complex64, Float
 from torch import Tensor
 
-from zerodraft.fast.lean_layer import LeanLayer
-from zerodraft.fast.lean_pass import Ran, Tokens, is_met
+from zerodraft.fast.lean.layer import LeanLayer
+from zerodraft.fast.lean.passes import Ran, Tokens, is_met
 from zerodraft.ztt.interface import Once
 
 
