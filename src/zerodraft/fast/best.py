@@ -9,7 +9,8 @@ from torch import nn
 from zerodraft.decoding.protocols import Target
 from zerodraft.fast.graphed import graphed_target, release_graphs
 from zerodraft.fast.lean import lean_target
-from zerodraft.fast.lean.weights import halves_of, release_lean
+from zerodraft.fast.lean.recognise import halves_of
+from zerodraft.fast.lean.weights import release_lean
 
 logger = logging.getLogger(__name__)
 
