@@ -4,6 +4,8 @@ All methods run on one prompt before the next prompt begins, in an order that is
 machine whose speed drifts slows all of them. Tokens are counted by ids. Greedy tokens of every method are compared with
 those of transformers' plain `generate`; where they differ, it is noted how close the logits were at the first
 difference: if the two best ones, and the one of the token that was written, lie within `near_tie`, it is rounding.
+Where a looped model's tokens leave early, they need not be the same; it is counted how many are, each after the same
+text.
 """
 
 import random
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zerodraft.bench.methods import Decoded, Method, eos_ids
+from zerodraft.bench.methods import Decoded, Exits, Method, eos_ids
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
 from zerodraft.common.errors import ZerodraftError
@@ -103,6 +105,9 @@ def measure(
         measured = {
             name: _record(found[name], 0, expected, task, model if methods[name].exact else None) for name in names
         }
+        for name, method in methods.items():
+            if isinstance(method, Exits) and expected is not None:
+                measured[name]["agreed"] = [method.agreeing(task.inputs, expected), len(expected)]
         rows.append(_row(task, measured))
         kept.add(rows[-1])
         on_row(rows)
@@ -198,10 +203,13 @@ def _record(
         record["passes"] = decoded.passes
     if timed:
         record["seconds"] = decoded.seconds
-    if decoded.stats is not None:
-        record |= _of_stats(decoded.stats, decoded.asked, at, alone)
     if timed and decoded.stats is not None:
         record["phases"] = decoded.stats.to_dict()["seconds"]
+    if decoded.depths is not None:
+        # neither its steps nor its tokens are to be compared with those of full depth
+        return record | {"depths": decoded.depths[at]}
+    if decoded.stats is not None:
+        record |= _of_stats(decoded.stats, decoded.asked, at, alone)
     if expected is None:
         return record
     record["equal"] = tokens == expected

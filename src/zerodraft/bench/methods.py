@@ -1,13 +1,14 @@
 """The methods that are measured against each other, each behind one call: a prompt in, new token ids out.
 
-Ours is a table of variations of `zerodraft.decoder`: a new one is one line. The others are transformers' own ways of
-decoding, and llama.cpp.
+Ours is a table of variations of `zerodraft.decoder`: a new one is one line. A looped model has more of them, and the
+rules by which its tokens leave early (`looped`). The others are transformers' own ways of decoding, and llama.cpp.
 """
 
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,14 +26,18 @@ from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.masked import MaskedDrafter
 from zerodraft.drafters.none import NoDrafter
+from zerodraft.drafters.own import SelfDrafter
 from zerodraft.generate import decoder as door
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.models.wheel import check_gguf
+from zerodraft.ztt.exits import ExitRule, exit_rule_to_dict
+from zerodraft.ztt.rules import RULES, rule_text
 
 BASE = "hf_plain"
 """What all others are compared with."""
 FULL = "full"
 OWN_PLAIN = "plain"
+SELF = "self:"
 LOOKUP_TOKENS = 10
 """Tokens that transformers' prompt lookup proposes."""
 
@@ -41,13 +46,14 @@ LOOKUP_TOKENS = 10
 class Decoded:
     """New ids of each row, how long they took, the target's passes after the prompt's, and what a decoder of ours
     tells about itself; `asked` says by the step, and row by row, whether a model drafted (a step left out: it did
-    not)."""
+    not); `depths`, the cycles behind each new token where tokens may leave early."""
 
     tokens: list[list[int]]
     seconds: float
     passes: int | None = None
     stats: DecodeStats | None = None
     asked: Mapping[int, Sequence[bool]] = field(default_factory=dict)
+    depths: list[list[int]] | None = None
 
 
 @runtime_checkable
@@ -85,6 +91,7 @@ class Equipment:
         dflash: A drafter in transformers' DFlash format.
         gguf: The target for llama.cpp, in one or several precisions.
         threads: Of llama.cpp.
+        rules: By which a looped model's tokens leave early, by the method's name.
     """
 
     model: Any
@@ -95,6 +102,7 @@ class Equipment:
     dflash: Any = None
     gguf: Sequence[str] = ()
     threads: int = 1
+    rules: Mapping[str, ExitRule] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,6 +240,29 @@ class Ours:
         return Decoded(found.tokens, found.seconds, stats.steps, stats, self.watched.asked if self.watched else {})
 
 
+@dataclass(slots=True, kw_only=True)
+class Exits(Ours):
+    """Our engine without drafts, from whose cycles tokens leave by a rule: lossy, so it is told how often it agrees."""
+
+    rule: ExitRule
+    exact: bool = False
+
+    def decode(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Decoded:
+        """With the cycles behind each token: those of the position before it."""
+        found = Ours.decode(self, inputs, {**options, "exit_rule": self.rule})
+        behind = self.model.last_exit[:, inputs["input_ids"].shape[1] - 1 :].tolist()
+        depths = [row[: len(tokens)] for row, tokens in zip(behind, found.tokens, strict=True)]
+        return replace(found, depths=depths)
+
+    def agreeing(self, inputs: Mapping[str, Any], tokens: list[int]) -> int:
+        """Of tokens that were chosen at full depth, how many are chosen with exits, each after the same text."""
+        prompt = inputs["input_ids"]
+        ids = torch.cat([prompt, prompt.new_tensor([tokens[:-1]])], 1)
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, exit_rule=self.rule, logits_to_keep=len(tokens)).logits
+        return int((logits[0].argmax(-1) == prompt.new_tensor(tokens)).sum())
+
+
 @dataclass(slots=True)
 class HuggingFace:
     """transformers' own `generate`, with passes of the target counted."""
@@ -343,10 +374,35 @@ def available(equipment: Equipment) -> dict[str, Callable[[], Method]]:
         for path in equipment.gguf:
             engine = LlamaCpp(path, context=4096, threads=equipment.threads, eos_ids=eos_ids(model))
             found[f"llama_cpp_{engine.precision}"] = lambda engine=engine: engine
-    for name, variation in OURS.items():
+    for name, variation in (OURS | by_itself(model)).items():
         if variation.fits(equipment.drafter):
             found[name] = lambda variation=variation: ours(equipment, variation)
+    for name, rule in equipment.rules.items():
+        found[name] = lambda name=name, rule=rule: exits(equipment, name, rule)
     return found
+
+
+def by_itself(model: Any) -> dict[str, Variation]:
+    """A looped model drafts with each number of its cycles but all."""
+    return {
+        f"{SELF}{cycles}": Variation(
+            about=f"drafts by its first {cycles} of {cycles_of(model)} cycles",
+            hybrid=False,
+            drafter=partial(SelfDrafter, model, cycles=cycles),
+        )
+        for cycles in range(1, cycles_of(model))
+    }
+
+
+def cycles_of(model: Any) -> int:
+    """After how many cycles at most a token leaves; 1 for what is no looped model, or has no exits."""
+    config = model.config
+    return config.cycles if config.model_type == "ztt" and config.schedule == "block" else 1
+
+
+def writes_the_same(name: str) -> bool:
+    """Whether this is a decoder of ours whose greedy tokens ought to be those of plain decoding."""
+    return name in OURS or name.startswith(SELF)
 
 
 def through_text(equipment: Equipment) -> dict[str, Any]:
@@ -373,6 +429,9 @@ def choose(names: Sequence[str], found: Mapping[str, Callable[[], Method]]) -> d
                 "no_hybrid": "a drafter other than lookup",
                 "block_path": "a block drafter",
                 "block_tree": "a block drafter",
+                SELF: "a looped model of more cycles as the target",
+                "calibrated": "a looped model with a calibrated exit rule as the target",
+                **dict.fromkeys(RULES, "a looped model as the target, and the threshold in this form: latent:0.3"),
             }
             need = next((value for key, value in needs.items() if name.startswith(key)), None)
             hint = f" needs {need}" if need else f" is unknown{did_you_mean(name, found)}"
@@ -389,11 +448,18 @@ def eos_ids(model: Any) -> frozenset[int]:
 def ours(equipment: Equipment, variation: Variation) -> Ours:
     """A variation of the decoder, at work."""
     drafter = equipment.drafter if variation.drafter is None else variation.drafter()
-    watched = Watched(drafter) if variation.drafter is None and is_model(drafter) else None
+    watched = Watched(drafter) if is_model(drafter) and not isinstance(drafter, NoDrafter) else None
     spec = decoder(equipment, variation, watched or drafter)
     if watched is not None:
         watched.spec = spec
     return Ours(equipment.model, spec, variation.about, watched)
+
+
+def exits(equipment: Equipment, name: str, rule: ExitRule) -> Exits:
+    """Decoding with a rule, at work."""
+    spec = decoder(equipment, OURS[OWN_PLAIN], NoDrafter())
+    written = rule_text(exit_rule_to_dict(rule))
+    return Exits(equipment.model, spec, "exits" if written == name else f"exits, {written}", rule=rule)
 
 
 def decoder(equipment: Equipment, variation: Variation, drafter: Any) -> DiffuSpec:

@@ -2,13 +2,15 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import nan
 from typing import Any
 
-from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, PARTS
+from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, PARTS, SELF, writes_the_same
 from zerodraft.bench.summary import speedup_interval
 from zerodraft.bench.tables import task_name
 from zerodraft.ztt.plot import check_matplotlib, png_of
+from zerodraft.ztt.rules import RULES
 
 Result = Mapping[str, Any]
 PALETTE = (
@@ -33,6 +35,13 @@ def decode_plots(result: Result) -> dict[str, bytes]:
         drawn["Acceptance by position"] = _acceptance
     if result["phases"]:
         drawn["Where the time goes"] = _phases
+    if result.get("exits"):
+        known = [name for name in ("loss", "agreement") if any(v[name] is not None for v in result["exits"].values())]
+        for name in known[:1]:
+            drawn[f"Speed over {name}"] = partial(_exits, x=name, y="tokens_per_second")
+        drawn["Time of a token over its depth"] = partial(_exits, x="cycles_per_token", y="ms_per_token")
+    if result.get("batches"):
+        drawn["Batches over depth"] = _batches
     return {title: _png(draw, result) for title, draw in drawn.items()}
 
 
@@ -80,6 +89,9 @@ def _bars(axes: Any, groups: list[str], bars: Mapping[str, Sequence[float]], err
 
 def _colour(name: str) -> str:
     """A method has the same one in all figures."""
+    if name.startswith(SELF):
+        # those of methods that a looped model has no use for
+        return [PALETTE[at] for at in (2, 6, 7, 8)][int(name.removeprefix(SELF)) % 4]
     return PALETTE[NAMES.index(name) if name in NAMES else len(name) % len(PALETTE)]
 
 
@@ -87,12 +99,17 @@ def _speedup_by_task(result: Result, axes: Any) -> None:
     """Without the variations that lack a part: they have a figure of their own."""
     groups = {"all": result["overall"], **result["by_task"]}
     prompts = {task: [row for row in result["prompts"] if task in ("all", row["task"])] for task in groups}
-    names = [name for name in result["overall"] if name not in (BASE, *PARTS)]
+    names = [name for name in result["overall"] if name not in (BASE, *PARTS) and _is_compared(result, name)]
     bars = {name: [methods[name]["speedup"] for methods in groups.values()] for name in names}
     errors = {name: _errors(bars[name], [speedup_interval(rows, name) for rows in prompts.values()]) for name in names}
     _bars(axes, list(map(task_name, groups)), bars, errors)
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set(ylabel="times plain decoding\n(95% interval over prompts)")
+
+
+def _is_compared(result: Result, name: str) -> bool:
+    """Exits have figures of their own."""
+    return name not in result.get("exits", {}) or writes_the_same(name)
 
 
 def _errors(values: Sequence[float], intervals: Sequence[tuple[float, float]]) -> list[list[float]]:
@@ -118,12 +135,64 @@ def _parts(result: Result, axes: Any) -> None:
 def _mat(result: Result, axes: Any) -> None:
     groups = {"all": result["overall"], **result["by_task"]}
     names = [name for name in result["overall"] if result["overall"][name]["mat"] is not None]
-    names = [name for name in names if name not in (BASE, OWN_PLAIN, "no_lean")]
+    names = [name for name in names if name not in (BASE, OWN_PLAIN, "no_lean") and _is_compared(result, name)]
     bars = {name: [methods[name]["mat"] or 0 for methods in groups.values()] for name in names}
     if bars:
         _bars(axes, list(map(task_name, groups)), bars, {})
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set(ylabel="tokens per pass of the target")
+
+
+EXIT_AXES = {
+    "loss": "loss per token (nats)",
+    "agreement": "share of the tokens of full depth, each after the same text",
+    "cycles_per_token": "cycles per token",
+    "tokens_per_second": "tokens per second",
+    "ms_per_token": "milliseconds per token",
+}
+
+
+def _exits(result: Result, axes: Any, *, x: str, y: str) -> None:
+    """Every method with exits, and those of full depth; fixed depths are joined."""
+    found = {name: values for name, values in result["exits"].items() if values[x] is not None}
+    fixed = {name.partition(":")[2]: values for name, values in found.items() if name.startswith("cycles:")}
+    if OWN_PLAIN in found:
+        fixed |= {"all": found[OWN_PLAIN]}
+    style = {"color": "0.45", "linestyle": "--", "linewidth": 1, "marker": "s", "markersize": 4}
+    axes.plot([v[x] for v in fixed.values()], [v[y] for v in fixed.values()], label="same cycles for all", **style)
+    for cycles, values in fixed.items():
+        axes.annotate(cycles, (values[x], values[y]), (4, 4), textcoords="offset points", fontsize=8)
+    for name, values in found.items():
+        if name == OWN_PLAIN or name.startswith("cycles:"):
+            continue
+        rule = name.partition(":")[0]
+        if name == "calibrated":
+            style = {"marker": "*", "markersize": 11, "color": "black"}
+        elif rule in RULES:
+            style = {"marker": "o", "markersize": 6, "color": RULES[rule].colour}
+        else:
+            style = {"marker": "^" if name.startswith(SELF) else "D", "markersize": 6, "color": _colour(name)}
+        axes.plot(values[x], values[y], label=name, linestyle="none", **style)
+    axes.set(xlabel=EXIT_AXES[x], ylabel=EXIT_AXES[y], ylim=(0, 1.1 * max(values[y] for values in found.values())))
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _batches(result: Result, axes: Any) -> None:
+    """Tokens per second by the number of requests at once, and what the bound makes of full depth."""
+    sizes = result["batches"]["sizes"]
+    rows = [size["rows"] for size in sizes]
+    for at, (name, marker) in enumerate(zip(sizes[0]["tokens_per_second"], "os^", strict=True)):
+        spreads, colour = [size["tokens_per_second"][name] for size in sizes], PALETTE[(5, 2, 1)[at]]
+        axes.plot(rows, [s["median"] for s in spreads], marker=marker, markersize=4, color=colour, label=name)
+        axes.fill_between(rows, [s["min"] for s in spreads], [s["max"] for s in spreads], color=colour, alpha=0.15)
+        if at == 0:
+            bound = [s["median"] * size["bound"] for s, size in zip(spreads, sizes, strict=True)]
+            axes.plot(rows, bound, "--", color="0.5", linewidth=1, label="bound, 1 / (1 - s + s d) of full depth")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(rows, list(map(str, rows)))
+    axes.minorticks_off()
+    axes.set(xlabel="requests at once", ylabel="tokens per second", ylim=(0, None))
+    axes.legend(fontsize=8, frameon=False)
 
 
 def _acceptance(result: Result, axes: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from zerodraft.bench.decode import Row, unexplained
 from zerodraft.bench.measure import spread
-from zerodraft.bench.methods import BASE, FULL, OURS, OWN_PLAIN
+from zerodraft.bench.methods import BASE, FULL, OWN_PLAIN, writes_the_same
 
 
 def headline(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def headline(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     `equal` says that all our methods wrote the base's tokens, near ties aside; None where tokens were sampled or there
     are none to compare.
     """
-    ours = [name for name in names if name in OURS]
+    ours = [name for name in names if writes_the_same(name)]
     subject = FULL if FULL in names else next(reversed(ours), None)
     overall = by_method(rows, names)
     records = [row["methods"][name] for row in rows for name in ours]
@@ -52,11 +52,12 @@ def figures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """Everything else that follows from the rows."""
     tasks = {task: [row for row in rows if row["task"] == task] for task in dict.fromkeys(row["task"] for row in rows)}
     ours = [name for name in names if any("steps" in row["methods"][name] for row in rows)]
+    timed = [name for name in names if any("phases" in row["methods"][name] for row in rows)]
     return {
         "overall": by_method(rows, names),
         "by_task": {task: by_method(part, names) for task, part in tasks.items()},
         "acceptance": {name: _acceptance(rows, name) for name in ours},
-        "phases": {name: _phases(rows, name) for name in ours if any("phases" in row["methods"][name] for row in rows)},
+        "phases": {name: _phases(rows, name) for name in timed},
         "steps": {name: {task: _steps(part, name) for task, part in tasks.items()} for name in ours},
         "differences": [
             {
@@ -159,7 +160,7 @@ def line(rows: Sequence[Row], names: Sequence[str]) -> str:
     told = []
     for name, values in by_method(rows, names).items():
         speed = f" {values['speedup']:.2f}x" if "speedup" in values else ""
-        mat = f" MAT {values['mat']:.2f}" if values["mat"] is not None and name in OURS else ""
+        mat = f" MAT {values['mat']:.2f}" if values["mat"] is not None and writes_the_same(name) else ""
         equal = f" ({values['equal']}/{len(rows)})" if "equal" in values and name != BASE else ""
         told.append(f"{name}{speed}{mat}{equal}")
     return ", ".join(told)

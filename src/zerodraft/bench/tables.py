@@ -65,6 +65,11 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
+def share(value: float | None) -> str:
+    """A share in percent, or a dash where there is none."""
+    return number(None if value is None else 100 * value, 1, "%")
+
+
 def spread_of(spread: Mapping[str, float] | None, digits: int = 2) -> str:
     """Median, quartiles and range."""
     if not spread:
@@ -139,7 +144,7 @@ def decode_tables(result: Result) -> list[Table]:
     for title, (note, cell) in ((speeds if timed else {}) | others).items():
         rows = [(name, *(cell(methods[name]) for methods in result["by_task"].values())) for name in result["overall"]]
         tables.append(Table(title, note, ("method", *map(task_name, result["by_task"])), rows))
-    return [*tables, *_inside(result), *_differences(result)]
+    return [*tables, *looped_tables(result), *_inside(result), *_differences(result)]
 
 
 def _inside(result: Result) -> Iterator[Table]:
@@ -167,6 +172,55 @@ def _inside(result: Result) -> Iterator[Table]:
             "Where the time goes",
             "Seconds over all prompts. Verify holds the target's pass; prefill is the pass over the prompt.",
             ("method", *phases),
+            rows,
+        )
+
+
+def looped_tables(result: Result) -> Iterator[Table]:
+    """Of a looped model: what leaving early saves and costs, alone and in batches over depth."""
+    if result.get("exits"):
+        yield Table(
+            "Early exit",
+            "Milliseconds of a token behind the prompt's. Agreement: of the tokens of full depth, those that are "
+            "chosen with exits too, each after the same text. Loss (nats per token) and FLOPs: on the text of --text.",
+            ("method", "cycles per token", "ms per token", "tokens/s", "agreement", "loss", "FLOPs"),
+            [
+                (
+                    name,
+                    number(values["cycles_per_token"]),
+                    number(values["ms_per_token"], 3),
+                    number(values["tokens_per_second"], 1),
+                    share(values["agreement"]),
+                    number(values["loss"], 4),
+                    share(values["flops"]),
+                )
+                for name, values in result["exits"].items()
+            ],
+        )
+    if result.get("batches"):
+        told = result["batches"]
+        names = list(told["sizes"][0]["tokens_per_second"])
+        rows = []
+        for size in told["sizes"]:
+            rates = size["tokens_per_second"]
+            full, over, waiting = (rates[name]["median"] for name in names)
+            rows.append(
+                (
+                    str(size["rows"]),
+                    *(spread_of(rates[name], 1) for name in names),
+                    *(number(value, 2, "x") for value in (over / full, size["bound"], over / waiting)),
+                    number(size["mean_cycles"]),
+                    share(size["occupancy"]),
+                    f"{size['equal']}/{size['requests']}",
+                )
+            )
+        yield Table(
+            "Batches over depth",
+            f"Tokens per second by the number of requests at once, with exits by {told['rule']}. In step: batches of "
+            "neighbours in which all wait for the deepest token and the longest text. The bound is 1 / (1 - s + s d), "
+            f"s = {told['share_of_cycles']:.3f} being the share of the cycles in the FLOPs and d the mean share of the "
+            "cycles that are run. Equal: answers over depth that are those in step.",
+            ("requests", *names, "over / full depth", "bound", "over / in step", "cycles", "occupancy", "equal"),
             rows,
         )
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional, settings_of
 from zerodraft.cli.decoding import Drafting, load_target
-from zerodraft.cli.loading import Dtype
+from zerodraft.cli.loading import Dtype, check_tokens, text_blocks
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
 from zerodraft.common.outputs import write_whole
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from zerodraft.bench.decode import Settings, Task
     from zerodraft.bench.methods import Equipment
     from zerodraft.bench.tables import Table as Figures
+    from zerodraft.ztt.tradeoff import Ruler
+
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Requests at once."""
+TEXT_BLOCK, TEXT_BLOCKS = 256, 64
+"""Tokens of a block of the text for the loss, and blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +74,7 @@ class Measured(Command):
         torch.manual_seed(self.seed)
         transformers.utils.logging.set_verbosity_error()
 
-    def _fingerprints(self, prompts: Sequence[str] = ()) -> dict[str, str]:
+    def _fingerprints(self, prompts: Sequence[str] = (), text: str = "") -> dict[str, str]:
         """Of what is measured with, so that results of other weights or prompts can be told apart."""
         from zerodraft.bench.measure import fingerprint, weights
         from zerodraft.generate.names import shipped_drafter
@@ -79,10 +86,11 @@ class Measured(Command):
             "assistant": self.assistant,
             "dflash": self.dflash,
         }
-        if self.drafting.drafter.partition(":")[0] == "lookup" and not Path(self.drafting.drafter).is_dir():
+        if self.drafting.drafter.partition(":")[0] in ("lookup", "self") and not Path(self.drafting.drafter).is_dir():
             models["drafter"] = ""
         files = {kind: weights(resolve(name)) for kind, name in models.items() if name}
         others = {"ngram": [self.ngram] if self.ngram else [], "gguf": self.gguf, "prompts": prompts}
+        others |= {"text": [text] if text else []}
         files |= {kind: [user_path(name) for name in names] for kind, names in others.items() if names}
         return {kind: fingerprint(paths) for kind, paths in files.items()}
 
@@ -133,6 +141,12 @@ class OnPrompts(Measured):
     def _wanted(self) -> list[str]:
         return [name for word in self.methods for name in word.split(",") if name]
 
+    def _equipment(self, model: Any, tokenizer: Any, ruler: "Ruler | None" = None) -> "tuple[Equipment, str]":
+        from zerodraft.bench.looped import exit_rules
+
+        equipment, name = Measured._equipment(self, model, tokenizer)
+        return replace(equipment, rules=exit_rules(model, self._wanted(), ruler)), name
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchDecode(OnPrompts):
@@ -152,6 +166,10 @@ class BenchDecode(OnPrompts):
     """With it: references decoded at once; alone if one differs."""
     batch: int = 1
     """With it: prompts decoded at once."""
+    text: str = metavar("FILE", default="")
+    """Of a looped model: text that it has not seen, for the loss."""
+    batches: tuple[int, ...] = metavar("N...", default=())
+    """Of it: requests at once; by default 1 to 64 with all methods."""
 
     def check(self) -> None:
         """Looks at the numbers, and at what goes together."""
@@ -161,6 +179,12 @@ class BenchDecode(OnPrompts):
             raise ZerodraftError("--references, --reference-batch and --batch belong to --equality-only")
         if self.equality_only and self.temperature:
             raise ZerodraftError("--equality-only compares greedy tokens: leave --temperature out")
+        if self.equality_only and (self.text or self.batches):
+            raise ZerodraftError("--equality-only measures neither loss nor batches: leave --text and --batches out")
+        if self.batches and self.temperature:
+            raise ZerodraftError("batches over depth are greedy: leave --temperature or --batches out")
+        if any(rows < 1 for rows in self.batches):
+            raise ZerodraftError(f"--batches is {self.batches}; each must be at least 1")
 
     def run(self, console: Console) -> Result:
         """Measures and reports."""
@@ -171,10 +195,11 @@ class BenchDecode(OnPrompts):
         files = self.prompts or default_files()
         questions = read_questions(files, limit=self.limit, seed=self.seed)
         model, tokenizer = load_target(self.target, self.dtype)
-        equipment, drafter = self._equipment(model, tokenizer)
+        ruler = self._ruler(model, tokenizer)
+        equipment, drafter = self._equipment(model, tokenizer, ruler)
         tasks = encode_all(questions, tokenizer, model, self.max_new_tokens)
         how = Settings(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed)
-        sha256 = self._fingerprints(files)
+        sha256 = self._fingerprints(files, self.text)
         settings = {
             "target": self.target,
             "dtype": self.dtype,
@@ -189,8 +214,59 @@ class BenchDecode(OnPrompts):
             "seed": self.seed,
             "equality_only": self.equality_only,
             "batch": self.batch,
+            "text": Path(self.text).name,
         }
-        return self._measure(equipment, tasks, how, settings, sha256, console)
+        return self._measure(equipment, tasks, how, settings, sha256, ruler, console)
+
+    def _ruler(self, model: Any, tokenizer: Any) -> "Ruler | None":
+        """What measures loss, where there is a text for it."""
+        from zerodraft.bench.methods import cycles_of
+        from zerodraft.ztt.tradeoff import Ruler
+
+        looped = cycles_of(model) > 1
+        if not looped and (self.text or self.batches):
+            raise ZerodraftError(
+                f"--text and --batches are for looped models of two cycles or more, and '{self.target}' is none: leave "
+                "them out"
+            )
+        if not self.text:
+            return None
+        length = min(TEXT_BLOCK, model.config.get_text_config().max_position_embeddings)
+        rows = text_blocks(self.text, tokenizer, length)[0].rows(TEXT_BLOCKS)
+        check_tokens(int(rows.max()), model, f"'{self.text}'")
+        return Ruler(model, rows)
+
+    def _looped(
+        self,
+        equipment: "Equipment",
+        tasks: "list[Task]",
+        rows: list[dict[str, Any]],
+        names: list[str],
+        ruler: "Ruler | None",
+        console: Console,
+    ) -> Result:
+        """What is told of a looped model beside its methods' speed."""
+        from zerodraft.bench.looped import batches, exit_figures, takes_depths
+        from zerodraft.bench.methods import OWN_PLAIN, cycles_of
+
+        model, rules = equipment.model, equipment.rules
+        if cycles_of(model) < 2 or self.equality_only:
+            return {}
+        points = {} if ruler is None else {OWN_PLAIN: ruler.full}
+        points |= {} if ruler is None else {name: ruler.measure(rules[name]) for name in names if name in rules}
+        found: Result = {"exits": exit_figures(rows, names, model.config.cycles, points)}
+        sizes = self.batches or (() if self._wanted() or self.temperature else BATCHES)
+        if sizes and takes_depths(model):
+            rule = "calibrated" if "calibrated" in rules else "latent"
+
+            def show(size: dict[str, Any]) -> None:
+                rates = (f"{name} {rate['median']:.0f}" for name, rate in size["tokens_per_second"].items())
+                console.print(f"{size['rows']} requests at once, tokens/s: {', '.join(rates)}")
+
+            prompts = [task.tokens for task in tasks]
+            told = batches(model, prompts, rules[rule], sizes, new=self.max_new_tokens, on_size=show)
+            found["batches"] = {"rule": rule, **told}
+        return found
 
     def _measure(
         self,
@@ -199,15 +275,17 @@ class BenchDecode(OnPrompts):
         how: "Settings",
         settings: dict[str, Any],
         sha256: dict[str, str],
+        ruler: "Ruler | None",
         console: Console,
     ) -> Result:
         import torch
 
         from zerodraft.bench.decode import check_equality, measure
         from zerodraft.bench.measure import kernels, provenance, write_result
-        from zerodraft.bench.methods import BASE, available, choose
+        from zerodraft.bench.methods import BASE, Exits, available, choose
         from zerodraft.bench.rows import References, RowFile
         from zerodraft.bench.summary import figures, headline, line
+        from zerodraft.bench.tables import looped_tables
         from zerodraft.common.provenance import command_line, versions
 
         wanted = self._wanted()
@@ -215,7 +293,10 @@ class BenchDecode(OnPrompts):
         model, reference = equipment.model, methods[BASE]
         if self.equality_only:
             methods = {name: method for name, method in methods.items() if name in wanted or method.ours}
+            methods = {name: method for name, method in methods.items() if not isinstance(method, Exits)}
             methods.pop(BASE, None)
+            if left_out := [name for name in wanted if name in equipment.rules]:
+                raise ZerodraftError(f"--equality-only: with exits tokens need not be equal: leave {left_out[0]} out")
         names = list(methods)
         with_what = {"methods": names, "threads": torch.get_num_threads(), "sha256": sha256, "kernels": kernels()}
         output = user_path(self.output) if self.output else None
@@ -249,9 +330,11 @@ class BenchDecode(OnPrompts):
             "settings": settings,
             "methods": {name: method.about for name, method in methods.items()},
             **figures(rows, names),
+            **self._looped(equipment, tasks, rows, names, ruler, console),
             "provenance": provenance(seed=self.seed, words=command_line(), sha256=sha256),
         }
         show_table(result, console)
+        show_tables([*looped_tables(result)], console)
         if output is not None:
             write_result(output, result)
             kept.remove()

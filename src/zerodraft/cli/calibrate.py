@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zerodraft.cli.command import Command, Result, metavar, positional
-from zerodraft.cli.loading import check_tokens, load_ztt
+from zerodraft.cli.loading import check_tokens, load_ztt, text_blocks
 from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
@@ -94,12 +94,13 @@ class Calibrate(Command):
         from zerodraft.ztt.calibrate import HALVINGS, choose, halves, search, write_exit_rule
         from zerodraft.ztt.compare import compare, increase, verdict
         from zerodraft.ztt.placing import Placing
+        from zerodraft.ztt.rules import has_masses
         from zerodraft.ztt.tradeoff import LEVELS, Ruler, fixed_depths
 
         target = self._target()
         model, path = load_ztt(self.model)
         blocks, source = self._read(load_tokenizer(path), model.config.max_position_embeddings)
-        rule = self.rule or ("zero-mass" if _has_masses(model.config) else "latent")
+        rule = self.rule or ("zero-mass" if has_masses(model.config) else "latent")
         names = self._names(rule)
         check_tokens(int(blocks.max()), model, f"'{self.text}'")
         runs = 2 * (1 + model.config.cycles) + len(names) * (1 + 2 * (len(LEVELS) + HALVINGS))
@@ -193,20 +194,12 @@ class Calibrate(Command):
 
     def _read(self, tokenizer: Any, longest: int) -> "tuple[Tensor, dict[str, Any]]":
         """The blocks, and what they are: nothing in it depends on where the files are on this machine."""
-        from zerodraft.training.data import pack_texts, read_documents
-        from zerodraft.training.recipe import DataRecipe
         from zerodraft.training.rows import content
 
         length = min(256, longest) if self.block_length is None else self.block_length
         if length > longest:
             raise ZerodraftError(f"--block-length is {length}; the model reads at most {longest} tokens")
-        documents = read_documents((self.text,), DataRecipe())
-        packed = pack_texts(documents, tokenizer, length)
-        if not len(packed):
-            raise ZerodraftError(
-                f"'{self.text}' has {len(packed.tokens)} tokens, fewer than one block of {length}; give a "
-                "longer text or a smaller --block-length"
-            )
+        packed, documents = text_blocks(self.text, tokenizer, length)
         digest = hashlib.sha256("".join(map(content, documents)).encode()).hexdigest()
         rows = packed.rows(self.blocks)
         anywhere = not self.text.startswith(("/", "~"))
@@ -256,11 +249,6 @@ def _forms(name: str, one: "Point", each: "Point", target: "Target") -> str:
         f"{name}: of its thresholds {better} is better (loss {point.loss:.4f} at {point.flops:.1%} of the FLOPs) than "
         f"{worse} ({other.loss:.4f} at {other.flops:.1%}), on blocks that neither was placed on."
     )
-
-
-def _has_masses(config: Any) -> bool:
-    """Whether there is a zero token in a cycle after which a token could leave, any but the last one."""
-    return config.zero_tokens and config.zero_token_start < config.cycles
 
 
 def _table(console: Console, ruler: "Ruler", fixed: "list[Point]", found: "dict[str, CalibrationResult]") -> None:

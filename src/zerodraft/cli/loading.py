@@ -119,6 +119,25 @@ def ready(model: Any, dtype: Dtype = "auto") -> Any:
     return model.to(device).eval()
 
 
+def text_blocks(name: str, tokenizer: Any, length: int) -> tuple[Any, Any]:
+    """Blocks of so many tokens of a text (a file, a folder or a glob), and the documents that they are from.
+
+    Raises:
+        ZerodraftError: it cannot be read, or has fewer tokens than one block.
+    """
+    from zerodraft.training.data import pack_texts, read_documents
+    from zerodraft.training.recipe import DataRecipe
+
+    documents = read_documents((name,), DataRecipe())
+    packed = pack_texts(documents, tokenizer, length)
+    if not len(packed):
+        raise ZerodraftError(
+            f"'{name}' has {len(packed.tokens)} tokens, fewer than one block of {length}; give a longer text or a "
+            "smaller --block-length"
+        )
+    return packed, documents
+
+
 def check_tokens(largest: int, model: Any, what: str) -> None:
     """Raises for a token beyond a model's embedding. Some tokenizers have a few tokens more than their model has rows,
     so only a text that holds one of these cannot be read."""

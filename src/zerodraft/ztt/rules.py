@@ -60,6 +60,11 @@ def scored_names() -> tuple[str, ...]:
     return tuple(name for name, entry in RULES.items() if entry.parameter == "threshold")
 
 
+def has_masses(config: Any) -> bool:
+    """Whether there is a zero token in a cycle after which a token could leave, any but the last one."""
+    return config.zero_tokens and config.zero_token_start < config.cycles
+
+
 def name_of(rule: type[Any]) -> str | None:
     """The name of a rule's class; None if it is not registered."""
     return next((name for name, entry in RULES.items() if entry.rule is rule), None)
