@@ -20,9 +20,11 @@ from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.own import SelfDrafter
 from zerodraft.fast.best import release
-from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest, DepthWork
+from zerodraft.fast.depth_batching import DepthBatch, DepthWork
+from zerodraft.fast.depth_requests import DepthAnswer, DepthPrompt, DepthRequest
 from zerodraft.generate.decoder import decoder
 from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.generate.over_depth import depth_request
 from zerodraft.ztt.config import ZttConfig
 from zerodraft.ztt.exits import (
     ConfidenceExit,
@@ -66,6 +68,7 @@ __all__ = [
     "DecodeStats",
     "DepthAnswer",
     "DepthBatch",
+    "DepthPrompt",
     "DepthRequest",
     "DepthWork",
     "DiffuSpec",
@@ -93,6 +96,7 @@ __all__ = [
     "ZttForCausalLM",
     "ZttModel",
     "decoder",
+    "depth_request",
     "exit_rule_from_dict",
     "exit_rule_to_dict",
     "release",

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.saved import save_target
+from tests.saved import save, save_target
 from zerodraft import LatentExit
-from zerodraft.cli.batch import for_depths
+from zerodraft.cli.decoding import Sampling
 from zerodraft.cli.main import main
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -189,35 +189,43 @@ def test_exit_rules(ztt_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     assert torch.equal(plain[:, : inputs.input_ids.shape[1]], inputs.input_ids)
 
 
-def test_looped_models_are_batched_over_depth(ztt_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """Greedy lines share a batch whatever their lengths, the others are answered as ever, and all are in order."""
+@pytest.mark.parametrize("change", [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}])
+def test_looped_models_are_batched_over_depth(
+    change: dict[str, Any], ztt_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Lines share a batch whatever they ask for, each is answered as alone, and all are in order. What the model's own
+    generation settings ask for holds there too."""
+    model = AutoModelForCausalLM.from_pretrained(ztt_dir)
+    model.generation_config.update(**change)
+    folder = save(model, tokenizer, tmp_path / "changed")
     lines: list[dict[str, Any]] = [
         {"prompt": "the cat"},
         {"prompt": "once upon a time", "max_tokens": 3},
         {"prompt": "the dog", "temperature": 1.0, "seed": 5},
         {"prompt": "a house", "max_tokens": 11},
-        {"prompt": "the cat and the dog"},
+        {"prompt": "the cat and the dog", "temperature": 0.7, "top_p": 0.9, "seed": 2, "repetition_penalty": 1.2},
+        {"prompt": "a little fox", "repetition_penalty": 1.7},
+        {"prompt": "on the mat", "temperature": 1.3, "seed": 9, "max_tokens": 20},
     ]
+    whole = tokenizer.decode(alone_over_depth(model, tokenizer, lines[6]))
+    lines.append({**lines[6], "stop": next(sign for sign in whole[5:] if sign.isalpha())})
     prompts, out = write(tmp_path / "a.jsonl", *lines), tmp_path / "b.jsonl"
-    words = ["generate", "--model", str(ztt_dir), "--prompt-file", prompts, "--out", str(out), "--max-new-tokens", "8"]
+    words = ["generate", "--model", str(folder), "--prompt-file", prompts, "--out", str(out), "--max-new-tokens", "8"]
     words += ["--exit-rule", "latent:0.9", "--batch", "3"]
     assert main(words) == 0
     found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(ztt_dir)
     for line, answer in zip(lines, found, strict=True):
-        if "seed" in line:
-            assert "mat" in answer["stats"]
-            continue
-        inputs = tokenizer(line["prompt"], return_tensors="pt")
-        new = line.get("max_tokens", 8)
-        rule = LatentExit(threshold=0.9)
-        plain = model.generate(**inputs, max_new_tokens=new, do_sample=False, exit_rule=rule)
-        assert answer["tokens"] == plain[0, inputs.input_ids.shape[1] :].tolist()
-        depths = model.last_exit[0, inputs.input_ids.shape[1] - 1 :].float()
-        assert answer["stats"] == {
-            "rows": 2,  # a block before the drawn line and one behind it
-            "cycles": pytest.approx(depths.mean().item()),
-        }
+        assert answer["tokens"] == alone_over_depth(model, tokenizer, line)
+        start = answer["prompt_tokens"] - 1
+        depths = model.last_exit[0, start : start + len(answer["tokens"])].float()
+        assert answer["stats"] == {"rows": 3, "cycles": pytest.approx(depths.mean().item())}
+    assert [answer["finish_reason"] for answer in found] == ["length"] * 7 + ["stop"]
+    # one at a time, as with drafts, the tokens are the same
+    one = tmp_path / "c.jsonl"
+    assert main([str(one) if word == str(out) else word for word in words][:-2]) == 0
+    assert [json.loads(line)["tokens"] for line in one.read_text("utf-8").splitlines()] == [
+        answer["tokens"] for answer in found
+    ]
     # cut off behind the second line, it goes on
     out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]) + b'{"text')
     assert main(words) == 0
@@ -225,12 +233,17 @@ def test_looped_models_are_batched_over_depth(ztt_dir: Path, tokenizer: Any, tmp
     assert [line["tokens"] for line in again] == [line["tokens"] for line in found]
 
 
-@pytest.mark.parametrize("change", [{"repetition_penalty": 1.3}, {"min_new_tokens": 4}])
-def test_what_a_batch_over_depth_does_not_know_is_not_left_out(change: dict[str, Any], ztt_dir: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(ztt_dir)
-    assert for_depths(model)
-    model.generation_config.update(**change)
-    assert not for_depths(model)
+def alone_over_depth(model: Any, tokenizer: Any, line: dict[str, Any]) -> list[int]:
+    """By the model's own `generate`."""
+    sampling = Sampling(
+        max_new_tokens=line.get("max_tokens", 8),
+        **{name: line[name] for name in ("temperature", "top_p", "repetition_penalty") if name in line},
+        stop=(line["stop"],) if "stop" in line else (),
+    )
+    inputs = tokenizer(line["prompt"], return_tensors="pt")
+    torch.manual_seed(line.get("seed", 0))
+    out = model.generate(**inputs, exit_rule=LatentExit(threshold=0.9), **sampling.arguments(tokenizer))
+    return out[0, inputs.input_ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Batches over depth: every request gets what it gets alone, whatever its company, its cycles and its arrival."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from tests.fast.cycled import over
 from tests.ztt.tiny import gap, tiny, tokens
 from zerodraft import ConfidenceExit, FixedExit, LatentExit, ZerodraftError, ZeroMassExit, ZttForCausalLM
-from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest
+from zerodraft.fast.depth_batching import DepthBatch
+from zerodraft.fast.depth_requests import DepthAnswer, DepthRequest
 from zerodraft.fast.lean import packed_weights
 from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.lean.depths import in_turn, run_depths
@@ -118,25 +120,56 @@ def test_one_call_for_all_cycles_is_one_for_each(options: str) -> None:
 MODEL: list[ZttForCausalLM] = []
 
 
+class Drawn:
+    """A choice that remembers: it draws with a generator of its own, and never what it drew last."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator, self.last, self.seen = torch.Generator().manual_seed(seed), -1, 0
+
+    def __call__(self, text: torch.Tensor, logits: torch.Tensor) -> int:
+        assert self.seen in (0, text.shape[1] - 1)
+        assert self.seen == 0 or int(text[0, -1]) == self.last
+        self.seen = text.shape[1]
+        p = logits.softmax(-1)
+        if self.last >= 0:
+            p = p.index_fill(0, torch.tensor([self.last]), 0)
+        self.last = int(torch.multinomial(p, 1, generator=self.generator))
+        return self.last
+
+
+def drawn(request: DepthRequest, seed: int) -> DepthRequest:
+    return replace(request, choose=Drawn(seed), stops=lambda text: int(text[0, -1]) % 16 == 0)
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     rows=st.integers(1, 5),
     patience=st.sampled_from([0.0, 0.3, 1.0]),
-    arrivals=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    arrivals=st.lists(st.tuples(st.integers(0, 6), st.sampled_from([0, 1, 2, 3])), min_size=1, max_size=8),
     cancelled=st.sets(st.integers(0, 7)),
 )
-def test_any_order_of_arrivals(rows: int, patience: float, arrivals: list[int], cancelled: set[int]) -> None:
-    """Requests come at any time and some are given up; nobody else notices, and nothing is left behind."""
+def test_any_order_of_arrivals(
+    rows: int, patience: float, arrivals: list[tuple[int, int]], cancelled: set[int]
+) -> None:
+    """Requests come at any time, greedy or drawn, read in pieces or at once, and some are given up; nobody else
+    notices, and nothing is left behind."""
     if not MODEL:
         MODEL.append(over("llama", cycles=3, input_injection=True))
     model, rule, todo = MODEL[0], ByState(), requests(len(arrivals))
     batch = DepthBatch(model, rows=rows, slots=64, exit_rule=rule, patience=patience)
     found: dict[int, DepthAnswer] = {}
     keys = []
-    for number, (request, steps) in enumerate(zip(todo, arrivals, strict=True)):
-        keys.append(batch.submit(request))
+    for number, (request, (steps, kind)) in enumerate(zip(todo, arrivals, strict=True)):
+        prompt = batch.prompt(drawn(request, number) if kind % 2 else request)
+        while kind > 1 and not prompt.read(2):
+            found.update(batch.step())
+        keys.append(batch.submit(prompt))
+        growing, tokens = batch.answer(keys[-1]), 0
         for _ in range(steps):
             found.update(batch.step())
+            assert len(growing.tokens) - tokens in (0, 1)
+            assert (growing.finish_reason is None) == (keys[-1] not in found)
+            tokens = len(growing.tokens)
         if number in cancelled:
             assert batch.cancel(keys[-1]) == (keys[-1] not in found)
     while batch.busy:
@@ -144,11 +177,40 @@ def test_any_order_of_arrivals(rows: int, patience: float, arrivals: list[int], 
     assert sorted(batch._free) == list(range(rows))
     assert not batch._cycling
     assert not batch._waiting
-    for number, (key, request) in enumerate(zip(keys, todo, strict=True)):
-        if key in found:
-            assert found[key] == alone(model, request, rule)
-        else:
+    for number, (key, request, (_, kind)) in enumerate(zip(keys, todo, arrivals, strict=True)):
+        if key not in found:
             assert number in cancelled
+        elif kind % 2:
+            assert [found[key]] == DepthBatch(model, rows=1, slots=64, exit_rule=rule).run([drawn(request, number)])
+        else:
+            assert found[key] == alone(model, request, rule)
+
+
+def test_what_a_choice_raises_ends_its_request_alone() -> None:
+    model, todo = over("llama", cycles=4), requests(4)
+
+    def wrong(text: torch.Tensor, logits: torch.Tensor) -> int:
+        if text.shape[1] > len(todo[1].prompt) + 1:
+            raise InterruptedError
+        return 64 * (len(text) - 1) + 5
+
+    batch = DepthBatch(model, rows=3, slots=64)
+    bad = [replace(todo[1], choose=wrong), replace(todo[2], choose=lambda text, logits: len(logits))]
+    keys = [batch.submit(request) for request in (todo[0], *bad, todo[3])]
+    found: dict[int, DepthAnswer] = {}
+    while batch.busy:
+        found.update(batch.step())
+    assert [found[keys[0]], found[keys[3]]] == [alone(model, todo[0]), alone(model, todo[3])]
+    raised, outside = found[keys[1]], found[keys[2]]
+    assert (raised.tokens, raised.finish_reason) == ([5, 5], "error")
+    assert isinstance(raised.error, InterruptedError)
+    assert outside.tokens == []
+    assert "choose gave token 64; expected one of the vocabulary of 64" in str(outside.error)
+    with pytest.raises(ZerodraftError, match="choose gave token 64"):
+        batch.run([todo[0], *bad])
+    assert not batch.busy
+    with pytest.raises(ZerodraftError, match=f"no request {keys[0]} in the batch"):
+        batch.answer(keys[0])
 
 
 def test_a_text_ends_with_one_of_its_ends() -> None:

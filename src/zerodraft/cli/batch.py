@@ -1,8 +1,9 @@
 """`zerodraft generate --out`: answers a file of requests, line by line; what is there already is not made again."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,6 @@ from zerodraft.cli.requests import Answered, Request, figures, key_of, line_of
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import json_object
 from zerodraft.models.tokenizers import encode, encode_messages
-
-UNUSED = {
-    *("_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length"),
-    *("do_sample", "temperature", "top_p", "top_k", "min_p", "use_cache"),
-}
-"""Keys of a generation configuration that change nothing in greedy decoding but where it ends."""
 
 
 def kept_lines(out: Path, keys: Sequence[str]) -> int:
@@ -87,59 +82,50 @@ def groups(prompts: Iterable[tuple[Request, Any]], rows: int) -> Iterator[list[t
         yield from (block[start : start + rows] for start in range(0, len(block), rows))
 
 
-def depth_blocks(prompts: Iterable[tuple[Request, Any]]) -> Iterator[tuple[bool, list[tuple[Request, Any]]]]:
-    """Neighbours that a batch over depth answers, and the others: greedy ones without a text to stop at, whatever their
-    lengths."""
-
-    def greedy(item: tuple[Request, Any]) -> bool:
-        request, _ = item
-        sampling = request.sampling
-        plain = sampling.temperature == 0 and sampling.repetition_penalty == 1 and not sampling.stop
-        return plain and not request.error
-
-    for together, block in groupby(prompts, key=greedy):
-        yield together, list(block)
-
-
-def for_depths(model: Any) -> bool:
-    """Whether a batch over depth answers as `generate` does: a looped model on the lean path, whose generation settings
-    ask for nothing beside the end of the text."""
-    from zerodraft.fast.lean import packed_weights
-
-    if model.config.model_type != "ztt" or model.config.cycles < 2:
-        return False
-    asked = {name for name, value in model.generation_config.to_diff_dict().items() if value}
-    if asked - UNUSED:
-        return False
-    weights = packed_weights(model)
-    return weights is not None and weights.stages is not None
-
-
 def decode_over_depth(
-    model: Any, tokenizer: Any, group: Sequence[tuple[Request, Any]], rows: int, rule: Any
-) -> Iterator[Answered]:
-    """The answers to greedy requests, in order, as soon as those before are there too."""
-    from zerodraft.fast.depth_batching import DepthAnswer, DepthBatch, DepthRequest
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[Request, Any]], rows: int, rule: Any
+) -> Iterator[Answered | None]:
+    """The answers to requests, in order, as soon as those before are there too; None to one with an error."""
+    from zerodraft.fast.depth_batching import DepthBatch
+    from zerodraft.fast.depth_requests import DepthAnswer
 
-    ends = frozenset(_ends(model))
-    wanted = [
-        DepthRequest(prompt=inputs["input_ids"][0].tolist(), max_new_tokens=request.sampling.max_new_tokens, ends=ends)
-        for request, inputs in group
-    ]
-    batch = DepthBatch(model, rows=min(rows, len(wanted)), slots=max(one.slots for one in wanted), exit_rule=rule)
-    keys = [batch.submit(one) for one in wanted]
+    wanted = [(request, inputs["input_ids"]) for request, inputs in prompts if not request.error]
+    slots = max((ids.shape[1] + request.sampling.max_new_tokens - 1 for request, ids in wanted), default=1)
+    batch = DepthBatch(model, rows=max(min(rows, len(wanted)), 1), slots=slots, exit_rule=rule)
+    keys = (batch.submit(_over_depth(model, tokenizer, request, ids)) for request, ids in wanted)
+    # a reserve keeps the batch full, and the prompts of a long file need not all be prepared before its first answer
+    submitted = deque(islice(keys, 2 * rows))
     found: dict[int, DepthAnswer] = {}
-    for key, one in zip(keys, wanted, strict=True):
+    for request, inputs in prompts:
+        if request.error:
+            yield None
+            continue
+        key = submitted.popleft()
         while key not in found:
-            found.update(batch.step())
+            ended = batch.step()
+            found.update(ended)
+            submitted.extend(islice(keys, len(ended)))
         answer = found.pop(key)
+        if answer.error is not None:
+            raise answer.error
         yield Answered(
             text=tokenizer.decode(answer.tokens, skip_special_tokens=True),
             tokens=answer.tokens,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=len(one.prompt),
+            finish_reason=str(answer.finish_reason),
+            prompt_tokens=inputs["input_ids"].shape[1],
             stats={"rows": batch.rows, "cycles": sum(answer.depths) / len(answer.depths)},
         )
+
+
+def _over_depth(model: Any, tokenizer: Any, request: Request, ids: Any) -> Any:
+    import torch
+
+    from zerodraft.generate.over_depth import depth_request
+
+    sampling = request.sampling
+    generator = torch.Generator().manual_seed(sampling.seed)
+    pad = tokenizer.eos_token_id or 0
+    return depth_request(model, ids, generator=generator, pad_token_id=pad, **sampling.arguments(tokenizer))
 
 
 def _ends(model: Any) -> set[int]:
@@ -208,7 +194,7 @@ def answer_file(
         rows: Requests that are decoded together.
         chat: Put prompts into the chat template.
         name: What the model is called.
-        over_depth: Whether greedy requests go into a batch over depth, without drafts.
+        over_depth: Whether they go into a batch over depth, without drafts.
         **options: Further ones of `generate`.
 
     Raises:
@@ -217,14 +203,13 @@ def answer_file(
     import json
 
     def in_turn() -> Iterator[tuple[Request, Answered | None]]:
-        for deep, block in depth_blocks(prompts) if over_depth else [(False, prompts)]:
-            if deep:
-                found = decode_over_depth(model, tokenizer, block, rows, options.get("exit_rule"))
-                yield from zip((request for request, _ in block), found, strict=True)
-                continue
-            for group in groups(block, rows):
-                found = decode_together(model, tokenizer, decode, group, **options)
-                yield from zip((request for request, _ in group), found, strict=True)
+        if over_depth:
+            found = decode_over_depth(model, tokenizer, prompts, rows, options.get("exit_rule"))
+            yield from zip((request for request, _ in prompts), found, strict=True)
+            return
+        for group in groups(prompts, rows):
+            found = decode_together(model, tokenizer, decode, group, **options)
+            yield from zip((request for request, _ in group), found, strict=True)
 
     done = kept_lines(out, keys)
     prompts = prompts_of(tokenizer, model, requests[done:], chat=chat)

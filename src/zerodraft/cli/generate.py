@@ -57,7 +57,7 @@ class Generate(Command):
     out: str = metavar("FILE", default="")
     """Answer JSON lines of prompts, one by one; goes on if interrupted."""
     batch: int = 1
-    """With --out: decode so many greedy prompts together."""
+    """With --out: decode so many prompts together (greedy ones; of looped models all)."""
     chat: bool = False
     """Put the prompt into the model's chat template as the user's message."""
     sampling: Sampling = settings_of(Sampling)
@@ -143,8 +143,9 @@ class Generate(Command):
 
     def _run_batch(self, console: Console) -> Result:
         """All lines of a file."""
-        from zerodraft.cli.batch import answer_file, for_depths, kept_lines
+        from zerodraft.cli.batch import answer_file, kept_lines
         from zerodraft.cli.requests import read_requests
+        from zerodraft.generate.over_depth import goes_over_depth
 
         out, name = user_path(self.out), self.target or self.model
         requests = read_requests(user_path(self.prompt_file), self.sampling)
@@ -157,7 +158,7 @@ class Generate(Command):
         rule = rule_of(model, self.exit_rule)
         options: dict[str, Any] = {} if rule is None else {"exit_rule": rule}
         if self.batch > 1 and not self._given(OF_DRAFTS):
-            options["over_depth"] = for_depths(model)
+            options["over_depth"] = goes_over_depth(model)
         started = time.perf_counter()
         result = answer_file(
             model, tokenizer, decode, requests, out, keys=keys, rows=self.batch, chat=self.chat, name=name, **options

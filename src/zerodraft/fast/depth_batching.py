@@ -14,10 +14,10 @@ Legend: R places for requests, n of them at work, S slots of tokens, E execution
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
+from zerodraft.fast.depth_requests import DepthAnswer, DepthPrompt, DepthRequest, DepthText
 from zerodraft.fast.lean import packed_weights
-from zerodraft.fast.lean.cache import LeanCache
 from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.lean.depths import has_zero, run_depths
 from zerodraft.fast.lean.exits import EarlyExit, copy_on
@@ -35,47 +35,6 @@ from zerodraft.fast.lean.torch_layers import unit
 from zerodraft.fast.lean.weights import rotations
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
 from zerodraft.ztt.model import ZttForCausalLM
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DepthRequest:
-    """A prompt to be continued greedily.
-
-    Args:
-        prompt: Its tokens, at least one.
-        max_new_tokens: How many tokens at most are wanted.
-        ends: Tokens that end the text; such a token is the answer's last.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    ends: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if not self.prompt:
-            raise ZerodraftError("The prompt is empty; give at least one token.")
-        if self.max_new_tokens < 1:
-            raise ZerodraftError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
-
-    @property
-    def slots(self) -> int:
-        """Tokens that it may have in the cache: the last new one is never read."""
-        return len(self.prompt) + self.max_new_tokens - 1
-
-
-@dataclass(kw_only=True, slots=True)
-class DepthAnswer:
-    """What became of a request.
-
-    Attributes:
-        tokens: The new ones.
-        depths: The cycles behind each: those of the token before it.
-        finish_reason: `"stop"` if a token of its ends came, `"length"` if it has as many as were wanted.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] = "length"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,13 +110,14 @@ class DepthBatch:
         self.rows, self.slots = rows, slots
         self.work = DepthWork()
         self._weights, self._stages = weights, weights.stages
-        self._rule, self._patience = exit_rule, patience
+        self.exit_rule, self._patience = exit_rule, patience
         self._policy: ExitPolicy = exit_policy
         self._early = None if exit_rule is None else EarlyExit(weights, exit_rule, exit_policy)
         shape = len(weights.layers), rows, 2 * weights.kv_heads, slots, weights.head_dim
         try:
-            self._kv = torch.zeros(shape, dtype=torch.float32, device=CPU)
-        except RuntimeError:
+            # numpy leaves it to the system to find memory for what is written
+            self._kv = torch.from_numpy(np.zeros(shape, np.float32))
+        except (MemoryError, ValueError):
             raise ZerodraftError(
                 f"rows={rows} of slots={slots} need {4 * math.prod(shape) / 2**30:.1f} GiB for keys and values, more "
                 "than there is: ask for fewer rows at once, or for shorter texts."
@@ -170,16 +130,16 @@ class DepthBatch:
         self._fed = torch.zeros(rows, hidden, device=CPU) if weights.feeds_again else None
         self._cycle = torch.ones(rows, dtype=torch.int64, device=CPU)
         self._slot = torch.zeros(rows, dtype=torch.int64, device=CPU)
-        self._pending: deque[tuple[int, DepthRequest]] = deque()
-        self._at_work: dict[int, tuple[int, DepthRequest, DepthAnswer]] = {}  # by place
-        self._ended: list[tuple[int, DepthAnswer]] = []  # in a step whose rule raised they wait for the next one
+        self._pending: deque[tuple[DepthText, DepthPrompt]] = deque()
+        self._at_work: dict[int, DepthText] = {}  # by place
+        self._ended: list[DepthText] = []  # in a step whose rule raised they wait for the next one
         self._free = list(range(rows))
         self._cycling: list[int] = []
         self._waiting: list[int] = []
         self._next_key = 0
 
-    def submit(self, request: DepthRequest) -> int:
-        """Adds a request; returns the key under which its answer will come.
+    def prompt(self, request: DepthRequest) -> DepthPrompt:
+        """A request whose prompt shall be read in pieces, by its `read`, before it is submitted.
 
         Raises:
             ZerodraftError: it is longer than a place.
@@ -192,23 +152,41 @@ class DepthBatch:
         vocabulary = len(self._weights.embedding)
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise ZerodraftError(f"The prompt has tokens outside of the vocabulary of {vocabulary}.")
+        return DepthPrompt(request, self._weights, self._early, self._logits)
+
+    def submit(self, request: DepthRequest | DepthPrompt) -> int:
+        """Adds a request, whose prompt may be read already; returns the key under which its answer will come.
+
+        Raises:
+            ZerodraftError: it is longer than a place.
+        """
+        prompt = self.prompt(request) if isinstance(request, DepthRequest) else request
         key = self._next_key
         self._next_key += 1
-        self._pending.append((key, request))
+        self._pending.append((DepthText(key, prompt.request), prompt))
         return key
+
+    def answer(self, key: int) -> DepthAnswer:
+        """A request's answer, which grows with the steps.
+
+        Raises:
+            ZerodraftError: there is no such request, or `step` has told of its end.
+        """
+        for text in (*self._at_work.values(), *(text for text, _ in self._pending), *self._ended):
+            if text.key == key:
+                return text.answer
+        raise ZerodraftError(f"There is no request {key} in the batch; ask before step() tells of its end.")
 
     def cancel(self, key: int) -> bool:
         """Forgets a request; its place is free at once. Whether it was still there."""
-        for line in (self._pending, self._ended):
-            for at, item in enumerate(line):
-                if item[0] == key:
-                    del line[at]
-                    return True
-        for place, (known, _, _) in self._at_work.items():
-            if known == key:
+        there = len(self._pending) + len(self._ended)
+        self._pending = deque(item for item in self._pending if item[0].key != key)
+        self._ended = [text for text in self._ended if text.key != key]
+        for place, text in self._at_work.items():
+            if text.key == key:
                 self._leave(place)
                 return True
-        return False
+        return there > len(self._pending) + len(self._ended)
 
     @property
     def busy(self) -> bool:
@@ -220,6 +198,7 @@ class DepthBatch:
 
         Raises:
             ZerodraftError: others are under way, whose answers would be lost; a request is longer than a place.
+            Exception: what the choice of a request has raised.
         """
         if self.busy:
             raise ZerodraftError("Requests are under way already; call step() until busy is False, or cancel them.")
@@ -228,7 +207,10 @@ class DepthBatch:
         try:
             keys += map(self.submit, requests)
             while self.busy:
-                found.update(self.step())
+                for key, answer in self.step():
+                    if answer.error is not None:
+                        raise answer.error
+                    found[key] = answer
         finally:
             # where that broke off nothing is left behind
             for key in keys:
@@ -237,47 +219,31 @@ class DepthBatch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, DepthAnswer]]:
-        """One cycle of all that are in the cycled layers, and what has to come before it; the requests that ended."""
+        """One cycle of all that are in the cycled layers, and what has to come before it; the requests that ended. Each
+        of the others may have one token more in its `answer`."""
         while self._free and self._pending:
-            self._ended += self._admit(*self._pending[0])
+            self._admit(*self._pending[0])
         if self._waiting and (not self._cycling or len(self._waiting) >= self._patience * len(self._at_work)):
-            self._ended += self._boundary()
+            self._boundary()
         if self._cycling:
             self._one_cycle()
         ended, self._ended = self._ended, []
-        return ended
+        return [(text.key, text.answer) for text in ended]
 
     # -- what a step is made of -----------------------------------------------------------------------------------
 
-    def _admit(self, key: int, request: DepthRequest) -> list[tuple[int, DepthAnswer]]:
-        """Reads a prompt, on its own, and takes the request in with its first token."""
-        weights, count = self._weights, len(request.prompt)
-        cache = LeanCache(weights)
-        cache.make_room(1, count)
-        tokens = cache.tokens(torch.arange(count, device=CPU)[None], None)
-        x = F.embedding(torch.tensor(request.prompt, device=CPU), weights.embedding)
-        fed = torch.empty_like(x) if weights.feeds_again else None
-        depth = self._stages.cycles
-        if self._early is None:
-            end = range(len(weights.layers))
-            x = weights.run.run(x, cache.kv, tokens, end, head_output=fed, last_only=True).x
-        else:
-            ran, depths = self._early.run(
-                cache.kv, x, tokens, self._logits, head_output=fed, real=None, taps=(), last_only=True
-            )
-            x, depth = ran.x, int(depths[-1])
-        self._pending.popleft()  # not before the rule was asked, which may raise
-        place = self._free.pop()
-        self._kv[:, place, :, :count] = cache.kv[:, 0, :, :count]
-        self._slot[place] = count - 1
-        self._at_work[place] = key, request, DepthAnswer()
-        token = int(self._logits(x[-1:]).argmax())
-        if ended := self._take(place, token, depth):
-            return ended
-        self._enter([place], [token])
-        return []
+    def _admit(self, text: DepthText, prompt: DepthPrompt) -> None:
+        """Takes a request in with its first token."""
+        place = self._free[-1]
+        logits, depth = prompt.settle(self._kv[:, place])
+        # not before the rule was asked, which may raise
+        self._pending.popleft()
+        self._free.pop()
+        self._slot[place] = len(text.request.prompt) - 1
+        self._at_work[place] = text
+        self._go_on([place], logits, [depth])
 
-    def _boundary(self) -> list[tuple[int, DepthAnswer]]:
+    def _boundary(self) -> None:
         """Tail and LM head of those that wait, and the head for their next tokens."""
         places, self._waiting = self._waiting, []
         at = torch.tensor(places, device=CPU)
@@ -285,28 +251,21 @@ class DepthBatch:
         x = self._weights.run.run(x, self._kv, self._tokens(at), self._stages.tail, head_output=fed).x
         self.work.boundary_calls += 1
         self.work.tokens += len(places)
-        chosen = self._logits(x).argmax(-1).tolist()
-        ended, staying = [], []
-        for place, token, depth in zip(places, chosen, self._cycle[at].tolist(), strict=True):
-            done = self._take(place, token, depth)
-            ended += done
-            if not done:
+        self._go_on(places, self._logits(x), self._cycle[at].tolist())
+
+    def _go_on(self, places: list[int], logits: Float[Tensor, "n V"], depths: list[int]) -> None:
+        """The next token of the requests at some places; those that are not over join the cycled layers with it."""
+        staying: list[tuple[int, int]] = []
+        for place, likeliest, row, depth in zip(places, logits.argmax(-1).tolist(), logits, depths, strict=True):
+            text = self._at_work[place]
+            token = text.add(likeliest, row, depth)
+            if text.answer.finish_reason is None:
                 staying.append((place, token))
+            else:
+                self._leave(place)
+                self._ended.append(text)
         if staying:
             self._enter(*map(list, zip(*staying, strict=True)))
-        return ended
-
-    def _take(self, place: int, token: int, depth: int) -> list[tuple[int, DepthAnswer]]:
-        """A token is a request's next; the request and its answer if that was the last."""
-        key, request, answer = self._at_work[place]
-        answer.tokens.append(token)
-        answer.depths.append(depth)
-        if token in request.ends:
-            answer.finish_reason = "stop"
-        elif len(answer.tokens) < request.max_new_tokens:
-            return []
-        self._leave(place)
-        return [(key, answer)]
 
     def _leave(self, place: int) -> None:
         del self._at_work[place]
@@ -334,19 +293,19 @@ class DepthBatch:
         at = torch.tensor(self._cycling, device=CPU)
         cycles, entered, tokens = self._cycle[at], self._x[at], self._tokens(at)
         fed = None if self._fed is None else self._fed[at]
-        asks, reads = self._rule is not None, self._rule is not None and reads_zero_mass(self._rule)
+        asks, reads = self.exit_rule is not None, self.exit_rule is not None and reads_zero_mass(self.exit_rule)
         ran = run_depths(
             weights, self._kv, entered.clone() if asks else entered, tokens, cycles,
             head_output=fed, masses=reads,
         )  # fmt: skip
         through = cycles == stages.cycles
-        if self._rule is not None:
+        if self.exit_rule is not None:
             mass = torch.stack(ran.masses, 1) if ran.masses else None
             for cycle in cycles.unique().tolist():
                 if cycle < stages.cycles:
                     rows = (cycles == cycle).nonzero()[:, 0]
                     shown = None if mass is None or not has_zero(weights, cycle) else mass[rows]
-                    stops = self._rule(CycleOutput(cycle, ran.x[rows], entered[rows], shown, self._logits))
+                    stops = self.exit_rule(CycleOutput(cycle, ran.x[rows], entered[rows], shown, self._logits))
                     if bool(stops.any()):
                         through[rows[stops]] = True
                         self._skip(ran.x, rows[stops], at, cycle)
