@@ -17,7 +17,7 @@ from zerodraft.bench.methods import Equipment, Exits, available, choose
 from zerodraft.cli.main import main
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.drafters.lookup import PromptLookupDrafter
-from zerodraft.fast.depth_batching import DepthRequest
+from zerodraft.fast.depth_requests import DepthRequest
 from zerodraft.ztt.info import model_info
 from zerodraft.ztt.tradeoff import Ruler
 

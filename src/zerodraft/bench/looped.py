@@ -17,7 +17,8 @@ from zerodraft.bench.measure import interleave, spread
 from zerodraft.bench.methods import FULL, OWN_PLAIN, SELF, cycles_of, eos_ids
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.drafters.none import NoDrafter
-from zerodraft.fast.depth_batching import DepthBatch, DepthRequest, DepthWork
+from zerodraft.fast.depth_batching import DepthBatch, DepthWork
+from zerodraft.fast.depth_requests import DepthRequest
 from zerodraft.fast.lean import packed_weights
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.models.padding import left_padded
