@@ -42,6 +42,22 @@ def test_compiled_once_and_nothing_else_is_left(tmp_path: Path, caplog: pytest.L
 
 
 @needs_compiler
+def test_a_change_of_any_source_compiles_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = shutil.copytree(library.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(library, "SOURCES", sources)
+    listed = [COMPILER, *QUICK, "-MM", str(sources / "kernels.cpp")]
+    read = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split(":")[1].split()
+    paths = {Path(word) for word in read if word != "\\"}
+    assert paths == set(sources.iterdir())
+    first, texts = built(tmp_path / "first"), {tuple(library._sources())}
+    for path in paths:
+        path.write_text(f"// {path.name}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
+        texts.add(tuple(library._sources()))
+    assert len(texts) == 1 + len(paths)
+    assert built(tmp_path / "second").name != first.name
+
+
+@needs_compiler
 def test_two_processes_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=built, args=(tmp_path,)) for _ in range(2)]

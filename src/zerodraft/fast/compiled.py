@@ -1,4 +1,4 @@
-"""The compiled functions of `kernels.cpp` for torch's tensors, which are checked here: C++ reads what it is pointed to.
+"""The compiled functions of `kernels/` for torch's tensors, which are checked here: C++ reads what it is pointed to.
 
 Without a compiler, with another OpenMP than torch's, with nowhere to keep the library (`library.py`) or with
 `ZERODRAFT_COMPILE=0` there are none, and callers do without them.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 PANEL = 16
 """Outputs of a panel of weights."""
 After = Literal["", "silu", "add", "times"]
-"""What `linear` can do to its products, in the order of kernels.cpp."""
+"""What `linear` can do to its products, in the order of kernels/product.h."""
 
 CPU = torch.device("cpu")
 """Stated wherever something is allocated for the kernels: a caller's default device may be another."""
@@ -35,7 +35,7 @@ _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
 
 
 class LayerPointers(ctypes.Structure):
-    """`Layer` of kernels.cpp."""
+    """`Layer` of kernels/structures.h."""
 
     _fields_ = [
         (name, _Pointer)
@@ -48,7 +48,7 @@ class LayerPointers(ctypes.Structure):
 
 
 class Shape(ctypes.Structure):
-    """`Shape` of kernels.cpp."""
+    """`Shape` of kernels/structures.h."""
 
     _fields_ = [
         *((name, _Int) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim", "narrow")),
@@ -58,7 +58,7 @@ class Shape(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    """`Pass` of kernels.cpp."""
+    """`Pass` of kernels/structures.h."""
 
     _fields_ = [
         *((name, _Int) for name in ("first", "last", "sequences", "tokens", "past", "capacity", "threads")),
@@ -68,7 +68,7 @@ class Pass(ctypes.Structure):
 
 
 class Exits(ctypes.Structure):
-    """`Exits` of kernels.cpp."""
+    """`Exits` of kernels/structures.h."""
 
     _fields_ = [
         *((name, _Int) for name in ("head", "shared", "cycles", "score", "first_read", "end_read", "latest")),

@@ -1,6 +1,6 @@
-"""`kernels.cpp` as a shared library: compiled once for this machine, loaded only if nobody else can have written it.
+"""`kernels/` as a shared library: compiled once for this machine, loaded only if nobody else can have written it.
 
-The library lies in the cache directory under a name made of the source, the flags, the compiler and the processor, so
+The library lies in the cache directory under a name made of the sources, the flags, the compiler and the processor, so
 that one directory serves several machines. Beside it lies its checksum: a library that is torn, empty or not the one
 that was compiled is compiled anew, as loading it would end the process. A library is code that runs as whoever loads
 it, so that neither a file of another user (but root) nor one that others may write to is loaded.
@@ -25,7 +25,7 @@ from zerodraft.models.cache import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 PATIENCE = 300
 """Seconds until a compiler, or another process that compiles, is given up."""
@@ -59,7 +59,7 @@ def build(compiler: Sequence[str], flags: Sequence[str] = FLAGS, folder: Path | 
         subprocess.SubprocessError: the compiler failed.
     """
     folder = own_folder(default_cache_dir() / "kernels" if folder is None else folder)
-    parts = (SOURCE.read_text(encoding="utf-8"), *compiler, *flags, _run([*compiler, "--version"], 60))
+    parts = (*_sources(), *compiler, *flags, _run([*compiler, "--version"], 60))
     parts += (platform.machine(), _processor())
     path = folder / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.so"
     if (library := _load(path)) is not None:
@@ -93,6 +93,12 @@ def own_folder(folder: Path) -> Path:
         if _is_private(status):
             return place
     raise OSError(f"{place} belongs to another user")
+
+
+def _sources() -> list[str]:
+    """What the compiler reads: each file's name and text."""
+    paths = sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))
+    return [part for path in paths for part in (path.name, path.read_text(encoding="utf-8"))]
 
 
 def _user() -> int:
@@ -133,7 +139,7 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], path: Path) -> None:
     share one team of threads; two would wait for each other."""
     unit, partial, noted = (path.with_suffix(suffix) for suffix in (".o", ".partial", ".noted"))
     try:
-        _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(unit)], PATIENCE)
+        _run([*compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(unit)], PATIENCE)
         _run([*compiler, "-shared", str(unit), "-o", str(partial)], PATIENCE)
         partial.chmod(0o755)
         noted.write_text(hashlib.sha256(partial.read_bytes()).hexdigest(), encoding="utf-8")

@@ -24,7 +24,7 @@ from zerodraft.ztt.exits import ExitPolicy
 
 PRODUCTS = ("qkv", "out", "gate", "up", "down")
 SCORES = ("latent", "mean", "max", "min")
-"""In the order of kernels.cpp."""
+"""In the order of kernels/structures.h."""
 
 
 class CompiledLayers:
@@ -170,7 +170,7 @@ class CompiledLayers:
         context: int,
         last_from: int,
     ) -> Pass:
-        """A pass over some executions; see `Pass` of kernels.cpp."""
+        """A pass over some executions; see `Pass` of kernels/structures.h."""
         shape, rows = self.shape, x.shape[0]  # len() of a tensor takes five times as long
         texts, capacity = kv.shape[1], kv.shape[3]
         batch = texts if tokens.texts is None else tokens.texts.shape[0]
