@@ -9,14 +9,16 @@ import torch
 from tests.decoding.enumerating import OPTIONS, PROMPT, Enumerator, V, distance, exact, settings
 from tests.fast.cycled import CYCLED, over
 from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
-from zerodraft import DiffuSpec, LatentExit, ZttForCausalLM, decoder
+from zerodraft import CycleOutput, DiffuSpec, LatentExit, ZeroMassExit, ZttForCausalLM, decoder
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.decoding.search import SearchConfig
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.own import SelfDrafter
+from zerodraft.fast.compiled import kernels
 from zerodraft.fast.lean import lean_target
+from zerodraft.fast.lean.exits import EarlyExit
 from zerodraft.generate.drafters import find_drafter
 
 NAMES = (
@@ -96,22 +98,90 @@ def test_what_was_drafted_is_not_computed_again(monkeypatch: pytest.MonkeyPatch)
     assert target is not None
     target.prefill(prompt, prompt >= 0, ())
     seen, layers = [], target._weights.run
-    run = type(layers).run
+    run, early = type(layers).run, EarlyExit.run
+    depths = []
+
+    def exits(self: Any, *given: Any, **how: Any) -> Any:
+        ran, depth = early(self, *given, **how)
+        depths.append(depth.tolist())
+        return ran, depth
 
     def watched(self: Any, x: Any, kv: Any, tokens: Any, stage: range, **how: Any) -> Any:
         seen.append((len(x), stage))
         return run(self, x, kv, tokens, stage, **how)
 
-    monkeypatch.setattr(type(layers), "run", watched)
+    monkeypatch.setattr(EarlyExit, "run", exits)
     target.begin_draft(1)
     for token in (20, 21, 22):
         target.draft(torch.tensor([[token]]))
+    assert depths == [[1]] * 3
+    monkeypatch.setattr(type(layers), "run", watched)
     # one head layer, three cycles of two, one tail layer
-    assert seen == [(1, range(0, 3)), (1, range(7, 8))] * 3
-    seen.clear()
     causal = torch.ones(1, 4, 4, dtype=torch.bool).tril()
     target.score(torch.tensor([[20, 21, 22, 23]]), torch.arange(4)[None], causal, ())
     assert seen == [(1, range(0, 3)), (4, range(3, 8))]
+
+
+RULES = {
+    "no rule": None,
+    "latent": LatentExit(threshold=0.8),
+    "zero mass": ZeroMassExit(threshold=0.0995),
+    "two thresholds": LatentExit(threshold=(-1.0, 1e9)),
+}
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs compiled kernels")
+@pytest.mark.parametrize("cycles", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "name", ["cycled llama, fed again and scaled, gates, keys turned", "cycled qwen3, keys turned"]
+)
+def test_the_compiled_pass_drafts_what_python_does(name: str, rule: str, cycles: int) -> None:
+    """Logits and states of what is drafted, and what verification makes of them."""
+    model, prompt, chosen = CYCLED[name](), tokens(1, 8), RULES[rule]
+    compiled, asked = lean_target(model), lean_target(model)
+    assert compiled is not None
+    assert asked is not None
+    depths: list[int] = []
+
+    def by_python(out: CycleOutput) -> Any:
+        assert out.cycle >= cycles
+        stops = torch.ones(len(out.hidden), dtype=torch.bool) if chosen is None else chosen(out)
+        depths.extend([out.cycle] * bool(stops.all()))
+        return stops
+
+    for target, given in ((compiled, chosen), (asked, by_python)):
+        target.prefill(prompt, prompt >= 0, ())
+        target.begin_draft(cycles, given)
+    ours, theirs = compiled._draft, asked._draft
+    assert ours is not None
+    assert theirs is not None
+    assert ours.early._compiled is not None
+    assert theirs.early._compiled is None
+    for token in (20, 21, 22, 23, 24):
+        ids = torch.tensor([[token]])
+        assert gap(compiled.draft(ids), asked.draft(ids)) < 2e-5
+        assert gap(ours.states[-1], theirs.states[-1]) < 2e-5
+    if chosen is None:
+        assert depths == [cycles] * 5
+    elif rule == "two thresholds":
+        assert depths == [2] * 5
+    elif cycles == 1:
+        assert 1 in depths
+        assert depths != [1] * 5
+    visible = torch.ones(1, 4, 4, dtype=torch.bool).tril()
+    again = torch.tensor([[20, 21, 22, 31]]), torch.arange(4)[None], visible
+    plain = lean_target(model)
+    assert plain is not None
+    plain.prefill(prompt, prompt >= 0, ())
+    expected = plain.score(*again, ()).logits
+    for target in (compiled, asked):
+        assert gap(target.score(*again, ()).logits, expected) < 2e-5
+    for target in (compiled, asked, plain):
+        target.keep([[0, 1, 2]])
+    following = torch.tensor([[40]]), torch.tensor([[0]]), torch.ones(1, 1, 1, dtype=torch.bool)
+    expected = plain.score(*following, ()).logits
+    assert gap(compiled.score(*following, ()).logits, expected) < 2e-5
 
 
 MAKE: dict[str, Any] = {"lean": lean_target, "the model's forward": None}

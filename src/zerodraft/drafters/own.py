@@ -19,7 +19,7 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress, Target
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter, choose
 from zerodraft.fast.lean import LeanTarget
-from zerodraft.ztt.exits import ExitRule, check_thresholds
+from zerodraft.ztt.exits import AtLeast, ExitRule, check_thresholds
 from zerodraft.ztt.model import ZttForCausalLM
 
 
@@ -66,14 +66,14 @@ class SelfDrafter:
             drafting = config.stored_layers + (cycles - 1) * config.shared_layers
             least = drafting / (config.stored_layers + (config.cycles - 1) * config.shared_layers)
         self.model, self.cycles, self.max_length = model, cycles, max_length
-        self.rule = None if rule is None else AtLeast(cycles, rule)
+        self.rule = rule
         self.alone = AutoregressiveDrafter(
             model,
             candidates=candidates,
             max_length=max_length,
             temperature=temperature,
             least=least,
-            inputs={"cycles": cycles} if rule is None else {"exit_rule": self.rule},
+            inputs={"cycles": cycles} if rule is None else {"exit_rule": AtLeast(cycles, rule)},
         )
 
     def check(self, config: Any) -> None:
@@ -84,17 +84,6 @@ class SelfDrafter:
     def start(self, batch: int, device: torch.device, generator: torch.Generator | None) -> "SelfSession":
         """A session for `batch` rows."""
         return SelfSession(self, batch, device, generator)
-
-
-class AtLeast:
-    """A rule that is not asked in the first cycles."""
-
-    def __init__(self, cycles: int, rule: ExitRule) -> None:
-        self.cycles, self.rule = cycles, rule
-
-    def __call__(self, out: Any) -> Any:
-        """True for the tokens that stop."""
-        return self.rule(out) if out.cycle >= self.cycles else out.hidden.new_zeros(len(out.hidden), dtype=torch.bool)
 
 
 class SelfSession:

@@ -71,8 +71,8 @@ class Exits(ctypes.Structure):
     """`Exits` of kernels/structures.h."""
 
     _fields_ = [
-        *((name, _Int) for name in ("head", "shared", "cycles", "score", "first_read", "end_read", "latest")),
-        *((name, _Pointer) for name in ("thresholds", "depth")),
+        *((name, _Int) for name in ("head", "shared", "cycles", "score", "first_read", "end_read", "latest", "noted")),
+        *((name, _Pointer) for name in ("thresholds", "depth", "states")),
     ]
 
 

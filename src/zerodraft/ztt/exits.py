@@ -198,6 +198,24 @@ class FixedExit:
         return torch.full(out.hidden.shape[:1], out.cycle >= self.cycles, device=out.hidden.device)
 
 
+@dataclass(frozen=True, slots=True)
+class AtLeast:
+    """A rule that is not asked in the first cycles: every token runs at least `cycles`."""
+
+    cycles: int
+    rule: ExitRule
+
+    @property
+    def reads_zero_mass(self) -> bool:
+        """As the rule says."""
+        return reads_zero_mass(self.rule)
+
+    def __call__(self, out: CycleOutput) -> Bool[Tensor, " n"]:
+        if out.cycle >= self.cycles:
+            return self.rule(out)
+        return torch.zeros(len(out.hidden), dtype=torch.bool, device=out.hidden.device)
+
+
 def exit_rule_to_dict(rule: ExitRule) -> dict[str, Any]:
     """A rule as a JSON object: its name and its parameters."""
     name = name_of(type(rule))
@@ -225,6 +243,8 @@ def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
 
 def check_thresholds(rule: ExitRule | None, cycles: int) -> None:
     """Raise `ZerodraftError` where a rule has a threshold for each cycle, and not as many as a model's cycles want."""
+    if isinstance(rule, AtLeast):
+        check_thresholds(rule.rule, cycles)
     if isinstance(rule, ScoredRule) and isinstance(rule.threshold, Sequence) and len(rule.threshold) != cycles - 1:
         raise ZerodraftError(_wrong_count(len(rule.threshold), f"the model's {cycles} cycles want {cycles - 1}"))
 

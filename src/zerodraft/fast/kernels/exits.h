@@ -84,6 +84,7 @@ struct Cycling {
     for (int64_t cycle = 1; cycle <= e.cycles && rows.running; cycle++) {
       const float threshold = cycle < e.cycles ? e.thresholds[cycle - 1] : NAN;
       run_cycle(cycle, threshold);
+      if (cycle == e.noted) worker.copy_to(e.states);
       if (cycle < e.cycles) part(cycle, threshold);
     }
     worker.take_all(rows, judge.before);

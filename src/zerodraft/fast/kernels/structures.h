@@ -72,8 +72,11 @@ struct Exits {
   int64_t score, first_read, end_read;
   // In the cycles that it skips a token has the keys and values of its last cycle, not those of its last state.
   int64_t latest;
+  // After which cycle the states are noted, if not 0: one that all rows run.
+  int64_t noted;
   const float* thresholds;  // (cycles - 1); NaN: nobody leaves
   int64_t* depth;           // (N): in: 0 for padding, which leaves after the first cycle, else 1; out: cycles
+  float* states;            // (N, H): those that are noted
 };
 
 // Minus how far the state moved, as a share of its length; or the mass on the zero token by layer and head, minus

@@ -230,12 +230,16 @@ class CompiledExits:
         real: Bool[Tensor, " N"] | None,
         taps: Sequence[int],
         last_only: bool,
+        note: tuple[int, Float[Tensor, "N H"]] | None = None,
     ) -> tuple[Ran, Int[Tensor, " N"]]:
-        """See `exits.run_exits`; `x` becomes the stream behind the last layer, `head_output` is used up."""
+        """See `exits.run_exits`; `x` becomes the stream behind the last layer. Of more than one token `head_output` is
+        used up."""
         layers, rows = self._layers, x.shape[0]
         layers.check_fed(head_output)
         depth = torch.ones(rows, dtype=torch.int64, device=CPU) if real is None else real.to(CPU, torch.int64)
         self._exits.depth = address(depth, (rows,), torch.int64)
+        self._exits.noted = 0 if note is None else note[0]
+        self._exits.states = None if note is None else address(note[1], (rows, layers.shape.hidden))
         tapped = {tap: torch.empty_like(x) for tap in taps if tap < layers.count} if taps else {}
         run = layers.make_pass(x, kv, tokens, range(layers.count), head_output, 0, rows - 1 if last_only else 0)
         masks, at = layers.masks(x, kv, tokens), layers.addresses(tapped)

@@ -19,23 +19,22 @@ from torch import Tensor
 
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean.cache import LeanCache
-from zerodraft.fast.lean.exits import Readout, run_exits
+from zerodraft.fast.lean.exits import EarlyExit, Readout
 from zerodraft.fast.lean.weights import LeanWeights
-from zerodraft.ztt.exits import CycleOutput, ExitRule
 
 
 @dataclass(kw_only=True)
 class OwnDraft:
     """Tokens that a model drafts for itself behind what is cached, the last known token first.
 
-    **Fields:** `cycles` that every drafted token runs; with a `rule` it goes on until the rule stops it. `states` are
-    those behind these cycles (1, H), `fed` the head's outputs, of a single text alone.
+    **Fields:** `cycles` that every drafted token runs; `early` says where it stops, there or later. `states` are those
+    behind these cycles, `fed` the head's outputs.
     """
 
     weights: LeanWeights
     cache: LeanCache
     cycles: int
-    rule: ExitRule | None
+    early: EarlyExit
     readout: Readout
     ids: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
@@ -43,63 +42,56 @@ class OwnDraft:
 
     def step(self, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B H"]:
         """The stream behind the tail after one more token of each text."""
-        weights, cache, run = self.weights, self.cache, self.weights.run.run
-        stages, at = weights.stages, len(self.ids)
-        assert stages is not None
+        weights, cache, at = self.weights, self.cache, len(self.ids)
         cache.make_room(len(ids), at + 1)
         drafted = torch.arange(at, device=CPU).expand(len(ids), -1) if at else None
         tokens = cache.tokens(torch.full_like(ids, at), None, drafted=drafted)
         x = F.embedding(ids.flatten(), weights.embedding)
         fed = torch.empty_like(x) if weights.feeds_again else None
+        states = torch.empty_like(x)
+        ran, _ = self.early.run(
+            cache.kv, x, tokens, self.readout,
+            head_output=fed, real=None, taps=(), last_only=False, note=(self.cycles, states),
+        )  # fmt: skip
         self.ids.append(int(ids[0, 0]))
-        if self.rule is None:
-            x = run(x, cache.kv, tokens, range(stages.cycle(self.cycles).stop), head_output=fed).x
-            self._remember(x.clone(), fed)
-            return run(x, cache.kv, tokens, stages.tail, head_output=fed).x
-        rule = self.rule
-
-        def stops(out: CycleOutput) -> Bool[Tensor, " n"]:
-            if out.cycle == self.cycles:
-                self._remember(out.hidden, fed)
-            return rule(out)
-
-        return run_exits(weights, cache.kv, x, tokens, stops, "propagate", self.readout, head_output=fed)[0].x
-
-    def _remember(self, states: Tensor, fed: Tensor | None) -> None:
         self.states.append(states)
         if fed is not None:
             self.fed.append(fed)
+        return ran.x
 
     def verify(
         self, ids: Int[Tensor, "1 T"], depth: Int[Tensor, "1 T"], visible: Bool[Tensor, "1 T T"]
-    ) -> tuple[Float[Tensor, "T H"], list[int]]:
-        """The stream behind the last layer of a tree's nodes, and in which slot (behind what is kept) each one is."""
+    ) -> tuple[Float[Tensor, "T H"], list[int] | None]:
+        """The stream behind the last layer of a tree's nodes, and the slot of each one behind what is kept, where they
+        are not in order."""
         weights, cache, run = self.weights, self.cache, self.weights.run.run
-        known = self._find(ids[0].tolist(), depth[0].tolist(), visible[0])
+        known = self._find(ids[0].tolist(), depth[0].tolist(), visible[0].tolist())
         others = [node for node in range(ids.shape[1]) if node not in known]
-        order, count = torch.tensor([*known, *others], device=CPU), len(known)
-        depth, visible = depth[:, order], visible[:, order][:, :, order]
+        order, count = [*known, *others], len(known)
+        places = None
+        if order != list(range(len(order))):
+            by = torch.tensor(order, device=CPU)
+            ids, depth, visible, places = ids[:, by], depth[:, by], visible[:, by][:, :, by], by.argsort()
         assert weights.stages is not None
         first = range(weights.stages.cycle(self.cycles).stop)
         states, fed = self.states[:count], self.fed[:count]
         if others:
             tokens = cache.tokens(depth[:, count:], visible[:, count:], drafted=depth[:, :count])
-            x = F.embedding(ids[0, others], weights.embedding)
+            x = F.embedding(ids[0, count:], weights.embedding)
             again = torch.empty_like(x) if weights.feeds_again else None
             states = [*states, run(x, cache.kv, tokens, first, head_output=again).x]
             fed = fed if again is None else [*fed, again]
         rest = range(first.stop, len(weights.layers))
         again = torch.cat(fed) if fed else None
         x = run(torch.cat(states), cache.kv, cache.tokens(depth, visible), rest, head_output=again).x
-        places = order.argsort()
-        return x[places], places.tolist()
+        return (x, None) if places is None else (x[places], places.tolist())
 
-    def _find(self, ids: Sequence[int], depth: Sequence[int], visible: Bool[Tensor, "T T"]) -> list[int]:
+    def _find(self, ids: Sequence[int], depth: Sequence[int], visible: Sequence[Sequence[bool]]) -> list[int]:
         """The nodes that are the first drafted tokens, one after the other."""
         found: list[int] = []
         for at, token in enumerate(self.ids):
             here = (node for node in range(len(ids)) if depth[node] == at and ids[node] == token)
-            node = next((node for node in here if not found or visible[node, found[-1]]), None)
+            node = next((node for node in here if not found or visible[node][found[-1]]), None)
             if node is None:
                 break
             found.append(node)

@@ -53,12 +53,14 @@ class EarlyExit:
         real: Bool[Tensor, " N"] | None,
         taps: Sequence[int],
         last_only: bool,
+        note: tuple[int, Float[Tensor, "N H"]] | None = None,
     ) -> tuple[Ran, Int[Tensor, " N"]]:
         """See `run_exits`."""
         stages = self._weights.stages
         assert stages is not None
         _check_taps(taps, stages)
         how: dict[str, Any] = {"head_output": head_output, "real": real, "taps": taps, "last_only": last_only}
+        how["note"] = note
         if self._compiled is not None:
             return self._compiled.run(x, kv, tokens, **how)
         return run_exits(self._weights, kv, x, tokens, self._rule, self._policy, readout, **how)
@@ -77,6 +79,7 @@ def run_exits(
     real: Bool[Tensor, " N"] | None = None,
     taps: Sequence[int] = (),
     last_only: bool = False,
+    note: tuple[int, Float[Tensor, "N H"]] | None = None,
 ) -> tuple[Ran, Int[Tensor, " N"]]:
     """All layers with early exit; what they brought, and the cycles of each token (0: padding).
 
@@ -92,6 +95,7 @@ def run_exits(
         real: False for padding, which runs the first cycle and leaves without being asked; None: there is none.
         taps: As in `Layers.run`, in front of the cycles or behind them.
         last_only: As there.
+        note: A cycle that all tokens run, before the last one, and where the states behind it are put.
     """
     stages, run = weights.stages, weights.run.run
     assert stages is not None
@@ -107,6 +111,8 @@ def run_exits(
         wanted = not last and reads_zero_mass(rule)
         ran = run(entered.clone(), kv, runs.tokens, stages.cycle(cycle), head_output=fed, masses=wanted)
         runs.x = ran.x
+        if note is not None and note[0] == cycle:
+            note[1].copy_(runs.x)
         if last:
             break
         mass = torch.stack(ran.masses, 1) if ran.masses else None

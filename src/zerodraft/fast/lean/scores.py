@@ -2,12 +2,12 @@
 threshold where one stops. Rules that read logits, and those of users, have none and are asked in Python.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, nan
 from typing import Literal
 
 from zerodraft.fast.lean.ztt import Stages
-from zerodraft.ztt.exits import ExitRule, FixedExit, LatentExit, ZeroMassExit
+from zerodraft.ztt.exits import AtLeast, ExitRule, FixedExit, LatentExit, ZeroMassExit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +28,11 @@ class Scores:
 def scores_of(rule: ExitRule, stages: Stages) -> Scores | None:
     """A rule's scores, or None for one that only Python can ask."""
     asked, shared = range(1, stages.cycles), stages.shared_layers
+    if isinstance(rule, AtLeast):
+        if (scores := scores_of(rule.rule, stages)) is None:
+            return None
+        each = (nan if cycle < rule.cycles else one for cycle, one in zip(asked, scores.thresholds, strict=True))
+        return replace(scores, thresholds=tuple(each))
     if type(rule) is FixedExit:
         # without a mass to read the score is minus infinity
         each = (-inf if cycle >= rule.cycles else nan for cycle in asked)

@@ -25,7 +25,7 @@ from zerodraft.fast.lean.exits import Depths, EarlyExit
 from zerodraft.fast.lean.passes import Tokens
 from zerodraft.fast.lean.torch_layers import unit
 from zerodraft.fast.lean.weights import LeanWeights, lean_weights, release_lean
-from zerodraft.ztt.exits import ExitRule
+from zerodraft.ztt.exits import AtLeast, ExitRule, FixedExit
 from zerodraft.ztt.interface import current, without_exits
 from zerodraft.ztt.pretrained import ExitRecord
 
@@ -71,6 +71,7 @@ class LeanTarget:
         self._exits, self._depths = exits, Depths()
         self._early = None if exits is None else EarlyExit(weights, exits.rule, exits.policy)
         self._draft: OwnDraft | None = None
+        self._drafting: tuple[int, ExitRule | None, EarlyExit] | None = None
         # where the last call's tokens lie, if not in order
         self._places: list[int] | None = None
 
@@ -78,7 +79,7 @@ class LeanTarget:
         """Give back the memory of the cache and of the model's packed weights. The target is of no use afterwards."""
         if (model := self._model()) is not None:
             release_lean(model)
-        self._draft = self._early = None
+        self._draft = self._drafting = self._early = None
         del self._weights, self._cache
 
     @torch.no_grad()
@@ -115,7 +116,7 @@ class LeanTarget:
         """Score more tokens after what is cached; see the protocol."""
         draft, self._draft, self._places = self._draft, None, None
         self._cache.make_room(*ids.shape)
-        if draft is not None and len(ids) == 1 and not taps and self._exits is None:
+        if draft is not None and draft.ids and len(ids) == 1 and not taps and self._exits is None:
             with torch.inference_mode():
                 x, self._places = draft.verify(ids, depth, visible)
             return TargetOutput(logits=self._logits(x)[None], taps=None)
@@ -140,7 +141,18 @@ class LeanTarget:
     def begin_draft(self, cycles: int, rule: ExitRule | None = None) -> None:
         """What `draft` is given from now on are the last known tokens and what is drafted behind them, by the first
         cycles; with a rule by these and those that it lets a token run. The next `score` goes on from there."""
-        self._draft = OwnDraft(weights=self._weights, cache=self._cache, cycles=cycles, rule=rule, readout=self._logits)
+        known = self._drafting
+        if known is None or known[0] != cycles or known[1] is not rule:
+            # without a rule nobody sees what a drafted token leaves in later cycles, so it leaves what costs nothing
+            early = (
+                EarlyExit(self._weights, FixedExit(cycles=cycles), "latest")
+                if rule is None
+                else EarlyExit(self._weights, AtLeast(cycles, rule), "propagate")
+            )
+            known = self._drafting = cycles, rule, early
+        self._draft = OwnDraft(
+            weights=self._weights, cache=self._cache, cycles=cycles, early=known[2], readout=self._logits
+        )
 
     @torch.no_grad()
     def draft(self, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
