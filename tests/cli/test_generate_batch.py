@@ -17,6 +17,7 @@ from tests.saved import save, save_target
 from zerodraft import LatentExit
 from zerodraft.cli.decoding import Sampling
 from zerodraft.cli.main import main
+from zerodraft.common.lock import locked_file
 
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 PROMPTS = ["the cat", "once upon a time", "a fox", "the little fox could", "mat"]
@@ -177,6 +178,47 @@ def test_openais_form(target: Path, alone: list[list[int]], tokenizer: Any, tmp_
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("looped", [False, True])
+def test_what_fails_while_it_is_decoded_is_a_matter_of_its_line(
+    looped: bool, target: Path, ztt_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores that overflow, say: OpenAI's form has an error for that, the plain form ends there."""
+    good, bad = {"prompt": PROMPTS[0]}, {"prompt": PROMPTS[0], "repetition_penalty": 1e-300}
+    rows = [asked(str(at), body, "/v1/completions") for at, body in enumerate((good, bad, bad, good))]
+    model, drafts = (ztt_dir, []) if looped else (target, ["--drafter", "lookup"])
+
+    def answers(prompts: str, out: Path) -> int:
+        words = ["--model", str(model), *drafts, "--prompt-file", prompts, "--out", str(out), "--batch", "2"]
+        return main(["generate", *words, "--max-new-tokens", "8"])
+
+    out = tmp_path / "b.jsonl"
+    assert answers(write(tmp_path / "a.jsonl", *rows), out) == 0
+    found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [line["response"]["status_code"] for line in found] == [200, 400, 400, 200]
+    assert "NaN" in found[1]["response"]["body"]["error"]["message"]
+    before = out.read_bytes()
+    assert answers(str(tmp_path / "a.jsonl"), out) == 0
+    assert out.read_bytes() == before
+    assert answers(write(tmp_path / "c.jsonl", good, bad, good), tmp_path / "d.jsonl") == 2
+    assert "line 2: The target's scores hold NaN" in capsys.readouterr().err
+    (line,) = (tmp_path / "d.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["text"] == found[0]["response"]["body"]["choices"][0]["text"]
+
+
+def test_one_process_writes_a_file_of_answers(target: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts, out = write(tmp_path / "a.jsonl", {"prompt": "the cat"}), tmp_path / "new" / "b.jsonl"
+    words = ["generate", "--target", str(target), "--prompt-file", prompts, "--out", str(out)]
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    with locked_file(out, "mine"):
+        for name in (out, link):
+            assert main([*words[:-1], str(name)]) == 2
+            assert f"Another process is writing answers into '{name}'." in capsys.readouterr().err
+        assert not out.exists()
+    assert main([*words, "--max-new-tokens", "2"]) == 0
+    assert [file.name for file in out.parent.iterdir()] == ["b.jsonl"]
+
+
 def test_exit_rules(ztt_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     from zerodraft import FixedExit
 
@@ -257,6 +299,11 @@ def alone_over_depth(model: Any, tokenizer: Any, line: dict[str, Any]) -> list[i
             {"prompt": "a", "temperature": "hot"},
             "line 2 of 'a.jsonl': 'temperature' must be a number or null, got 'hot'",
         ),
+        ({"prompt": "a", "max_tokens": 0}, "line 2 of 'a.jsonl': max_tokens is 0; it must be at least 1"),
+        (
+            {"prompt": "a", "max_tokens": 4, "max_completion_tokens": 5},
+            "line 2 of 'a.jsonl': 'max_tokens' and 'max_completion_tokens' differ",
+        ),
         ({"prompt": "a", "top_p": 2}, "line 2 of 'a.jsonl': top_p is 2.0; it must be above 0 and at most 1"),
         ({"prompt": " "}, "line 2 of 'a.jsonl': give either a 'prompt' that is a text or 'messages'"),
         ({"prompt": "a", "messages": [{}]}, "line 2 of 'a.jsonl': give either a 'prompt'"),
@@ -295,6 +342,7 @@ def test_a_line_that_is_no_request_is_named(
         (["--prompt-file", "a.jsonl", "--out", "b.jsonl", "--trace"], "--trace is for one text"),
         (["--prompt-file", "a.jsonl", "--out", "b.jsonl", "hi"], "give prompts either as a word or with --prompt-file"),
         (["--prompt-file", "a.jsonl", "--out", "c.jsonl"], "line 1 of 'c.jsonl' is not the answer to request 1"),
+        (["--prompt-file", "a.jsonl", "--out", "."], "The file of answers '.' is a directory; expected a file."),
         (["--prompt-file", "d.jsonl", "--out", "b.jsonl"], "custom_id 'a' is that of line 1 as well"),
         (["--prompt-file", "e.jsonl", "--out", "b.jsonl"], "holds no prompts"),
         (["--prompt-file", "nowhere.jsonl", "--out", "b.jsonl"], "nowhere.jsonl' cannot be read"),

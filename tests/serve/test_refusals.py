@@ -156,10 +156,27 @@ def test_bodies_that_are_too_large(url: str) -> None:
     ids=["tls", "words", "negative", "header", "chunk", "long"],
 )
 def test_broken_http(url: str, data: bytes) -> None:
-    answer = say(url, data)
-    assert answer[:13] in (b"", b"HTTP/1.1 400 ", b"HTTP/1.1 404 ")
-    assert b"Traceback" not in answer
+    head, _, body = until_closed(url, data, half=True).partition(b"\r\n\r\n")
+    if head:
+        status = int(head.split()[1])
+        assert status in (400, 404)
+        refused((status, json.loads(body), {}), status)
     assert ask(url, "/health")[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_broken_http_behind_an_answer(url: str, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It is answered once more behind an answer, and not at all where the body was refused before its end."""
+    body = json.dumps({**ASKED, "stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    answer = until_closed(url, head + b"Content-Length: %d\r\n\r\n%s\x00\r\n\r\n" % (len(body), body))
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1 400 " in answer
+    large = b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
+    answer = until_closed(url, head + b"Transfer-Encoding: chunked\r\n\r\n" + 5 * large, b"no size\r\n")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_clients_that_close_early(url: str) -> None:
@@ -234,6 +251,18 @@ def test_keys_origins_and_limits(model: Any, tokenizer: Any) -> None:
         assert answer["usage"]["completion_tokens"] == 7
 
 
+@pytest.mark.parametrize(("change", "param"), [({"n": 6}, "n"), ({"prompt": ["a"] * 6}, "prompt")])
+def test_more_answers_than_there_are_places_are_never_taken(
+    model: Any, tokenizer: Any, change: dict[str, Any], param: str
+) -> None:
+    """Asking again later, which 429 asks for, would not help."""
+    with running(serve_model(model, tokenizer, "tiny", "lookup", parallel=2, queue=3)) as url:
+        error = refused(ask(url, COMPLETE, {**ASKED, **change}))
+        assert error["param"] == param
+        assert error["message"] == f"'{param}' asks for 6 answers; at most 5 are taken at once."
+        assert ask(url, COMPLETE, {**ASKED, "n": 5})[0] == 200
+
+
 def test_a_model_without_a_template_has_no_chat(model: Any, tokenizer: Any) -> None:
     import copy
 
@@ -244,14 +273,17 @@ def test_a_model_without_a_template_has_no_chat(model: Any, tokenizer: Any) -> N
         assert ask(url, COMPLETE, ASKED)[0] == 200
 
 
-def until_closed(url: str, *parts: bytes) -> bytes:
-    """What the server answers until it closes; each of these parts is sent when it has said something to the last."""
+def until_closed(url: str, *parts: bytes, half: bool = False) -> bytes:
+    """What the server answers until it closes; each of these parts is sent when it has said something to the last. With
+    `half` the client's side is closed then."""
     host, port = url.removeprefix("http://").rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         answer = b""
         for part in parts:
             connection.sendall(part)
             answer += connection.recv(65536)
+        if half:
+            connection.shutdown(socket.SHUT_WR)
         while more := connection.recv(65536):
             answer += more
     return answer

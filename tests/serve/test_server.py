@@ -93,6 +93,21 @@ def test_a_chat_with_openais_client(client: openai.OpenAI, model: Any, tokenizer
         client.chat.completions.create(**options, tools=[{"type": "function", "function": {"name": "f"}}])
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_counts_once_however_many_answers_it_has(client: openai.OpenAI, tokenizer: Any, stream: bool) -> None:
+    prompts = ["a cat and a fox", "the little fox could not sleep"]
+    options: Any = {"model": "tiny", "prompt": prompts, "n": 3, "max_tokens": 4, "seed": 1}
+    for _ in range(2):
+        answer: Any = client.completions.create(**options)
+        if stream:
+            answer = [*client.completions.create(**options, stream=True, stream_options={"include_usage": True})][-1]
+        usage = answer.usage
+        assert usage.prompt_tokens == sum(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+        assert usage.completion_tokens == 24
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens / 2 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
+
+
 def test_streams_end_with_done(url: str) -> None:
     status, text, headers = ask(url, COMPLETE, {**GREEDY, "stream": True})
     assert status == 200
@@ -321,7 +336,7 @@ def test_a_full_queue_answers_429_and_clients_that_leave_free_their_place(model:
         assert status == 429
         assert answer["error"]["type"] == "rate_limit_error"
         assert headers["retry-after"] == "1"
-        assert ask(url, COMPLETE, {**GREEDY, "n": 3})[0] == 429
+        assert ask(url, COMPLETE, {**GREEDY, "n": 2})[0] == 429
         for stream in streams:
             stream.close()
         # a plain request that goes away counts as well

@@ -84,8 +84,9 @@ def groups(prompts: Iterable[tuple[Request, Any]], rows: int) -> Iterator[list[t
 
 def decode_over_depth(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[Request, Any]], rows: int, rule: Any
-) -> Iterator[Answered | None]:
-    """The answers to requests, in order, as soon as those before are there too; None to one with an error."""
+) -> Iterator[Answered | ZerodraftError | None]:
+    """The answers to requests, in order, as soon as those before are there too; None to one with an error, and an error
+    to one that fails."""
     from zerodraft.fast.depth_batching import DepthBatch
     from zerodraft.fast.depth_requests import DepthAnswer
 
@@ -107,7 +108,10 @@ def decode_over_depth(
             submitted.extend(islice(keys, len(ended)))
         answer = found.pop(key)
         if answer.error is not None:
-            raise answer.error
+            if not isinstance(answer.error, ZerodraftError):
+                raise answer.error
+            yield answer.error
+            continue
         yield Answered(
             text=tokenizer.decode(answer.tokens, skip_special_tokens=True),
             tokens=answer.tokens,
@@ -168,6 +172,22 @@ def decode_together(
     return answers
 
 
+def decode_group(
+    model: Any, tokenizer: Any, decode: Any, group: Sequence[tuple[Request, Any]], **options: Any
+) -> Iterator[Answered | ZerodraftError | None]:
+    """The same, and an error where one of them fails, which is no matter of the others."""
+    try:
+        found = decode_together(model, tokenizer, decode, group, **options)
+    except ZerodraftError as error:
+        if len(group) == 1:
+            yield error
+            return
+        for one in group:
+            yield from decode_group(model, tokenizer, decode, [one], **options)
+        return
+    yield from found
+
+
 def answer_file(
     model: Any,
     tokenizer: Any,
@@ -202,22 +222,27 @@ def answer_file(
     """
     import json
 
-    def in_turn() -> Iterator[tuple[Request, Answered | None]]:
+    def settled(request: Request, found: Answered | ZerodraftError | None) -> tuple[Request, Answered | None]:
+        if not isinstance(found, ZerodraftError):
+            return request, found
+        if request.custom_id is None:
+            raise ZerodraftError(f"line {request.number}: {found}") from found
+        return replace(request, error=str(found)), None
+
+    def in_turn() -> Iterator[Answered | ZerodraftError | None]:
         if over_depth:
-            found = decode_over_depth(model, tokenizer, prompts, rows, options.get("exit_rule"))
-            yield from zip((request for request, _ in prompts), found, strict=True)
+            yield from decode_over_depth(model, tokenizer, prompts, rows, options.get("exit_rule"))
             return
         for group in groups(prompts, rows):
-            found = decode_together(model, tokenizer, decode, group, **options)
-            yield from zip((request for request, _ in group), found, strict=True)
+            yield from decode_group(model, tokenizer, decode, group, **options)
 
     done = kept_lines(out, keys)
     prompts = prompts_of(tokenizer, model, requests[done:], chat=chat)
-    at, tokens, failed, answers = done, 0, 0, in_turn()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    at, tokens, failed = done, 0, 0
     with out.open("ab") as file, LiveProgress(LiteralConsole(stderr=True)) as progress:
         progress.show("prompts answered", at, len(requests))
-        for request, answered in answers:
+        for (asked, _), found in zip(prompts, in_turn(), strict=True):
+            request, answered = settled(asked, found)
             line = line_of(request, answered, keys[at], name)
             file.write((json.dumps(line) + "\n").encode())
             file.flush()

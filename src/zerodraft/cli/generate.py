@@ -4,7 +4,8 @@ target and a drafter and shows what was drafted, or answers a file of prompts (`
 
 import time
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.text import Text
@@ -15,9 +16,12 @@ from zerodraft.cli.depth import colour, legend
 from zerodraft.cli.loading import Dtype, load_ztt
 from zerodraft.cli.reading import read_stdin
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.common.files import model_type, read_text, user_path, whole_characters
+from zerodraft.common.files import check_regular, model_type, read_text, user_path, whole_characters
 from zerodraft.models.tokenizers import encode, load_tokenizer
 from zerodraft.ztt.rules import rule_of, written_rules
+
+if TYPE_CHECKING:
+    from zerodraft.cli.requests import Request
 
 STDIN = "-"
 OF_DRAFTS = ("dtype", "drafter", "drafter_steps", "prefix_cache", "ngram", "compare", "trace")
@@ -138,17 +142,27 @@ class Generate(Command):
             raise ZerodraftError(f"{given[0]} is for one text, and --out for a file of prompts")
         if self.batch < 1:
             raise ZerodraftError(f"--batch is {self.batch}; it must be at least 1")
-        if user_path(self.prompt_file).resolve() == user_path(self.out).resolve():
+        out = user_path(self.out)
+        if out.exists():
+            check_regular(out, "file of answers")
+        if user_path(self.prompt_file).resolve() == out.resolve():
             raise ZerodraftError("--out is the file of prompts: name another one")
 
     def _run_batch(self, console: Console) -> Result:
         """All lines of a file."""
-        from zerodraft.cli.batch import answer_file, kept_lines
         from zerodraft.cli.requests import read_requests
+        from zerodraft.common.lock import locked_file
+
+        out = user_path(self.out)
+        requests = read_requests(user_path(self.prompt_file), self.sampling)
+        with locked_file(out, f"Another process is writing answers into '{self.out}'."):
+            return self._answer(console, requests, out)
+
+    def _answer(self, console: Console, requests: "list[Request]", out: Path) -> Result:
+        from zerodraft.cli.batch import answer_file, kept_lines
         from zerodraft.generate.over_depth import goes_over_depth
 
-        out, name = user_path(self.out), self.target or self.model
-        requests = read_requests(user_path(self.prompt_file), self.sampling)
+        name = self.target or self.model
         keys = [request.key(name, self.dtype, self.exit_rule, str(self.chat)) for request in requests]
         # another file's answers are told before anything is loaded
         if kept_lines(out, keys) == len(requests):

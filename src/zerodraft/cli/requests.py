@@ -50,7 +50,7 @@ class Body:
     def sampling(self, flags: Sampling, number: int) -> Sampling:
         """How this line is answered; without a seed of its own each one has the next."""
         given = {
-            "max_new_tokens": self.max_tokens or self.max_completion_tokens,
+            "max_new_tokens": self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
             "stop": ((self.stop,) if isinstance(self.stop, str) else self.stop) or None,
             "seed": flags.seed + number - 1 if self.seed is None else self.seed,
         }
@@ -146,12 +146,15 @@ def _request(given: dict[str, Any], number: int, flags: Sampling) -> Request:
         raise ZerodraftError("give either a 'prompt' that is a text or 'messages' that are a conversation")
     if body.n != 1 or body.stream:
         raise ZerodraftError("one answer is written for each line, and all at once: leave out 'n' and 'stream'")
+    if None not in (limits := {body.max_tokens, body.max_completion_tokens}) and len(limits) > 1:
+        raise ZerodraftError("'max_tokens' and 'max_completion_tokens' differ: give one of them")
     sampling = body.sampling(flags, number)
     try:
         sampling.check()
     except ZerodraftError as error:
         # the sentence names flags
-        raise ZerodraftError(re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from error
+        said = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
+        raise ZerodraftError(said.replace("max_new_tokens", "max_tokens")) from error
     messages = tuple(map(_message, body.messages)) if isinstance(body.messages, list) else body.messages
     if not isinstance(messages, tuple):
         raise ZerodraftError(f"'messages' must be a list, got {shown(messages)}")

@@ -1,4 +1,4 @@
-"""A folder that one process writes at a time."""
+"""A folder or a file that one process writes at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +20,25 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
     """
     if not folder.resolve().name or folder == Path():
         raise ZerodraftError(f"'{folder}' cannot hold an output: name a directory of its own.")
-    lock = FileLock(folder / LOCK)
+    with _held(folder / LOCK, taken, leave=False):
+        yield
+
+
+@contextmanager
+def locked_file(path: Path, taken: str) -> Iterator[None]:
+    """The same for a file, by another one beside it, in a folder that is made if need be.
+
+    Raises:
+        ZerodraftError: another process holds it (`taken` says what it does), or its folder cannot be written.
+    """
+    path = path.resolve()
+    with _held(path.with_name(f"{path.name}{LOCK}"), taken, leave=True):
+        yield
+
+
+@contextmanager
+def _held(file: Path, taken: str, *, leave: bool) -> Iterator[None]:
+    lock, folder = FileLock(file), file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -33,6 +51,7 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             # while it is held, so that nobody is given a lock on a file that is gone; a folder with more in it stays
-            (folder / LOCK).unlink()
-            folder.rmdir()
+            file.unlink()
+            if not leave:
+                folder.rmdir()
         lock.release()

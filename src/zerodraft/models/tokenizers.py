@@ -64,5 +64,8 @@ def for_decoder(inputs: Any) -> Any:
 def encode_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     """A conversation's tensors, up to where the model answers."""
     if not tokenizer.chat_template:
-        raise ZerodraftError("this model's tokenizer has no chat template: leave --chat out")
+        raise ZerodraftError(
+            "this model's tokenizer has no chat template, which a conversation needs: give a text to continue, without "
+            "--chat"
+        )
     return for_decoder(templated(tokenizer, messages, return_tensors="pt", return_dict=True))

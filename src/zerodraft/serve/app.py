@@ -230,9 +230,15 @@ def make_app(served: Served) -> FastAPI:
         return await answered(asked, ids, request)
 
     async def answered(asked: Asked, prompts: Sequence[list[int]], request: Request) -> Response:
+        count, room = len(prompts) * asked.n, served.scheduler.parallel + served.scheduler.queue
+        if count > room:
+            param = "n" if asked.n > 1 else "prompt"
+            raise ApiError(400, f"'{param}' asks for {count} answers; at most {room} are taken at once.", param)
         shape = Shape(
             chat=isinstance(asked, ChatRequest),
             model=served.name,
+            prompts=prompts,
+            n=asked.n,
             tokenizer=served.prompts.tokenizer,
             scored=asked.alternatives is not None,
             traced=asked.zerodraft.trace,

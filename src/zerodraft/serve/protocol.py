@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -13,6 +14,8 @@ HEAD_SECONDS = 30.0
 """From a connection, or the first bytes of a further request on it, to the end of the request's head."""
 
 LATE = ApiError(408, "The request's head took too long to come.")
+
+BROKEN = ApiError(400, "What came is no HTTP/1.1 request.")
 
 
 class ImpatientProtocol(H11Protocol):
@@ -35,6 +38,10 @@ class ImpatientProtocol(H11Protocol):
         self._stop_waiting()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls over broken HTTP."""
+        self._close_with(BROKEN)
+
     def _wait(self) -> None:
         """Set the clock if a head is missing and it does not run yet; stop it if there is one."""
         if self.conn.their_state is not h11.IDLE:
@@ -52,13 +59,20 @@ class ImpatientProtocol(H11Protocol):
         if self.transport.is_closing():
             return
         if self.conn.trailing_data[0]:
-            body = json.dumps(LATE.body()).encode()
+            self._close_with(LATE)
+        self.transport.close()
+
+    def _close_with(self, error: ApiError) -> None:
+        """Say why, unless an answer has begun or is over, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body()).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("connection", "close"),
             ]
-            head = h11.Response(status_code=LATE.status, headers=headers, reason=b"Request Timeout")
+            reason = HTTPStatus(error.status).phrase.encode()
+            head = h11.Response(status_code=error.status, headers=headers, reason=reason)
             for event in (head, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

@@ -35,12 +35,25 @@ class Shape:
     Args:
         chat: A chat's, or a completion's.
         model: What the model is called.
+        prompts: What is answered.
+        n: How many answers each of them has.
         tokenizer: The model's, for tokens as texts.
         scored: Whether log probabilities are wanted.
         traced: Whether steps are.
     """
 
-    def __init__(self, *, chat: bool, model: str, tokenizer: Any, scored: bool, traced: bool) -> None:
+    def __init__(
+        self,
+        *,
+        chat: bool,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        tokenizer: Any,
+        scored: bool,
+        traced: bool,
+    ) -> None:
+        self.prompt_tokens, self.n = sum(map(len, prompts)), n
         self.chat, self.model, self.tokenizer, self.scored, self.traced = chat, model, tokenizer, scored, traced
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -52,7 +65,7 @@ class Shape:
             {**self._choice(index, answer.piece, end.reason), **self._traced(answer.piece)}
             for index, (answer, end) in enumerate(zip(answers, ends, strict=True))
         ]
-        return {**self._head(""), "choices": choices, "usage": usage(ends), "timings": timings(ends)}
+        return {**self._head(""), "choices": choices, "usage": self._usage(ends), "timings": timings(ends)}
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first piece of a chat's choice."""
@@ -70,7 +83,19 @@ class Shape:
 
     def closing(self, ends: Sequence[End]) -> dict[str, Any]:
         """What the whole response took."""
-        return {**self._head(".chunk"), "choices": [], "usage": usage(ends), "timings": timings(ends)}
+        return {**self._head(".chunk"), "choices": [], "usage": self._usage(ends), "timings": timings(ends)}
+
+    def _usage(self, ends: Sequence[End]) -> dict[str, Any]:
+        """OpenAI's counts: a prompt counts once, however many answers it has, and is cached as far as it was for these
+        on the average."""
+        new = sum(end.new_tokens for end in ends)
+        reused = sum(end.stats.reused_tokens for end in ends if end.stats is not None)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": self.prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": reused // self.n},
+        }
 
     def _head(self, kind: str) -> dict[str, Any]:
         what = f"chat.completion{kind}" if self.chat else "text_completion"
@@ -109,18 +134,6 @@ class Shape:
 
     def _text(self, token: int) -> str:
         return self.tokenizer.decode([token])
-
-
-def usage(ends: Sequence[End]) -> dict[str, Any]:
-    """OpenAI's counts. Choices of one prompt count it once each: each has read it, or known it from another."""
-    stats = [end.stats for end in ends if end.stats is not None]
-    prompt, new = sum(s.prompt_tokens for s in stats), sum(end.new_tokens for end in ends)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": new,
-        "total_tokens": prompt + new,
-        "prompt_tokens_details": {"cached_tokens": sum(s.reused_tokens for s in stats)},
-    }
 
 
 def timings(ends: Sequence[End]) -> dict[str, Any]:
