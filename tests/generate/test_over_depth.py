@@ -45,7 +45,7 @@ def asked() -> list[tuple[torch.Tensor, int, dict[str, Any]]]:
     """Prompt, seed and arguments; processors that remember are new ones."""
     kinds = [*ASKED.values(), {**SAMPLING, "logits_processor": LogitsProcessorList([NoTwice()])}]
     return [
-        (tokens(1, 3 + 4 * number, seed=number), number, {"max_new_tokens": 12, "prefill_chunk_size": 6, **kind})
+        (tokens(1, 3 + 4 * number, seed=number), number, {"max_new_tokens": 12, **kind})
         for number, kind in enumerate(kinds)
     ]
 
@@ -72,9 +72,11 @@ def test_texts_in_company_are_those_with_drafts_alone(model: ZttForCausalLM, chu
     wanted = [
         *(texts_of([decode.seeded(seed).iterate(model, ids, exit_rule=RULE, **how)]) for ids, seed, how in asked())
     ]
-    together = OverDepth(DepthBatch(model, rows=rows, slots=64, exit_rule=RULE), chunk=chunk)
+    together = OverDepth(DepthBatch(model, rows=rows, slots=64, exit_rule=RULE))
     decodes = [(together.seeded(seed), ids, how) for ids, seed, how in asked()]
-    found = texts_of([decode.iterate(model, ids, exit_rule=RULE, **how) for decode, ids, how in decodes])
+    found = texts_of(
+        [decode.iterate(model, ids, exit_rule=RULE, prefill_chunk_size=chunk, **how) for decode, ids, how in decodes]
+    )
     assert [[text] for text in found] == wanted
     assert len({tuple(text) for text, _ in found}) == len(found)
     assert len(found[5][0]) < 12
@@ -87,8 +89,8 @@ def test_texts_in_company_are_those_with_drafts_alone(model: ZttForCausalLM, chu
 
 
 def test_texts_that_are_given_up_leave_their_places(model: ZttForCausalLM) -> None:
-    together = OverDepth(DepthBatch(model, rows=2, slots=64, exit_rule=RULE), chunk=4)
-    how: dict[str, Any] = {"exit_rule": RULE, "max_new_tokens": 12, "do_sample": False}
+    together = OverDepth(DepthBatch(model, rows=2, slots=64, exit_rule=RULE))
+    how: dict[str, Any] = {"exit_rule": RULE, "prefill_chunk_size": 4, "max_new_tokens": 12, "do_sample": False}
     long = tokens(1, 20, seed=3)
     reading, writing, waiting = (together.seeded(0).iterate(model, ids, **how) for ids in (long, long[:, :3], long))
     for of in (reading, writing, writing):

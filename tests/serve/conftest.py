@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.saved import save_target
+from tests.saved import save_target, tiny_llama
+from zerodraft import ZttConfig, ZttForCausalLM
 
 if TYPE_CHECKING:
     from zerodraft.serve.app import Served
@@ -37,6 +39,18 @@ def model(folder: Path) -> Any:
 @pytest.fixture(scope="session")
 def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def looped(tokenizer: Any) -> Any:
+    """A Zero Token Transformer that says more than one token, with heads that the kernels take."""
+    torch.manual_seed(0)
+    config = tiny_llama(tokenizer)
+    config.initializer_range, config.head_dim = 0.2, 16
+    model = ZttForCausalLM(ZttConfig(base_config=config, cycles=3)).eval()
+    # answers in a form have to end
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,13 @@ from zerodraft.serve.scheduler import End, Job, Scheduler
 from zerodraft.serve.writer import Piece, Writer
 
 
-@pytest.fixture
-def scheduler(model: Any, tokenizer: Any) -> Iterator[Scheduler]:
-    """Two at once and two that wait; it does not run yet."""
-    served = serve_model(model, tokenizer, "tiny", "lookup", parallel=2, queue=2)
+@pytest.fixture(params=["turns", "over depth"])
+def scheduler(request: pytest.FixtureRequest, model: Any, looped: Any, tokenizer: Any) -> Iterator[Scheduler]:
+    """Two at once, perhaps one of them in a batch over depth, and two that wait; it does not run yet."""
+    if request.param == "turns":
+        served = serve_model(model, tokenizer, "tiny", "lookup", parallel=2, queue=2)
+    else:
+        served = serve_model(looped, tokenizer, "tiny", "lookup", parallel=1, batch=1, queue=2)
     yield served.scheduler
     served.scheduler.close(0)
     if served.scheduler._thread.is_alive():
@@ -123,7 +126,7 @@ def test_room_is_limited_and_freed_within_a_step(scheduler: Scheduler, tools: An
 
 def test_time_runs_out_running_and_waiting(scheduler: Scheduler, tools: Any) -> None:
     told = Told()
-    scheduler.submit([told.job(tools, name, new=2000, seconds=0.3) for name in "abc"])
+    scheduler.submit([told.job(tools, name, new=2000, seconds=1.0) for name in "abc"])
     scheduler.start()
     told.wait("a", "b", "c")
     assert {told.end(name).reason for name in "abc"} == {"timeout"}
@@ -154,10 +157,44 @@ def test_a_failure_is_one_requests_own(scheduler: Scheduler, tools: Any, caplog:
     assert "beam search" in caplog.text
 
 
-def test_looped_models_have_cycles(tokenizer: Any) -> None:
-    from tests.saved import tiny_llama
-    from zerodraft import ZttConfig, ZttForCausalLM
-
-    model = ZttForCausalLM(ZttConfig(base_config=tiny_llama(tokenizer), cycles=3)).eval()
-    served: Served = serve_model(model, tokenizer, "looped", "lookup")
+def test_those_who_come_while_many_are_there_share_a_batch(looped: Any, tokenizer: Any, tools: Any) -> None:
+    served: Served = serve_model(looped, tokenizer, "looped", "lookup", parallel=2, batch=2, queue=3)
+    scheduler, told = served.scheduler, Told()
     assert served.cycles == 3
+    assert scheduler.over_depth is not None
+    free = scheduler.over_depth.batch._free
+    jobs = {name: told.job(tools, name, new=300, first=ord(name)) for name in "abcdefg"}
+    scheduler.submit([jobs["a"], jobs["b"]])
+    scheduler.start()
+    while len({name for name, _ in told}) < 2:
+        time.sleep(0.001)
+    scheduler.submit([jobs[name] for name in "cdefg"])
+    with pytest.raises(ApiError):
+        scheduler.submit([told.job(tools, "h")])
+    while "c" not in {name for name, _ in told}:
+        time.sleep(0.001)
+    scheduler.cancel([jobs["c"]])
+    told.wait(*"abcdefg")
+    # those at work and those that wait were more than take turns, until the last ones
+    assert [name for name, job in jobs.items() if job.together and name in "abcde"] == ["c", "d", "e"]
+    assert {told.end(name).reason for name in "abdefg"} == {"length"}
+    assert told.end("c").reason == "cancelled"
+    assert len(free) == 2
+    plainly = told.job(tools, "plainly")
+    plainly.drafts = False
+    scheduler.submit([told.job(tools, name) for name in "xyz"] + [plainly])
+    told.wait(*"xyz", "plainly")
+    # who asks for plain decoding wants to know its speed
+    assert not plainly.together
+    scheduler.close(0)
+    scheduler.join()
+
+
+@pytest.mark.parametrize(("batch", "said"), [(0, ""), (10**15, "No batch over depth")])
+def test_there_may_be_no_batch(
+    batch: int, said: str, looped: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = serve_model(looped, tokenizer, "looped", "lookup", batch=batch).scheduler
+    assert scheduler.over_depth is None
+    assert scheduler.places == 0
+    assert said in caplog.text

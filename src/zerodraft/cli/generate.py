@@ -61,7 +61,7 @@ class Generate(Command):
     out: str = metavar("FILE", default="")
     """Answer JSON lines of prompts, one by one; goes on if interrupted."""
     batch: int = 1
-    """With --out: decode so many prompts together (greedy ones; of looped models all)."""
+    """With --out: decode so many prompts together."""
     chat: bool = False
     """Put the prompt into the model's chat template as the user's message."""
     sampling: Sampling = settings_of(Sampling)

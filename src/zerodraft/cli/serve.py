@@ -20,9 +20,10 @@ KEY = "ZERODRAFT_API_KEY"
 class Serve(Command):
     """Serve a model over HTTP as OpenAI's API does, with drafts.
 
-    Requests take turns step by step, and greedy answers have the tokens of plain decoding, whatever their company.
-    Conversations go on from keys and values that are kept. Only this machine can ask unless --host says otherwise; then
-    set a key, by ZERODRAFT_API_KEY or --api-key. SIGTERM and Ctrl-C end it in order.
+    Requests take turns step by step, or share a batch where many ask a looped model, and greedy answers have the tokens
+    of plain decoding, whatever their company. Conversations go on from keys and values that are kept. Only this machine
+    can ask unless --host says otherwise; then set a key, by ZERODRAFT_API_KEY or --api-key. SIGTERM and Ctrl-C end it
+    in order.
     """
 
     example: ClassVar[str] = "zerodraft serve smollm2 --port 8000"
@@ -43,7 +44,9 @@ class Serve(Command):
     cors: tuple[str, ...] = each("ORIGIN", default=())
     """A web page's origin that may ask, or *; may be repeated."""
     parallel: int = 4
-    """Answers that are written at once, by turns."""
+    """Answers that are written at once, by turns and with drafts."""
+    batch: int = 16
+    """Beyond them: answers of a looped model written together, over depth (0: none)."""
     queue: int = 64
     """Answers that may wait; more are refused (429)."""
     max_prompt_tokens: int | None = None
@@ -67,7 +70,7 @@ class Serve(Command):
         for flag in ("parallel", "max_body_kib", "max_seconds"):
             if not getattr(self, flag) > 0:
                 raise ZerodraftError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}; it must be above 0")
-        for flag in ("queue", "grace", "kept_mib"):
+        for flag in ("batch", "queue", "grace", "kept_mib"):
             if not getattr(self, flag) >= 0:
                 raise ZerodraftError(f"--{flag.replace('_', '-')} is {getattr(self, flag)}; it must be 0 or more")
         for flag in ("max_prompt_tokens", "max_total_tokens"):
@@ -104,6 +107,7 @@ class Serve(Command):
             name,
             drafter,
             parallel=self.parallel,
+            batch=self.batch,
             queue=self.queue,
             kept_mib=self.kept_mib,
             prompt_tokens=self.max_prompt_tokens,

@@ -128,19 +128,18 @@ def _is_empty(value: Any) -> bool:
 class OverDepth:
     """Decodes texts that are followed step by step in one batch over depth, as `DiffuSpec.iterate` does one by one.
 
-    A text's turn reads a piece of its prompt, hands over what the others' turns have brought it, or is a step of the
-    whole batch. One thread may follow texts.
+    A text's turn reads a piece of its prompt, hands over what the others' turns have brought it, or runs the batch
+    until any of its texts has a new token. One thread may follow texts.
 
     Args:
         batch: Is driven by these texts alone.
-        chunk: Tokens of a prompt to read in a turn, or None for all.
 
     Attributes:
         last_stats: What the last `iterate` did so far.
     """
 
-    def __init__(self, batch: DepthBatch, *, chunk: int | None = None) -> None:
-        self.batch, self.chunk = batch, chunk
+    def __init__(self, batch: DepthBatch) -> None:
+        self.batch = batch
         self.last_stats: DecodeStats | None = None
         self._generator: torch.Generator | None = None
 
@@ -151,10 +150,16 @@ class OverDepth:
         return other
 
     def iterate(
-        self, model: Any, inputs: Int[Tensor, "1 T"], *, exit_rule: ExitRule | None = None, **arguments: Any
+        self,
+        model: Any,
+        inputs: Int[Tensor, "1 T"],
+        *,
+        exit_rule: ExitRule | None = None,
+        prefill_chunk_size: int | None = None,
+        **arguments: Any,
     ) -> Iterator[Step]:
         """Decode step by step: the arguments are those of `model.generate`. A step tells the `cycles` of its tokens;
-        one in which a piece of the prompt was read, or only others got any, has no row.
+        one in which a piece of the prompt was read, or others alone got any, has none.
 
         Raises:
             ZerodraftError: an exit rule that is not the batch's, or a request that does not fit into it.
@@ -165,7 +170,7 @@ class OverDepth:
         stats = self.last_stats = DecodeStats(1, inputs.shape[1])
         while True:
             with stats.timed("prefill"):
-                read = prompt.read(self.chunk)
+                read = prompt.read(prefill_chunk_size)
             if read:
                 break
             yield Step([None])
@@ -173,7 +178,8 @@ class OverDepth:
         try:
             answer, told = self.batch.answer(key), 0
             while answer.finish_reason is None or told < len(answer.tokens):
-                if told == len(answer.tokens):
+                before = self.batch.work.tokens
+                while answer.finish_reason is None and told == len(answer.tokens) and before == self.batch.work.tokens:
                     self.batch.step()
                 tokens, depths = answer.tokens[told:], answer.depths[told:]
                 told += len(tokens)

@@ -1,8 +1,9 @@
 """One thread that decodes for all: it takes a step of one request, then of the next.
 
 Requests share the model by turns; a step of the engine is the slice. Whoever is new gets the next turn, and a long
-prompt is read in pieces of one turn each. Everything that touches the model happens in this thread; others hand in jobs
-and are told what comes of them.
+prompt is read in pieces of one turn each. Where more come than take turns with drafts, those to a looped model that
+begin then share a batch over depth; there a slice is what brings any of them a token. Everything that touches the model
+happens in this thread; others hand in jobs and are told what comes of them.
 """
 
 import logging
@@ -18,6 +19,7 @@ import torch
 from zerodraft.decoding.stats import DecodeStats, Step
 from zerodraft.generate.decoder import own_plain
 from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.generate.over_depth import OverDepth
 from zerodraft.serve.api import ApiError
 from zerodraft.serve.metrics import Metrics
 from zerodraft.serve.writer import Piece, Writer
@@ -58,6 +60,7 @@ class Job:
         deadline: When it has to be over, by `time.monotonic`.
         drafts: Decode with drafts; False: plainly, and read the whole prompt.
         cancelled: Set by whoever does not want it any more.
+        together: It is written in the batch over depth.
     """
 
     ids: list[int]
@@ -68,9 +71,10 @@ class Job:
     deadline: float
     drafts: bool = True
     cancelled: bool = False
+    together: bool = False
     asked_at: float = field(default_factory=time.monotonic)
     first_at: float | None = None
-    decode: DiffuSpec | None = None
+    decode: DiffuSpec | OverDepth | None = None
     steps: Iterator[Step] | None = None
 
 
@@ -81,9 +85,10 @@ class Scheduler:
         model: What decodes.
         decode: How; its `KeptTexts` are what conversations go on from.
         metrics: Are told what happens.
-        parallel: Jobs that take turns.
-        queue: Jobs that may wait beside these.
+        parallel: Jobs that take turns with drafts.
+        queue: Jobs that may wait beside all that are at work.
         exit_rule: When a looped model's tokens stop; None: they run all cycles.
+        over_depth: Decodes those that begin while there are more than `parallel`; None: nobody does.
     """
 
     def __init__(
@@ -95,10 +100,12 @@ class Scheduler:
         parallel: int,
         queue: int,
         exit_rule: ExitRule | None = None,
+        over_depth: OverDepth | None = None,
     ) -> None:
         self.model, self.decode, self.metrics, self.exit_rule = model, decode, metrics, exit_rule
         self._plain = own_plain(decode)
         self.parallel, self.queue = parallel, queue
+        self.over_depth, self.places = over_depth, 0 if over_depth is None else over_depth.batch.rows
         self._running: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -123,7 +130,7 @@ class Scheduler:
         with self._changed:
             if self.closing:
                 raise ApiError(503, "The server is shutting down.", code="shutdown")
-            room = self.parallel + self.queue - len(self._running) - len(self._waiting)
+            room = self.parallel + self.places + self.queue - len(self._running) - len(self._waiting)
             if len(jobs) > room:
                 self.metrics.refused.inc()
                 raise ApiError(429, "The server has as many requests as it takes; try again later.", code="queue_full")
@@ -168,7 +175,7 @@ class Scheduler:
                     if reason := self._overdue(job):
                         self._waiting.remove(job)
                         self._finish(job, reason)
-                while self._waiting and len(self._running) < self.parallel:
+                while self._waiting and self._begins(self._waiting[0]):
                     self._running.appendleft(self._waiting.popleft())
                 self._count()
                 if self._running:
@@ -176,6 +183,13 @@ class Scheduler:
                 if self.closing:
                     return None
                 self._changed.wait()
+
+    def _begins(self, job: Job) -> bool:
+        """Whether there is a place for the job that waits first; decides which."""
+        together = sum(other.together for other in self._running)
+        many = len(self._running) + len(self._waiting) > self.parallel
+        job.together = many and job.drafts and together < self.places
+        return job.together or len(self._running) - together < self.parallel
 
     def _overdue(self, job: Job) -> str:
         """Why a job ends here, whatever it has written."""
@@ -191,7 +205,9 @@ class Scheduler:
         try:
             if job.steps is None:
                 ids = torch.tensor([job.ids], device=self.model.device)
-                job.decode = (self.decode if job.drafts else self._plain).seeded(job.seed)
+                decode = self.over_depth if job.together else self.decode if job.drafts else self._plain
+                assert decode is not None
+                job.decode = decode.seeded(job.seed)
                 job.steps = job.decode.iterate(
                     self.model, ids, exit_rule=self.exit_rule, attention_mask=torch.ones_like(ids), **job.arguments
                 )
@@ -204,7 +220,7 @@ class Scheduler:
             if job.first_at is None:
                 job.first_at = time.monotonic()
                 self.metrics.first_token.observe(job.first_at - job.asked_at)
-            else:
+            elif not job.together:
                 self.metrics.step(row)
             job.tell(job.writer.add(row))
             full = job.writer.count >= job.arguments["max_new_tokens"]
@@ -234,4 +250,5 @@ class Scheduler:
 
     def _count(self) -> None:
         self.metrics.running.set(len(self._running))
+        self.metrics.together.set(sum(job.together for job in self._running))
         self.metrics.waiting.set(len(self._waiting))
