@@ -109,8 +109,13 @@ def test_limits_hold_over_depth(looped: Any, tokenizer: Any) -> None:
     endless = {**SEEDED, "max_tokens": 1900}
     with running(served) as url:
         status, refusal, _ = ask(url, COMPLETE, {**endless, "n": 4})
-        assert status == 429, refusal
-        answer = good(url, COMPLETE, {**endless, "n": 3})
+        assert status == 400
+        assert "at most 3 are taken at once" in refusal["error"]["message"]
+        with ThreadPoolExecutor(1) as threads:
+            three = threads.submit(good, url, COMPLETE, {**endless, "n": 3})
+            wait_for(url, "zerodraft_num_requests_running 3.0")
+            assert ask(url, COMPLETE, endless)[0] == 429
+            answer = three.result()
     assert [choice["finish_reason"] for choice in answer["choices"]] == ["timeout"] * 3
     assert served.scheduler.over_depth is not None
     assert served.scheduler.over_depth.batch.work.rows > 0

@@ -230,7 +230,7 @@ def make_app(served: Served) -> FastAPI:
         return await answered(asked, ids, request)
 
     async def answered(asked: Asked, prompts: Sequence[list[int]], request: Request) -> Response:
-        count, room = len(prompts) * asked.n, served.scheduler.parallel + served.scheduler.queue
+        count, room = len(prompts) * asked.n, served.scheduler.room
         if count > room:
             param = "n" if asked.n > 1 else "prompt"
             raise ApiError(400, f"'{param}' asks for {count} answers; at most {room} are taken at once.", param)

@@ -117,6 +117,11 @@ class Scheduler:
         self._thread.start()
 
     @property
+    def room(self) -> int:
+        """Jobs that it takes at once, running and waiting."""
+        return self.parallel + self.places + self.queue
+
+    @property
     def closing(self) -> bool:
         """Whether nothing new is taken."""
         return self._end_at is not None
@@ -130,8 +135,7 @@ class Scheduler:
         with self._changed:
             if self.closing:
                 raise ApiError(503, "The server is shutting down.", code="shutdown")
-            room = self.parallel + self.places + self.queue - len(self._running) - len(self._waiting)
-            if len(jobs) > room:
+            if len(jobs) > self.room - len(self._running) - len(self._waiting):
                 self.metrics.refused.inc()
                 raise ApiError(429, "The server has as many requests as it takes; try again later.", code="queue_full")
             self._waiting.extend(jobs)
