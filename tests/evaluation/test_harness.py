@@ -132,7 +132,7 @@ def test_the_command(
 ) -> None:
     monkeypatch.setenv("ZERODRAFT_DATA", "")
     words = ["eval", str(saved), "--tasks", "piqa,lambada_openai", "sciq", "--data", str(data), "--limit", "4"]
-    words += ["--exit-rule", "every", "off", "--out", str(tmp_path / "scores.json"), "--json"]
+    words += ["--exit-rule", "every", "off", "off", "cycles:2", "--out", str(tmp_path / "scores.json"), "--json"]
     assert main(words) == 0
     captured = capsys.readouterr()
     printed, kept = json.loads(captured.out), json.loads((tmp_path / "scores.json").read_text())
@@ -165,6 +165,9 @@ def test_the_command(
         (["--tasks", "piqa", "--batch-size", "0"], "--batch-size is 0"),
         (["--tasks", "piqa", "--max-length", "0"], "--max-length is 0"),
         (["--tasks"], "--tasks is given without a name"),
+        (["--tasks", "", ","], "--tasks is given without a name"),
+        (["--tasks", "piqa", "--out", "."], "--out is '.', a directory"),
+        (["--tasks", "piqa", "--out", f"{__file__}/a.json"], "no file can be made"),
         (["--tasks", "piqa", "--exit-rule", "cycles"], "needs a whole number"),
         (["--tasks", "nowhere.yaml"], "The task 'nowhere.yaml' could not be read"),
     ],
@@ -184,6 +187,12 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     with pytest.raises(ZerodraftError, match="batch_size is 'auto'"):
         harness_model()(model, batch_size="auto")
     assert rule_of(harness_model()(model).model, "off") is None
+
+
+def test_a_plain_model_has_no_numbers_of_cycles(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(save_target(tmp_path / "target"))
+    assert main(["eval", model, "--tasks", "piqa", "--data", str(data), "--exit-rule", "every"]) == 2
+    assert "is for Zero Token Transformers, and this is a plain llama" in capsys.readouterr().err
 
 
 def test_its_own_command_line_knows_the_model(saved: Path, data: Path, tmp_path: Path) -> None:

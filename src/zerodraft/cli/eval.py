@@ -53,6 +53,7 @@ class Eval(Command):
 
     def check(self) -> None:
         """Looks at the numbers and names."""
+        from zerodraft.common.outputs import check_file
         from zerodraft.generate.names import check_name
 
         if self.limit < 0:
@@ -61,9 +62,14 @@ class Eval(Command):
             raise ZerodraftError(f"--batch-size is {self.batch_size}; it must be at least 1")
         if self.max_length is not None and self.max_length < 1:
             raise ZerodraftError(f"--max-length is {self.max_length}; it must be at least 1")
-        if not self.tasks or not self.exit_rule:
-            raise ZerodraftError(f"--{'exit-rule' if self.tasks else 'tasks'} is given without a name")
+        if not self._names() or not self.exit_rule:
+            raise ZerodraftError(f"--{'exit-rule' if self._names() else 'tasks'} is given without a name")
         check_name(self.drafter)
+        if self.out:
+            check_file(self.out, "--out")
+
+    def _names(self) -> list[str]:
+        return [name for word in self.tasks for name in word.split(",") if name]
 
     def run(self, console: Console) -> Result:
         """Loads, asks and reports."""
@@ -75,11 +81,11 @@ class Eval(Command):
         make, data = harness_model(), data_folder(self.data)
         # it warns about what is meant here: a model that is loaded, data of one's own
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        tasks = {name: load_task(name, data) for word in self.tasks for name in word.split(",") if name}
+        tasks = {name: load_task(name, data) for name in self._names()}
         model, tokenizer = load_target(self.model, self.dtype)
-        cycles = getattr(model.config, "cycles", 0)
-        rules = [f"cycles:{n}" for n in range(1, cycles + 1)] if EVERY in self.exit_rule else []
-        rules += [rule for rule in self.exit_rule if rule != EVERY]
+        every = [f"cycles:{n}" for n in range(1, getattr(model.config, "cycles", 1) + 1)]
+        asked = [rule for word in self.exit_rule for rule in (every if word == EVERY else [word])]
+        rules = list(dict.fromkeys(asked))
         for rule in rules:
             rule_of(model, rule)
         results = []

@@ -16,7 +16,7 @@ from zerodraft.cli.command import Command, Result, metavar, positional
 from zerodraft.cli.progress import LiveProgress
 from zerodraft.common.errors import ZerodraftError, printable
 from zerodraft.common.files import user_path
-from zerodraft.common.outputs import closed_parent, new_file
+from zerodraft.common.outputs import check_file, new_file
 
 BATCH = 64
 """Texts that are tokenised at once."""
@@ -41,10 +41,7 @@ class OverTokens(Command):
 
     def check(self) -> None:
         """Looks at where the output goes."""
-        if user_path(self.out).is_dir():
-            raise ZerodraftError(f"--out is '{self.out}', a directory: name a file")
-        if closed := closed_parent(user_path(self.out)):
-            raise ZerodraftError(f"--out is '{self.out}', but in '{closed}' no file can be made: name another")
+        check_file(self.out, "--out")
 
     @abstractmethod
     def write(self, documents: "TokenFiles", path: Path, out: Path, progress: "LiveProgress") -> Result:

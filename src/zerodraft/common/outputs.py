@@ -72,6 +72,19 @@ def closed_parent(path: Path) -> Path | None:
     return None if nearest.is_dir() and os.access(nearest, os.W_OK) else nearest
 
 
+def check_file(output: str, flag: str) -> None:
+    """For a file that is written at the end of what takes long.
+
+    Raises:
+        ZerodraftError: no file of this name can be made; `flag` gave it.
+    """
+    path = user_path(output)
+    if path.is_dir():
+        raise ZerodraftError(f"{flag} is '{output}', a directory: name a file")
+    if closed := closed_parent(path):
+        raise ZerodraftError(f"{flag} is '{output}', but in '{closed}' no file can be made: name another")
+
+
 @contextmanager
 def new_directory(output: str | PathLike[str]) -> Iterator[Path]:
     """A directory beside `output` to write to, which then takes its name; what a killed process left of it is removed.
