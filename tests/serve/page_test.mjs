@@ -63,6 +63,7 @@ const plain = new Trace(0);
 assert.deepEqual(comparison(trace, plain), [
   ["Tokens a second without drafts", "1.0"], ["Speed with drafts", "3.00 times"], ["Text without drafts", "the same"],
 ]);
+assert.equal(comparison(plain, plain)[1][1], "nothing was drafted");
 const nothing = comparison(trace, new Trace(0)).map(([, value]) => value);
 assert.deepEqual(nothing.slice(0, 2), ["–", "–"]);
 assert.match(nothing[2], /^another/);

@@ -145,7 +145,9 @@ export class Trace {
 /** What drafts gained over the same answer by plain decoding: its speed, the ratio of both, and whose text it is. */
 export function comparison(trace, plain) {
   const [fast, slow] = [trace.figures.perSecond, plain.figures.perSecond];
-  const gain = fast && slow ? `${(fast / slow).toFixed(2)} times` : "–";
+  const ratio = fast && slow ? `${(fast / slow).toFixed(2)} times` : "–";
+  // two plain runs differ by chance alone
+  const gain = trace.steps.some((step) => step.drafted.length) ? ratio : "nothing was drafted";
   const same = plain.text === trace.text ? "the same" : "another, as two tokens were almost equally probable";
   return [
     ["Tokens a second without drafts", slow ? slow.toFixed(1) : "–"],
