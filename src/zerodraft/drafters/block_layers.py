@@ -93,13 +93,12 @@ class CompiledBlock:
         self, taps: Float[Tensor, "M F H"], x: Float[Tensor, "K H"], cache: Float[Tensor, "F 2 nk S D"], start: int
     ) -> Float[Tensor, "K H"]:
         """See `BlockLayers`."""
-        new = len(taps)
         rows = torch.cat([taps[:, -1], x])
         turns = rotations(torch.arange(start, start + len(rows), device=CPU), self.frequencies, self.scale)
         kv = cache.flatten(1, 2)[:, None]
         tokens = Tokens(turns=turns, biases={None: None}, past=start, seen=start + len(rows))
-        self.layers.run(rows, kv, tokens, range(len(kv)), context=taps if new else None)
-        return rows[new:]
+        self.layers.run_fed(rows, kv, tokens, taps)
+        return rows[len(taps) :]
 
 
 def _compiled(model: BlockDrafterModel, linear: type[PackedLinear]) -> CompiledBlock | None:

@@ -27,7 +27,6 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.depth_requests import DepthAnswer, DepthPrompt, DepthRequest, DepthText
 from zerodraft.fast.lean import packed_weights
-from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.lean.depths import has_zero, run_depths
 from zerodraft.fast.lean.exits import EarlyExit, copy_on
 from zerodraft.fast.lean.passes import Tokens
@@ -331,18 +330,14 @@ class DepthBatch:
         """One token each of the requests at some places."""
         places = self._slot[at]
         seen = int(places.max()) + 1
-        compiled = isinstance(self._weights.run, CompiledLayers)
         slots = torch.arange(seen, device=CPU)
         biases: dict[int | None, Tensor | None] = {}
         for window in self._windows:
-            if compiled and (window is None or seen <= window):
-                biases[window] = None  # the kernels count for themselves what each row sees
-                continue
-            hidden = slots > places[:, None]
-            if window is not None:
-                hidden |= slots <= places[:, None] - window
-            bias = torch.zeros(hidden.shape, device=CPU).masked_fill_(hidden, -torch.inf)
-            biases[window] = bias[:, None, None]
+            biases[window] = None
+            if window is not None and seen > window:
+                hidden = (slots > places[:, None]) | (slots <= places[:, None] - window)
+                bias = torch.zeros(hidden.shape, device=CPU).masked_fill_(hidden, -torch.inf)
+                biases[window] = bias[:, None, None]
         return Tokens(turns=self._rope[places], biases=biases, past=0, seen=seen, causal=True, places=places, texts=at)
 
     def _logits(self, x: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:

@@ -102,39 +102,30 @@ class CompiledLayers:
         taps: Sequence[int] = (),
         masses: bool = False,
         last_only: bool = False,
-        context: Float[Tensor, "M L H"] | None = None,
     ) -> Ran:
-        """See `Layers.run`; `x` becomes the stream behind the last layer.
-
-        Args:
-            x: As there.
-            kv: As there.
-            tokens: As there.
-            stage: As there.
-            head_output: As there.
-            taps: As there.
-            masses: As there.
-            last_only: As there.
-            context: What the first M tokens of the only text are in front of each layer, where they do no more than
-                leave keys and values; of x the rest is meant then.
-        """
+        """See `Layers.run`; `x` becomes the stream behind the last layer."""
         layers = self._layers
         self.check_fed(head_output)
-        new = 0 if context is None else len(context)
         tapped = {tap: torch.empty_like(x) for tap in taps if tap < len(layers) and is_met(tap, stage)}
         found: dict[int, Tensor] = {}
         if masses:
             with_zero = (i for i in stage if (zero := layers[i].zero) is not None and zero.key is not None)
             found = {i: x.new_empty(len(x), self.shape.heads) for i in with_zero}
-        feeds = self._nowhere
-        if context is not None:
-            hidden = self.shape.hidden
-            first, step = address(context, (new, len(layers), hidden)), hidden * context.element_size()
-            feeds = [first + i * step for i in range(len(layers))]
-        run = self.make_pass(x, kv, tokens, stage, head_output, new, len(x) - 1 if last_only else new)
+        run = self.make_pass(x, kv, tokens, stage, head_output, 0, len(x) - 1 if last_only else 0)
         at, masses_at = self.addresses(tapped), self.addresses(found)
-        self.functions.forward(self.shape, self.pointers, run, self.masks(x, kv, tokens), at, feeds, masses_at)
+        self.functions.forward(self.shape, self.pointers, run, self.masks(x, kv, tokens), at, self._nowhere, masses_at)
         return Ran(x, tapped, list(found.values()))
+
+    def run_fed(
+        self, x: Float[Tensor, "N H"], kv: Float[Tensor, "L B nk2 S D"], tokens: Tokens, context: Float[Tensor, "M L H"]
+    ) -> None:
+        """Run all layers over one text whose first M tokens do no more than leave keys and values, of `context`, which
+        says what they are in front of each layer. The rest of `x` becomes the stream behind the last layer."""
+        new, hidden, none = len(context), self.shape.hidden, self._nowhere
+        first, step = address(context, (new, self.count, hidden)), hidden * context.element_size()
+        feeds = [first + i * step for i in range(self.count)] if new else none
+        run = self.make_pass(x, kv, tokens, range(self.count), None, new, new)
+        self.functions.forward(self.shape, self.pointers, run, self.masks(x, kv, tokens), none, feeds, none)
 
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """See `Layers.keep`."""

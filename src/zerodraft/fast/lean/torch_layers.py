@@ -5,7 +5,7 @@ Legend as in `passes`; h query heads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class TorchLayers:
         last_only: bool = False,
     ) -> Ran:
         """See `Layers.run`."""
-        turns = self._turns(tokens)
+        turns, tokens = self._turns(tokens), _with_masks(tokens)
         tapped: dict[int, Tensor] = {}
         found: list[Tensor] = []
         if 0 in taps and stage.start == 0:
@@ -118,14 +118,8 @@ class TorchLayers:
     ) -> tuple[Float[Tensor, "N width"], Float[Tensor, "N h"] | None]:
         """What the queries gather, and, if there is a zero token and somebody asks, its share by head."""
         seen, bias = kv[:, :, : tokens.seen], tokens.biases[layer.window]
-        causal = tokens.causal and bias is None
-        if causal and tokens.places is not None:
-            # torch's causal attention is over tokens without gaps
-            slots = torch.arange(tokens.seen, device=kv.device)
-            hidden = slots > tokens.places[:, None]
-            bias = torch.zeros(hidden.shape, device=kv.device).masked_fill_(hidden, -torch.inf)[None, None]
-            causal = False
         if tokens.texts is None:
+            causal = tokens.causal and bias is None
             return self._gather(layer, queries, seen, tokens.turns, bias, tokens.masks, causal=causal, need=masses)
         assert bias is not None
         # one text after the other: a copy of what is seen for each token would take much memory
@@ -164,6 +158,16 @@ class TorchLayers:
             out, mass = zero.attend(queries, keys, values, turns, bias=bias, masks=masks, need_mass=need, **how)
             mass = None if mass is None else mass.transpose(1, 2).reshape(-1, self.heads)
         return out.transpose(1, 2).reshape(len(turns), -1), mass
+
+
+def _with_masks(tokens: Tokens) -> Tokens:
+    """Torch's causal attention is over tokens without gaps: others have a bias for what each one does not see."""
+    if not tokens.causal or tokens.places is None:
+        return tokens
+    hidden = torch.arange(tokens.seen, device=tokens.places.device) > tokens.places[:, None]
+    bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    bias = bias[None, None] if tokens.texts is None else bias[:, None, None]
+    return replace(tokens, biases={window: bias if given is None else given for window, given in tokens.biases.items()})
 
 
 def unit(x: Tensor, floor: Tensor) -> Tensor:
