@@ -98,7 +98,7 @@ def exit_steps(model: ZttForCausalLM, context: int, repeats: int) -> dict[str, A
     for n in range(1, stages.cycles + 1):
         cases[f"layers, {n}"] = stage(range(stages.cycle(n).stop), stages.tail)
     head = torch.randn(1, 512)
-    cases["LM head"] = lambda: plain._logits(head)
+    cases["LM head"] = lambda: weights.logits(head)
     seconds = thread_seconds(cases, repeats)
     result: dict[str, Any] = {f"{name}_ms": spread([1e3 * s for s in of]) for name, of in seconds.items()}
     low = {name: sorted(of)[len(of) // 4] for name, of in seconds.items()}

@@ -30,7 +30,6 @@ from zerodraft.fast.lean import packed_weights
 from zerodraft.fast.lean.depths import has_zero, run_depths
 from zerodraft.fast.lean.exits import EarlyExit, copy_on
 from zerodraft.fast.lean.passes import Tokens
-from zerodraft.fast.lean.torch_layers import unit
 from zerodraft.fast.lean.weights import rotations
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
 from zerodraft.ztt.model import ZttForCausalLM
@@ -151,7 +150,7 @@ class DepthBatch:
         vocabulary = len(self._weights.embedding)
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise ZerodraftError(f"The prompt has tokens outside of the vocabulary of {vocabulary}.")
-        return DepthPrompt(request, self._weights, self._early, self._logits)
+        return DepthPrompt(request, self._weights, self._early)
 
     def submit(self, request: DepthRequest | DepthPrompt) -> int:
         """Adds a request, whose prompt may be read already; returns the key under which its answer will come.
@@ -250,7 +249,7 @@ class DepthBatch:
         x = self._weights.run.run(x, self._kv, self._tokens(at), self._stages.tail, head_output=fed).x
         self.work.boundary_calls += 1
         self.work.tokens += len(places)
-        self._go_on(places, self._logits(x), self._cycle[at].tolist())
+        self._go_on(places, self._weights.logits(x), self._cycle[at].tolist())
 
     def _go_on(self, places: list[int], logits: Float[Tensor, "n V"], depths: list[int]) -> None:
         """The next token of the requests at some places; those that are not over join the cycled layers with it."""
@@ -304,7 +303,7 @@ class DepthBatch:
                 if cycle < stages.cycles:
                     rows = (cycles == cycle).nonzero()[:, 0]
                     shown = None if mass is None or not has_zero(weights, cycle) else mass[rows]
-                    stops = self.exit_rule(CycleOutput(cycle, ran.x[rows], entered[rows], shown, self._logits))
+                    stops = self.exit_rule(CycleOutput(cycle, ran.x[rows], entered[rows], shown, weights.logits))
                     if bool(stops.any()):
                         through[rows[stops]] = True
                         self._skip(ran.x, rows[stops], at, cycle)
@@ -339,6 +338,3 @@ class DepthBatch:
                 bias = torch.zeros(hidden.shape, device=CPU).masked_fill_(hidden, -torch.inf)
                 biases[window] = bias[:, None, None]
         return Tokens(turns=self._rope[places], biases=biases, past=0, seen=seen, causal=True, places=places, texts=at)
-
-    def _logits(self, x: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        return self._weights.head(unit(x, self._weights.floor))

@@ -13,7 +13,7 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.text import Text
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean.cache import LeanCache
-from zerodraft.fast.lean.exits import EarlyExit, Readout
+from zerodraft.fast.lean.exits import EarlyExit
 from zerodraft.fast.lean.weights import LeanWeights
 
 
@@ -77,10 +77,10 @@ class DepthPrompt:
         left: Tokens that are not read yet.
     """
 
-    def __init__(self, request: DepthRequest, weights: LeanWeights, early: EarlyExit | None, readout: Readout) -> None:
+    def __init__(self, request: DepthRequest, weights: LeanWeights, early: EarlyExit | None) -> None:
         self.request, self.left = request, len(request.prompt)
         assert weights.stages is not None
-        self._weights, self._early, self._readout = weights, early, readout
+        self._weights, self._early = weights, early
         self._cache = LeanCache(weights)
         self._last, self._depth = torch.empty(0), weights.stages.cycles
 
@@ -98,7 +98,7 @@ class DepthPrompt:
         if self._early is None:
             ran = weights.run.run(x, cache.kv, places, range(len(weights.layers)), **how)
         else:
-            ran, depths = self._early.run(cache.kv, x, places, self._readout, real=None, taps=(), **how)
+            ran, depths = self._early.run(x, cache.kv, places, real=None, taps=(), **how)
             self._depth = int(depths[-1])
         self._last = ran.x[-1:]
         # not before: after a rule that raised, the same piece can be read again
@@ -111,7 +111,7 @@ class DepthPrompt:
         self.read()
         count = len(self.request.prompt)
         kv[:, :, :count] = self._cache.kv[:, 0, :, :count]
-        return self._readout(self._last), self._depth
+        return self._weights.logits(self._last), self._depth
 
 
 class DepthText:

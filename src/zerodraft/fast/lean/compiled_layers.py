@@ -223,7 +223,7 @@ class CompiledExits:
         last_only: bool,
         note: tuple[int, Float[Tensor, "N H"]] | None = None,
     ) -> tuple[Ran, Int[Tensor, " N"]]:
-        """See `exits.run_exits`; `x` becomes the stream behind the last layer. Of more than one token `head_output` is
+        """See `EarlyExit.run`; `x` becomes the stream behind the last layer. Of more than one token `head_output` is
         used up."""
         layers, rows = self._layers, x.shape[0]
         layers.check_fed(head_output)

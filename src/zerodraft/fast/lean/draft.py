@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean.cache import LeanCache
-from zerodraft.fast.lean.exits import EarlyExit, Readout
+from zerodraft.fast.lean.exits import EarlyExit
 from zerodraft.fast.lean.weights import LeanWeights
 
 
@@ -35,7 +35,6 @@ class OwnDraft:
     cache: LeanCache
     cycles: int
     early: EarlyExit
-    readout: Readout
     ids: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     fed: list[Tensor] = field(default_factory=list)
@@ -50,7 +49,7 @@ class OwnDraft:
         fed = torch.empty_like(x) if weights.feeds_again else None
         states = torch.empty_like(x)
         ran, _ = self.early.run(
-            cache.kv, x, tokens, self.readout,
+            x, cache.kv, tokens,
             head_output=fed, real=None, taps=(), last_only=False, note=(self.cycles, states),
         )  # fmt: skip
         self.ids.append(int(ids[0, 0]))

@@ -8,7 +8,7 @@ without kernels, come back here after each cycle.
 Legend: B texts, T tokens of each, N = B*T, n tokens that still run, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,6 @@ from zerodraft.fast.lean.weights import LeanWeights
 from zerodraft.fast.lean.ztt import Stages
 from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass
 
-Readout = Callable[[Float[Tensor, "n H"]], Float[Tensor, "n V"]]
-
 
 class EarlyExit:
     """A rule over a model's packed weights, asked within the compiled pass where that can be, else here."""
@@ -35,7 +33,7 @@ class EarlyExit:
     def __init__(self, weights: LeanWeights, rule: ExitRule, policy: ExitPolicy) -> None:
         assert weights.stages is not None
         check_thresholds(rule, weights.stages.cycles)
-        self._weights, self._rule = weights, rule
+        self._weights, self._stages, self._rule = weights, weights.stages, rule
         self._policy: ExitPolicy = policy
         self._compiled: CompiledExits | None = None
         scores, layers = scores_of(rule, weights.stages), weights.run
@@ -44,10 +42,9 @@ class EarlyExit:
 
     def run(
         self,
-        kv: Tensor,
         x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E B nk2 S D"],
         tokens: Tokens,
-        readout: Readout,
         *,
         head_output: Float[Tensor, "N H"] | None,
         real: Bool[Tensor, " N"] | None,
@@ -55,87 +52,67 @@ class EarlyExit:
         last_only: bool,
         note: tuple[int, Float[Tensor, "N H"]] | None = None,
     ) -> tuple[Ran, Int[Tensor, " N"]]:
-        """See `run_exits`."""
-        stages = self._weights.stages
-        assert stages is not None
-        _check_taps(taps, stages)
-        how: dict[str, Any] = {"head_output": head_output, "real": real, "taps": taps, "last_only": last_only}
-        how["note"] = note
+        """All layers with early exit; what they brought, and the cycles of each token (0: padding).
+
+        Args:
+            x: The embeddings.
+            kv: The cache.
+            tokens: Whose.
+            head_output: As in `Layers.run`.
+            real: False for padding, which runs the first cycle and leaves without being asked; None: there is none.
+            taps: As in `Layers.run`, in front of the cycles or behind them.
+            last_only: As there.
+            note: A cycle that all tokens run, before the last one, and where the states behind it are put.
+        """
+        _check_taps(taps, self._stages)
+        how: dict[str, Any] = {"head_output": head_output, "taps": taps}
         if self._compiled is not None:
-            return self._compiled.run(x, kv, tokens, **how)
-        return run_exits(self._weights, kv, x, tokens, self._rule, self._policy, readout, **how)
+            return self._compiled.run(x, kv, tokens, real=real, last_only=last_only, note=note, **how)
+        stages, run = self._stages, self._weights.run.run
+        x, before, _ = run(x, kv, tokens, stages.head, **how)
+        runs = _Runs(x, tokens, kv.shape[1], head_output)
+        depth = self._run_cycles(runs, kv, real, note)
+        x, behind, _ = run(runs.all(), kv, tokens, stages.tail, last_only=last_only, **how)
+        return Ran(x, before | behind, []), depth
 
-
-def run_exits(
-    weights: LeanWeights,
-    kv: Tensor,
-    x: Float[Tensor, "N H"],
-    tokens: Tokens,
-    rule: ExitRule,
-    policy: ExitPolicy,
-    readout: Readout,
-    *,
-    head_output: Float[Tensor, "N H"] | None = None,
-    real: Bool[Tensor, " N"] | None = None,
-    taps: Sequence[int] = (),
-    last_only: bool = False,
-    note: tuple[int, Float[Tensor, "N H"]] | None = None,
-) -> tuple[Ran, Int[Tensor, " N"]]:
-    """All layers with early exit; what they brought, and the cycles of each token (0: padding).
-
-    Args:
-        weights: Of a model with stages.
-        kv: The cache.
-        x: The embeddings.
-        tokens: Whose.
-        rule: Says who stops.
-        policy: What is left in the cycles that a token skips.
-        readout: Logits of states, for rules that want them.
-        head_output: As in `Layers.run`.
-        real: False for padding, which runs the first cycle and leaves without being asked; None: there is none.
-        taps: As in `Layers.run`, in front of the cycles or behind them.
-        last_only: As there.
-        note: A cycle that all tokens run, before the last one, and where the states behind it are put.
-    """
-    stages, run = weights.stages, weights.run.run
-    assert stages is not None
-    check_thresholds(rule, stages.cycles)
-    _check_taps(taps, stages)
-    x, before, _ = run(x, kv, tokens, stages.head, head_output=head_output, taps=taps)
-    depth = torch.ones(len(x), dtype=torch.int64, device=CPU) if real is None else real.long()
-    runs = _Runs(x, tokens, kv.shape[1], head_output)
-    for cycle in range(1, stages.cycles + 1):
-        last = cycle == stages.cycles
-        # what a rule was shown stays as it was
-        entered, fed = runs.x, runs.head_output
-        wanted = not last and reads_zero_mass(rule)
-        ran = run(entered.clone(), kv, runs.tokens, stages.cycle(cycle), head_output=fed, masses=wanted)
-        runs.x = ran.x
-        if note is not None and note[0] == cycle:
-            note[1].copy_(runs.x)
-        if last:
-            break
-        mass = torch.stack(ran.masses, 1) if ran.masses else None
-        asked = real if cycle == 1 else None
-        if asked is None:
-            stops = rule(CycleOutput(cycle, runs.x, entered, mass, readout))
-        else:
-            mass = None if mass is None else mass[asked]
-            stops = ~asked
-            stops[asked] = rule(CycleOutput(cycle, runs.x[asked], entered[asked], mass, readout))
-        count = int(stops.sum())
-        if count:
-            states, gone = runs.leave(None if count == len(stops) else stops)
-            source = stages.cycle(cycle)
-            if policy == "propagate":
-                source = stages.cycle(cycle + 1)
-                weights.run.keep(states, kv, gone, source)
-            copy_on(kv, gone, source, stages.tail.start)
-            if count == len(stops):
+    def _run_cycles(
+        self, runs: "_Runs", kv: Tensor, real: Tensor | None, note: tuple[int, Tensor] | None
+    ) -> Int[Tensor, " N"]:
+        """All cycles, the rule asked after each but the last; how many of them each token ran."""
+        stages, layers = self._stages, self._weights.run
+        depth = torch.ones(len(runs.x), dtype=torch.int64, device=CPU) if real is None else real.long()
+        for cycle in range(1, stages.cycles + 1):
+            last, source = cycle == stages.cycles, stages.cycle(cycle)
+            # what a rule was shown stays as it was
+            entered, fed = runs.x, runs.head_output
+            wanted = not last and reads_zero_mass(self._rule)
+            ran = layers.run(entered.clone(), kv, runs.tokens, source, head_output=fed, masses=wanted)
+            runs.x = ran.x
+            if note is not None and note[0] == cycle:
+                note[1].copy_(runs.x)
+            if last:
                 break
-        depth[runs.rows] = cycle + 1
-    x, behind, _ = run(runs.all(), kv, tokens, stages.tail, head_output=head_output, taps=taps, last_only=last_only)
-    return Ran(x, before | behind, []), depth
+            mass = torch.stack(ran.masses, 1) if ran.masses else None
+            out = CycleOutput(cycle, runs.x, entered, mass, self._weights.logits)
+            stops = self._rule(out) if real is None or cycle > 1 else self._stops_first(out, real)
+            count = int(stops.sum())
+            if count:
+                states, gone = runs.leave(None if count == len(stops) else stops)
+                if self._policy == "propagate":
+                    source = stages.cycle(cycle + 1)
+                    layers.keep(states, kv, gone, source)
+                copy_on(kv, gone, source, stages.tail.start)
+                if count == len(stops):
+                    break
+            depth[runs.rows] = cycle + 1
+        return depth
+
+    def _stops_first(self, out: CycleOutput, real: Bool[Tensor, " N"]) -> Bool[Tensor, " N"]:
+        """Who stops after the first cycle: padding, which the rule is not shown, and what the rule says."""
+        mass = None if out.zero_mass is None else out.zero_mass[real]
+        stops = ~real
+        stops[real] = self._rule(CycleOutput(out.cycle, out.hidden[real], out.previous[real], mass, out.readout))
+        return stops
 
 
 def _check_taps(taps: Sequence[int], stages: Stages) -> None:

@@ -23,7 +23,6 @@ from zerodraft.fast.lean.cache import LeanCache
 from zerodraft.fast.lean.draft import OwnDraft
 from zerodraft.fast.lean.exits import Depths, EarlyExit
 from zerodraft.fast.lean.passes import Tokens
-from zerodraft.fast.lean.torch_layers import unit
 from zerodraft.fast.lean.weights import LeanWeights, lean_weights, release_lean
 from zerodraft.ztt.exits import AtLeast, ExitRule, FixedExit
 from zerodraft.ztt.interface import current, without_exits
@@ -119,7 +118,7 @@ class LeanTarget:
         if draft is not None and draft.ids and len(ids) == 1 and not taps and self._exits is None:
             with torch.inference_mode():
                 x, self._places = draft.verify(ids, depth, visible)
-            return TargetOutput(logits=self._logits(x)[None], taps=None)
+            return TargetOutput(logits=self._weights.logits(x)[None], taps=None)
         return self._forward(ids, self._cache.tokens(depth, visible), taps, last_only=False)
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
@@ -150,9 +149,7 @@ class LeanTarget:
                 else EarlyExit(self._weights, AtLeast(cycles, rule), "propagate")
             )
             known = self._drafting = cycles, rule, early
-        self._draft = OwnDraft(
-            weights=self._weights, cache=self._cache, cycles=cycles, early=known[2], readout=self._logits
-        )
+        self._draft = OwnDraft(weights=self._weights, cache=self._cache, cycles=cycles, early=known[2])
 
     @torch.no_grad()
     def draft(self, ids: Int[Tensor, "B 1"]) -> Float[Tensor, "B V"]:
@@ -160,7 +157,7 @@ class LeanTarget:
         assert self._draft is not None
         with torch.inference_mode():
             x = self._draft.step(ids)
-        return self._logits(x)
+        return self._weights.logits(x)
 
     def goes_on_from(self, earlier: Target) -> bool:
         """See `LastingTarget.goes_on_from`."""
@@ -190,9 +187,7 @@ class LeanTarget:
                 ran = weights.run.run(x, kv, tokens, range(end), head_output=fed, taps=taps, last_only=one_row)
             else:
                 real = None if real is None else real.flatten()
-                ran, depth = self._early.run(
-                    kv, x, tokens, self._logits, head_output=fed, real=real, taps=taps, last_only=one_row
-                )
+                ran, depth = self._early.run(x, kv, tokens, head_output=fed, real=real, taps=taps, last_only=one_row)
                 self._depths.last = depth.view(batch, count)
             x, tapped, _ = ran
         # from here on outside of inference mode, so that callers may write into what they get
@@ -204,13 +199,9 @@ class LeanTarget:
             wanted = torch.stack([tapped[tap] for tap in taps], dim=1).view(batch, count, len(taps), -1)
         if last_only:
             x = x.view(batch, count, -1)[:, -1]
-        return TargetOutput(logits=self._logits(x).view(batch, 1 if last_only else count, -1), taps=wanted)
+        return TargetOutput(logits=self._weights.logits(x).view(batch, 1 if last_only else count, -1), taps=wanted)
 
     def _note(self, kept: Sequence[Sequence[int]]) -> None:
         """Tell the call of `generate` how many cycles the tokens that are kept took."""
         if self._exits is not None:
             self._exits.tell(self._depths.keep(kept, self._cache))
-
-    def _logits(self, x: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        """What the LM head makes of the stream."""
-        return self._weights.head(unit(x, self._weights.floor))

@@ -18,7 +18,7 @@ from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.lean.layer import LeanLayer, gain_of, pack_layer
 from zerodraft.fast.lean.passes import Layers
 from zerodraft.fast.lean.recognise import LeanSettings, obstacle, qualifies
-from zerodraft.fast.lean.torch_layers import TorchLayers
+from zerodraft.fast.lean.torch_layers import TorchLayers, unit
 from zerodraft.fast.lean.ztt import Stages, executions, family_model
 from zerodraft.fast.packed import HalvesLinear, PackedLinear, is_bfloat16
 
@@ -52,6 +52,10 @@ class LeanWeights:
     kv_heads: int
     head_dim: int
     feeds_again: bool
+
+    def logits(self, x: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """What the LM head makes of the stream behind the last layer, or behind a cycle."""
+        return self.head(unit(x, self.floor))
 
 
 @dataclass(frozen=True, slots=True)
