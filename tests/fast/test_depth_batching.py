@@ -274,6 +274,8 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         DepthRequest(prompt=[], max_new_tokens=1)
     with pytest.raises(ZerodraftError, match="max_new_tokens=0 must be at least 1"):
         DepthRequest(prompt=[3], max_new_tokens=0)
+    with pytest.raises(ZerodraftError, match="made by another batch"):
+        batch.submit(DepthBatch(over("llama"), rows=1, slots=9).prompt(DepthRequest(prompt=[3] * 9, max_new_tokens=1)))
     assert not batch.busy
     assert not batch.cancel(7)
     # exactly full

@@ -150,15 +150,17 @@ class DepthBatch:
         vocabulary = len(self._weights.embedding)
         if not all(0 <= token < vocabulary for token in request.prompt):
             raise ZerodraftError(f"The prompt has tokens outside of the vocabulary of {vocabulary}.")
-        return DepthPrompt(request, self._weights, self._early)
+        return DepthPrompt(self, request, self._weights, self._early)
 
     def submit(self, request: DepthRequest | DepthPrompt) -> int:
         """Adds a request, whose prompt may be read already; returns the key under which its answer will come.
 
         Raises:
-            ZerodraftError: it is longer than a place.
+            ZerodraftError: it is longer than a place, or its prompt was made by another batch.
         """
         prompt = self.prompt(request) if isinstance(request, DepthRequest) else request
+        if prompt.batch is not self:
+            raise ZerodraftError("The prompt was made by another batch; make it by the prompt() of this one.")
         key = self._next_key
         self._next_key += 1
         self._pending.append((DepthText(key, prompt.request), prompt))

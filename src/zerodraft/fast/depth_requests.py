@@ -73,12 +73,13 @@ class DepthPrompt:
     See `DepthBatch.prompt`.
 
     Attributes:
+        batch: What it is read for.
         request: Whose it is.
         left: Tokens that are not read yet.
     """
 
-    def __init__(self, request: DepthRequest, weights: LeanWeights, early: EarlyExit | None) -> None:
-        self.request, self.left = request, len(request.prompt)
+    def __init__(self, batch: Any, request: DepthRequest, weights: LeanWeights, early: EarlyExit | None) -> None:
+        self.batch, self.request, self.left = batch, request, len(request.prompt)
         assert weights.stages is not None
         self._weights, self._early = weights, early
         self._cache = LeanCache(weights)

@@ -175,6 +175,8 @@ class OverDepth:
                 break
             yield Step([None])
         key = self.batch.submit(prompt)
+        # its keys and values are the batch's from now on
+        del prompt
         try:
             answer, told = self.batch.answer(key), 0
             while answer.finish_reason is None or told < len(answer.tokens):
