@@ -219,6 +219,31 @@ def test_one_process_writes_a_file_of_answers(target: Path, tmp_path: Path, caps
     assert [file.name for file in out.parent.iterdir()] == ["b.jsonl"]
 
 
+@pytest.mark.parametrize("kind", ["plain", "looped"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_answer_is_longer_than_the_model_has_positions_for(
+    kind: str, rows: int, target: Path, ztt_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(target if kind == "plain" else ztt_dir)
+    model.config.get_text_config().max_position_embeddings = 24
+    model.generation_config.eos_token_id = None
+    folder = save(model, tokenizer, tmp_path / "short")
+    lines = [
+        {"prompt": "the cat", "max_tokens": 10**9},
+        {"prompt": "once upon a time"},
+        {"prompt": "a", "max_tokens": 2},
+    ]
+    prompts = write(tmp_path / "a.jsonl", *lines)
+    out = tmp_path / "b.jsonl"
+    words = ["--target", str(folder), "--prompt-file", prompts, "--out", str(out), "--max-new-tokens", "100"]
+    assert main(["generate", *words, "--batch", str(rows)]) == 0
+    found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert all(("cycles" in line["stats"]) == (kind == "looped" and rows > 1) for line in found)
+    room = [24 - line["prompt_tokens"] for line in found]
+    assert [len(line["tokens"]) for line in found] == [*room[:2], 2]
+    assert {line["finish_reason"] for line in found} == {"length"}
+
+
 def test_exit_rules(ztt_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
     from zerodraft import FixedExit
 

@@ -45,7 +45,8 @@ def kept_lines(out: Path, keys: Sequence[str]) -> int:
 
 
 def prompts_of(tokenizer: Any, model: Any, requests: Iterable[Request], *, chat: bool) -> list[tuple[Request, Any]]:
-    """Requests with the tensors of their prompts. One in OpenAI's form that cannot be read has an error instead.
+    """Requests with the tensors of their prompts, and answers no longer than the model has positions for. One in
+    OpenAI's form that cannot be read has an error instead.
 
     Raises:
         ZerodraftError: another one cannot be read.
@@ -59,7 +60,9 @@ def prompts_of(tokenizer: Any, model: Any, requests: Iterable[Request], *, chat:
                     inputs = encode_messages(tokenizer, list(request.messages))
                 else:
                     inputs = encode(tokenizer, request.prompt, chat)
-                check_prompt(model, inputs["input_ids"])
+                room = check_prompt(model, inputs["input_ids"])
+                if room is not None and room < request.sampling.max_new_tokens:
+                    request = replace(request, sampling=replace(request.sampling, max_new_tokens=room))
         except ZerodraftError as error:
             if request.custom_id is None:
                 raise ZerodraftError(f"line {request.number}: {error}") from error

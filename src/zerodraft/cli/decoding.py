@@ -118,8 +118,9 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
     return load_model(AutoModelForCausalLM, path, dtype), load_tokenizer(path, ends=False)
 
 
-def check_prompt(model: Any, prompt: "torch.Tensor") -> None:
-    """Raises for a prompt with a token that the model does not have, or of too many for anything to follow."""
+def check_prompt(model: Any, prompt: "torch.Tensor") -> int | None:
+    """How many tokens can follow a prompt; None where the model has no limit. Raises for a prompt with a token that the
+    model does not have, or of too many for anything to follow."""
     if not prompt.numel():
         raise ZerodraftError("the prompt comes to no tokens: give another text, or leave the chat template out")
     check_tokens(int(prompt.max()), model, "the prompt")
@@ -130,6 +131,7 @@ def check_prompt(model: Any, prompt: "torch.Tensor") -> None:
             f"the prompt has {length} tokens; the model reads at most {context}, those that it writes included: give a "
             "shorter prompt"
         )
+    return None if context is None else context - length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
