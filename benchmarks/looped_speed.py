@@ -1,9 +1,10 @@
 """What a looped model's tokens cost on the lean path: those that leave early, and those that its own cycles draft.
 
 The model is random, of hidden size 512 with 1 head, 2 shared and 1 tail layer and 8 cycles, whose gates are nearly
-closed so that its exits agree: this measures speed and says nothing about the quality of exits. models/ztt-million
-drafts for itself too. Times are those of the thread, of steps of one token after a context (exits) or of whole texts
-(drafts).
+closed so that its exits agree: this measures speed and says nothing about the quality of exits. The shipped models
+draft for themselves too. Times are those of the thread, of steps of one token after a context (exits), of drafted and
+verified tokens in shares of a plain pass (costs), or of whole texts (drafts). The bound is what drafts of k tokens that
+are all accepted would bring at these costs.
 
 python benchmarks/looped_speed.py --output results/looped-speed.json
 """
@@ -25,6 +26,9 @@ from zerodraft.generate.decoder import decoder
 from zerodraft.ztt.pretrained import ExitRecord
 
 GATE = 0.002
+LONGEST = 8
+STOPS = LatentExit(threshold=1e9)
+SHIPPED = ("models/ztt-million", "models/ztt-million-exits")
 
 
 def random_model() -> ZttForCausalLM:
@@ -110,6 +114,58 @@ def exit_steps(model: ZttForCausalLM, context: int, repeats: int) -> dict[str, A
     return result
 
 
+def draft_costs(model: ZttForCausalLM, context: int, repeats: int) -> dict[str, Any]:
+    """Drafted and verified tokens, in shares of a plain pass over one token."""
+    target, vocabulary = lean_target(model), model.config.get_text_config().vocab_size
+    assert target is not None
+    ids = torch.randint(3, vocabulary, (1, context))
+    tokens = torch.randint(3, vocabulary, (1, LONGEST + 1))
+    target.prefill(ids, ids >= 0, ())
+
+    def drafted(cycles: int, rule: Any, count: int) -> float:
+        began = time.thread_time()
+        target.begin_draft(cycles, rule)
+        for at in range(count):
+            target.draft(tokens[:, at : at + 1])
+        return (time.thread_time() - began) / count
+
+    def scored(count: int) -> float:
+        causal = torch.ones(1, count, count, dtype=torch.bool).tril()
+        began = time.thread_time()
+        target.score(tokens[:, :count], torch.arange(count)[None], causal, ())
+        return time.thread_time() - began
+
+    def verified(cycles: int, count: int) -> float:
+        drafted(cycles, None, count)
+        return scored(count + 1)
+
+    rules = {"": None, ", rule that stops at once": STOPS, ", rule that never stops": LatentExit(threshold=-1.0)}
+    cases: dict[str, Any] = {"plain": lambda: scored(1)}
+    drafting = [cycles for cycles in (1, 2, 4) if cycles < model.config.cycles]
+    for cycles in drafting:
+        for name, rule in rules.items():
+            cases[f"drafted by {cycles}{name}"] = lambda cycles=cycles, rule=rule: drafted(cycles, rule, 4)
+        for k in range(1, LONGEST + 1):
+            cases[f"{k} verified after {cycles}"] = lambda cycles=cycles, k=k: verified(cycles, k)
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, case in cases.items():
+            seconds = case()
+            if round_:
+                found[name].append(seconds)
+    plain = spread(found["plain"])
+    shares = {name: {key: spread(of)[key] / plain[key] for key in ("min", "median")} for name, of in found.items()}
+    bounds = {
+        f"{k} by {cycles}": {
+            key: (k + 1) / (k * shares[f"drafted by {cycles}"][key] + shares[f"{k} verified after {cycles}"][key])
+            for key in ("min", "median")
+        }
+        for cycles in drafting
+        for k in range(1, LONGEST + 1)
+    }
+    return {"plain_ms": {key: 1e3 * value for key, value in plain.items()}, "shares": shares, "bounds": bounds}
+
+
 def drafts(model: ZttForCausalLM, prompts: list[torch.Tensor], new: int, repeats: int) -> dict[str, Any]:
     """Whole texts: plain, and drafted by the first cycles."""
     options = {"max_new_tokens": new, "do_sample": False}
@@ -160,14 +216,22 @@ def drafts(model: ZttForCausalLM, prompts: list[torch.Tensor], new: int, repeats
 def main() -> None:
     options = arguments(__doc__ or "", repeats=20, context=128, new=64)
     model = random_model()
-    result = {"random, 1 + 2x8 + 1, hidden 512": {"exits": exit_steps(model, options.context, options.repeats)}}
     prompt = torch.randint(0, 4096, (1, 32))
-    result["random, 1 + 2x8 + 1, hidden 512"]["drafts"] = drafts(model, [prompt], options.new, options.repeats // 6)
-    path = "models/ztt-million"
-    shipped: Any = ZttForCausalLM.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    prompts = [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
-    result[path] = {"drafts": drafts(shipped, prompts, options.new, options.repeats // 6)}
+    result: dict[str, Any] = {
+        "random, 1 + 2x8 + 1, hidden 512": {
+            "exits": exit_steps(model, options.context, options.repeats),
+            "costs": draft_costs(model, options.context, options.repeats),
+            "drafts": drafts(model, [prompt], options.new, options.repeats // 6),
+        }
+    }
+    for path in SHIPPED:
+        shipped: Any = ZttForCausalLM.from_pretrained(path).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        prompts = [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
+        result[path] = {
+            "costs": draft_costs(shipped, options.context // 2, 10 * options.repeats),
+            "drafts": drafts(shipped, prompts, options.new, options.repeats // 6),
+        }
     emit({"benchmark": "looped_speed", "results": result}, options)
 
 
