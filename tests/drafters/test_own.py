@@ -92,13 +92,16 @@ def test_verification_goes_on_from_the_drafted_states(name: str) -> None:
     assert gap(ours.score(*following, ()).logits, plain.score(*following, ()).logits) < 2e-5
 
 
-def test_what_was_drafted_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = over("llama", input_injection=True, cycles=3), tokens(1, 8)
-    target = lean_target(model)
+@pytest.mark.parametrize("name", ["cycled llama, fed again", "cycled qwen3, fed again and scaled, gates"])
+def test_what_was_drafted_is_not_computed_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels, and (gated FFNs) without: keys, values and states of the first cycles stay those of the draft, and
+    the rest follows from them."""
+    model, prompt = CYCLED[name](), tokens(1, 8)
+    target, early = lean_target(model), EarlyExit.run
     assert target is not None
+    assert target._weights.stages is not None
+    first = target._weights.stages.cycle(1).stop
     target.prefill(prompt, prompt >= 0, ())
-    seen, layers = [], target._weights.run
-    run, early = type(layers).run, EarlyExit.run
     depths = []
 
     def exits(self: Any, *given: Any, **how: Any) -> Any:
@@ -106,20 +109,26 @@ def test_what_was_drafted_is_not_computed_again(monkeypatch: pytest.MonkeyPatch)
         depths.append(depth.tolist())
         return ran, depth
 
-    def watched(self: Any, x: Any, kv: Any, tokens: Any, stage: range, **how: Any) -> Any:
-        seen.append((len(x), stage))
-        return run(self, x, kv, tokens, stage, **how)
-
     monkeypatch.setattr(EarlyExit, "run", exits)
-    target.begin_draft(1)
-    for token in (20, 21, 22):
-        target.draft(torch.tensor([[token]]))
-    assert depths == [[1]] * 3
-    monkeypatch.setattr(type(layers), "run", watched)
-    # one head layer, three cycles of two, one tail layer
     causal = torch.ones(1, 4, 4, dtype=torch.bool).tril()
-    target.score(torch.tensor([[20, 21, 22, 23]]), torch.arange(4)[None], causal, ())
-    assert seen == [(1, range(0, 3)), (4, range(3, 8))]
+    found = []
+    for factor in (1.0, 1.0, -1.0):
+        target.begin_draft(1)
+        for token in (20, 21, 22):
+            target.draft(torch.tensor([[token]]))
+        draft, kv = target._draft, target._cache.kv[:, 0, :, 8:11]
+        assert draft is not None
+        with torch.inference_mode():
+            draft.states[1] *= factor
+            kv[:first, :, 0] *= factor
+        before = kv.clone()
+        found.append(target.score(torch.tensor([[20, 21, 22, 23]]), torch.arange(4)[None], causal, ()).logits)
+        assert torch.equal(kv[:first], before[:first])
+        assert not torch.equal(kv[first:], before[first:])
+    assert torch.equal(found[0], found[1])
+    assert gap(found[0][:, 1], found[2][:, 1]) > 1e-2  # of whom the state was another
+    assert gap(found[0][:, 3], found[2][:, 3]) > 1e-3  # and who saw other keys
+    assert depths == [[1]] * 9
 
 
 RULES = {

@@ -63,6 +63,7 @@ class Pass(ctypes.Structure):
     _fields_ = [
         *((name, _Int) for name in ("first", "last", "sequences", "tokens", "past", "capacity", "threads")),
         *((name, _Int) for name in ("seen", "texts", "causal", "masked_from", "context", "feed_step", "last_from")),
+        *((name, _Int) for name in ("known", "known_to")),
         *((name, _Pointer) for name in ("x", "head_output", "turns", "kv", "places", "text_of", "shifts", "scratch")),
     ]
 

@@ -11,14 +11,17 @@ namespace {
 template <typename W>
 void forward_of(const Shape& shape, const Layer<W>* layers, const Pass& pass, const float* const* masks,
                 float* const* taps, const float* const* feeds, float* const* masses) {
+  const Rows rows(pass);
 #pragma omp parallel num_threads(pass.threads)
   {
     Worker worker(shape, pass);
     // all rows leave keys and values alone, and no queries
     const bool leaves = pass.context == worker.n;
+    if (pass.known) worker.take(rows, pass.known, worker.n - pass.known);
     if (pass.first == 0 && taps[0]) worker.copy_to(taps[0]);
     for (int64_t index = pass.first; index < pass.last; index++) {
       const Layer<W>& layer = layers[index];
+      if (pass.known && index == pass.known_to) worker.take(rows, 0, pass.tokens);
       if (index + 1 == pass.last) worker.live = pass.last_from;
       if (feeds[index]) {
         worker.feed(feeds[index]);

@@ -20,8 +20,8 @@ struct Worker : Attention {
   void run(int64_t index, const Layer<W>& layer, const float* mask, float* tap, float* masses) {
     // texts may be in different cycles then, so that each has gates and scales of its own
     const bool apart = p.shifts, gated = apart ? s.gated : layer.cycle_gate != 1;
-    if (index == s.head_layers && !apart) copy_to(p.head_output);
-    if (apart ? p.head_output != nullptr : layer.injection != 0) {
+    if (index == s.head_layers && !apart) copy_to(fed);
+    if (apart ? fed != nullptr : layer.injection != 0) {
       inject(layer);
 #pragma omp barrier
     }
@@ -52,7 +52,7 @@ struct Worker : Attention {
     change([&](int64_t row, int64_t first, int64_t end) {
       const float factor = own(layer, sequence(row)).injection;
       if (factor != 0)
-        for (int64_t i = first; i < end; i++) x[i] += factor * p.head_output[i];
+        for (int64_t i = first; i < end; i++) x[i] += factor * fed[i];
     });
   }
 

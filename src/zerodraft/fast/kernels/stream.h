@@ -15,10 +15,10 @@ struct Stream {
   const Pass& p;
   const int64_t d, group, slots, qkv_heads, qkv_width, width;
   const Buffers buffers;
-  // The rows at work: how many, their stream and their tokens (null: in order). Where each text's begin (null: all of
-  // them are there), and the most of a text.
+  // The rows at work: how many, their stream, what the head made of them and their tokens (null: in order). Where each
+  // text's begin (null: all of them are there, or there is one text), and the most of a text.
   int64_t n;
-  float* x;
+  float *x, *fed;
   const int64_t *tokens = nullptr, *starts = nullptr;
   int64_t longest;
   // the first row that goes through the whole layer
@@ -27,22 +27,24 @@ struct Stream {
   Stream(const Shape& shape, const Pass& pass)
       : s(shape), p(pass), d(s.head_dim), group(s.heads / s.kv_heads), slots(p.seen),
         qkv_heads(s.heads + 2 * s.kv_heads), qkv_width(qkv_heads * d), width(s.heads * d), buffers(s, p),
-        n(p.sequences * p.tokens), x(p.x), longest(p.tokens), live(p.context) {}
+        n(p.sequences * p.tokens), x(p.x), fed(p.head_output), longest(p.tokens), live(p.context) {}
 
   // Goes on with some of the rows. Of those that run the texts are known too.
   void take(const Rows& rows, int64_t first, int64_t count) {
     n = count;
     x = p.x + first * s.hidden;
+    fed = p.head_output ? p.head_output + first * s.hidden : nullptr;
     tokens = rows.tokens.data() + first;
     starts = first == 0 ? rows.starts.data() : nullptr;
-    longest = 0;
-    for (int64_t text = 0; text < p.sequences; text++)
+    longest = p.sequences == 1 ? n : 0;
+    for (int64_t text = 0; p.sequences > 1 && text < p.sequences; text++)
       longest = std::max(longest, rows.starts[text + 1] - rows.starts[text]);
   }
 
   // Goes on with all rows, in order; `spare` (N, H) is for their states.
   void take_all(const Rows& rows, float* spare) {
     n = p.sequences * p.tokens, x = p.x, tokens = starts = nullptr, longest = p.tokens;
+    fed = p.head_output;
     if (std::is_sorted(rows.tokens.begin(), rows.tokens.end())) return;
     copy_to(spare);
 #pragma omp barrier
@@ -59,6 +61,7 @@ struct Stream {
 
   // The rows of a text.
   Range rows_of(int64_t sequence) const {
+    if (p.sequences == 1) return {0, n};
     if (starts) return {starts[sequence], starts[sequence + 1]};
     return {sequence * p.tokens, (sequence + 1) * p.tokens};
   }

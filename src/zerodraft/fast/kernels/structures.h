@@ -53,6 +53,8 @@ struct Pass {
   int64_t context, feed_step;
   // From this row on the last layer is computed whole: of a prompt only the last state is wanted.
   int64_t last_from;
+  // The first rows of a single sequence (if any) have been through the layers before this one: the others catch up.
+  int64_t known, known_to;
   float* x;               // (N, H): in, out
   float* head_output;     // (N, H): written behind the head, read by later stages; null if no layer is fed with it
   const float* turns;     // (N, D / 2, 2): cosine and sine

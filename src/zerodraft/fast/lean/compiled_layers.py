@@ -127,6 +127,23 @@ class CompiledLayers:
         run = self.make_pass(x, kv, tokens, range(self.count), None, new, new)
         self.functions.forward(self.shape, self.pointers, run, self.masks(x, kv, tokens), none, feeds, none)
 
+    def catch_up(
+        self,
+        x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E B nk2 S D"],
+        tokens: Tokens,
+        known: int,
+        known_to: int,
+        *,
+        head_output: Float[Tensor, "N H"] | None = None,
+    ) -> Float[Tensor, "N H"]:
+        """See `Layers.catch_up`."""
+        self.check_fed(head_output)
+        run, none = self.make_pass(x, kv, tokens, range(self.count), head_output, 0, 0), self._nowhere
+        run.known, run.known_to = known, known_to
+        self.functions.forward(self.shape, self.pointers, run, self.masks(x, kv, tokens), none, none, none)
+        return x
+
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """See `Layers.keep`."""
         run, none = self.make_pass(x, kv, tokens, stage, None, len(x), len(x)), self._nowhere

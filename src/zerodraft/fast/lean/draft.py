@@ -63,7 +63,7 @@ class OwnDraft:
     ) -> tuple[Float[Tensor, "T H"], list[int] | None]:
         """The stream behind the last layer of a tree's nodes, and the slot of each one behind what is kept, where they
         are not in order."""
-        weights, cache, run = self.weights, self.cache, self.weights.run.run
+        weights, cache, layers = self.weights, self.cache, self.weights.run
         known = self._find(ids[0].tolist(), depth[0].tolist(), visible[0].tolist())
         others = [node for node in range(ids.shape[1]) if node not in known]
         order, count = [*known, *others], len(known)
@@ -72,17 +72,17 @@ class OwnDraft:
             by = torch.tensor(order, device=CPU)
             ids, depth, visible, places = ids[:, by], depth[:, by], visible[:, by][:, :, by], by.argsort()
         assert weights.stages is not None
-        first = range(weights.stages.cycle(self.cycles).stop)
+        first, end = weights.stages.cycle(self.cycles).stop, len(weights.layers)
         states, fed = self.states[:count], self.fed[:count]
+        tokens = cache.tokens(depth, visible)
         if others:
-            tokens = cache.tokens(depth[:, count:], visible[:, count:], drafted=depth[:, :count])
             x = F.embedding(ids[0, count:], weights.embedding)
-            again = torch.empty_like(x) if weights.feeds_again else None
-            states = [*states, run(x, cache.kv, tokens, first, head_output=again).x]
-            fed = fed if again is None else [*fed, again]
-        rest = range(first.stop, len(weights.layers))
-        again = torch.cat(fed) if fed else None
-        x = run(torch.cat(states), cache.kv, cache.tokens(depth, visible), rest, head_output=again).x
+            states, fed = [*states, x], [*fed, *([torch.empty_like(x)] if weights.feeds_again else [])]
+        x, again = torch.cat(states), torch.cat(fed) if fed else None
+        if others:
+            x = layers.catch_up(x, cache.kv, tokens, count, first, head_output=again)
+        else:
+            x = layers.run(x, cache.kv, tokens, range(first, end), head_output=again).x
         return (x, None) if places is None else (x[places], places.tolist())
 
     def _find(self, ids: Sequence[int], depth: Sequence[int], visible: Sequence[Sequence[bool]]) -> list[int]:

@@ -101,6 +101,21 @@ class Layers(Protocol):
         """
         ...
 
+    def catch_up(
+        self,
+        x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E B nk2 S D"],
+        tokens: Tokens,
+        known: int,
+        known_to: int,
+        *,
+        head_output: Float[Tensor, "N H"] | None = None,
+    ) -> Float[Tensor, "N H"]:
+        """The stream behind the last execution, of one text whose first `known` tokens have been through all executions
+        before `known_to` already: of these `x` and `head_output` are what came of it, of the others `x` is the stream
+        in front of the first."""
+        ...
+
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """Put keys and values in the cache that each execution would make of the same stream; nothing else is
         computed."""

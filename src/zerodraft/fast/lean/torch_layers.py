@@ -81,6 +81,25 @@ class TorchLayers:
                 x = x * zero.scale
         return Ran(x, tapped, found)
 
+    def catch_up(
+        self,
+        x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E B nk2 S D"],
+        tokens: Tokens,
+        known: int,
+        known_to: int,
+        *,
+        head_output: Float[Tensor, "N H"] | None = None,
+    ) -> Float[Tensor, "N H"]:
+        """See `Layers.catch_up`."""
+        rows = torch.arange(len(x), device=x.device)
+        others, own = tokens.pick(rows[known:], tokens.past + rows, None), head_output
+        if own is not None:
+            own = own[known:]
+        behind = self.run(x[known:], kv, others, range(known_to), head_output=own).x
+        x = torch.cat([x[:known], behind])
+        return self.run(x, kv, tokens, range(known_to, len(self.layers)), head_output=head_output).x
+
     def keep(self, x: Float[Tensor, "N H"], kv: Float[Tensor, "E B nk2 S D"], tokens: Tokens, stage: range) -> None:
         """See `Layers.keep`."""
         turns = self._turns(tokens)
