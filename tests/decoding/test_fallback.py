@@ -22,7 +22,7 @@ from zerodraft import (
 )
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.costs import Costs
-from zerodraft.decoding.fallback import FIRST_PLAIN, Fallback
+from zerodraft.decoding.fallback import FIRST_PLAIN, LONGEST_REST, Fallback
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import DraftSession, Progress, TargetOutput
 
@@ -119,21 +119,35 @@ def test_text_that_drafts_suit_again_is_noticed() -> None:
     assert not fallback.resting
 
 
-def test_text_after_text_without_use_is_read_ever_later() -> None:
-    fallback, first = Fallback(), []
-    for _ in range(7):
-        fallback.begin()
-        asked = []
-        for _ in range(200):
-            asked.append(min(fallback.longest(), 8))
-            fallback.learn(asked[-1], 1.0, 1.4 if asked[-1] else 1.0)
-        first.append(next((place for place, k in enumerate(asked) if k), 200))
-    assert first[1] <= 8
-    assert first == sorted(first)
-    assert first[-1] == 200
-    # one that drafts suit is noticed in time, and then all is as before
+@pytest.mark.parametrize("length", [20, 50, 200, 1000])
+def test_tries_become_rarer_from_text_to_text_and_never_end(length: int) -> None:
+    """Texts may all be shorter than a rest."""
+    fallback, tries = Fallback(), []
+    for step in range(8000):
+        if step % length == 0:
+            fallback.begin()
+        asked = min(fallback.longest(), 8)
+        fallback.learn(asked, 1.0, 1.4 if asked else 1.0)
+        if asked:
+            tries.append(step)
+    early, late = (sum(start <= step < start + 2000 for step in tries) for start in (0, 6000))
+    assert 2 <= late < early
+    # a new text may begin just before a rest is over, and rests as long again
+    assert max(np.diff(tries)) <= 2 * LONGEST_REST
+    # texts that drafts suit are noticed in time, and then all is as before
     assert speed(fallback, right=0.9, draft=0.4, tokens=2000) > 2
     assert speed(fallback, right=0.9, draft=0.4, tokens=200) > 2.5
+
+
+@pytest.mark.parametrize("length", [20, 50, 200])
+def test_short_texts_that_drafts_suit_are_noticed_too(length: int) -> None:
+    fallback = Fallback()
+    assert np.mean([speed(fallback, right=0.0, draft=0.4, tokens=length) for _ in range(30)]) > 0.98
+    suited = [speed(fallback, right=0.9, draft=0.4, tokens=length, seed=seed) for seed in range(2000 // length)]
+    before = next(place for place, found in enumerate(suited) if found > 1)
+    # one unlucky try is possible
+    assert before * length <= 2 * LONGEST_REST
+    assert np.mean(suited[before + 1 :]) > 2
 
 
 def test_reading_a_long_prompt_counts_once() -> None:

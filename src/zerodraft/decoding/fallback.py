@@ -68,6 +68,8 @@ class Fallback:
     _rest: int = field(default=0, init=False)
     _lost: int = field(default=0, init=False)
     """Texts in a row that ended without drafts."""
+    _tried: bool = field(default=False, init=False)
+    """Whether this text, or those before it whose rest goes on, had a draft."""
 
     def __post_init__(self) -> None:
         for name in ("allowance", "share", "credit"):
@@ -79,6 +81,10 @@ class Fallback:
         """A new text, in which drafts may do better or worse than in the last."""
         # where they did not pay in the last ones either, less is staked, and later
         lost = self.resting
+        if lost and not self._tried:
+            # texts may all be shorter than a rest: what the last one waited counts
+            return
+        self._tried = False
         self._balance = self.allowance / 2 if lost else self.allowance
         self._tries, self._rest = 0, min(REST << self._lost, LONGEST_REST) if lost else 0
         self._lost = min(self._lost + 1, 16) if lost else 0
@@ -111,6 +117,7 @@ class Fallback:
         if seconds is None:
             # another thread has made drafts rest meanwhile
             return
+        self._tried = True
         self._brought = _recent(self._brought, tokens)
         self._lengths = _recent(self._lengths, k)
         # last: where there is none, other threads look at nothing else
