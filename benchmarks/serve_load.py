@@ -54,11 +54,18 @@ class Process:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request and its answer's JSON."""
+        data = None if body is None else json.dumps(body)
+        return json.loads(self._read("GET" if body is None else "POST", path, data))
+
+    def metric(self, name: str) -> float:
+        """One of its metrics; 0 where it is not there."""
+        lines = self._read("GET", "/metrics").decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"zerodraft_{name} "))
+
+    def _read(self, method: str, path: str, data: str | None = None) -> bytes:
         with closing(HTTPConnection(self.host, self.port, timeout=600)) as connection:
-            data = None if body is None else json.dumps(body)
-            connection.request("GET" if body is None else "POST", path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return json.loads(response.read())
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            return connection.getresponse().read()
 
     def memory(self) -> float:
         """Resident memory in MiB."""
@@ -115,6 +122,12 @@ def client(server: Process, seen: Seen, number: int, until: float, name: str, co
                 seen.cancelled += 1
 
 
+def _share(server: Process) -> float | None:
+    """Of the places in the calls of a batch over depth, those that held a request; None where it had none."""
+    places = server.metric("depth_batch_places_total")
+    return server.metric("depth_batch_rows_total") / places if places else None
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """The median and what 99 of 100 stay below."""
     return {"p50": float(np.percentile(seconds, 50)), "p99": float(np.percentile(seconds, 99))}
@@ -123,8 +136,9 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = parser_of(__doc__ or "", seconds=60, clients=16, parallel=8)
     parser.add_argument("--model", default="models/ztt-million", help="what is served")
+    parser.add_argument("--exit-rule", default="off", help="of a looped model")
     options = settle(parser)
-    server = Process(options.model, options.parallel)
+    server = Process(options.model, options.parallel, "--exit-rule", options.exit_rule)
     entry = server.ask("/v1/models")["data"][0]
     # memory is what it is once everything has run
     for number in range(8):
@@ -138,6 +152,9 @@ def main() -> None:
     for thread in threads:
         thread.join()
     after = server.memory()
+    # those that hung up last leave within a step
+    time.sleep(2)
+    left = {name: server.metric(f"num_requests_{name}") for name in ("running", "waiting")}
     print(f"{len(seen.finished)} answers, {seen.cancelled} hung up; asking each again alone", file=sys.stderr)
     alone: dict[str, str] = {}
     for body, text in seen.finished:
@@ -149,6 +166,7 @@ def main() -> None:
     result = {
         "benchmark": "serve_load",
         "model": entry["id"],
+        "exit_rule": options.exit_rule,
         "clients": options.clients,
         "parallel": options.parallel,
         "seconds": options.seconds,
@@ -156,6 +174,8 @@ def main() -> None:
         "cancelled": seen.cancelled,
         "refused": seen.refused,
         "different_from_alone": len(seen.wrong),
+        "left_in_the_server": left,
+        "share_of_places_over_depth": _share(server),
         "time_to_first_token_seconds": percentiles(seen.first),
         "whole_answer_seconds": percentiles(seen.whole),
         "memory_mib": {"start": before, "end": after, "after_all_again": server.memory()},
