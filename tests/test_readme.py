@@ -47,3 +47,15 @@ def test_the_files_of_the_tree_exist() -> None:
                 missing.append(str(room / name))
     assert len(re.findall(r"\.py", tree)) > 20
     assert not missing
+
+
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_ideas_are_as_short_as_it_says() -> None:
+    for room, most in (("decoding", 80), ("ztt", 120)):
+        lines = len((ROOT / "src" / "zerodraft" / room / "idea.py").read_text(encoding="utf-8").splitlines())
+        assert lines <= most
+        (said,) = re.findall(rf"^  {room}/ +idea\.py .* in (\d+) lines$", README, re.MULTILINE)
+        assert lines <= int(said) <= most
