@@ -18,9 +18,8 @@ import torch
 
 from harness import arguments, emit, spread
 from looped_speed import random_model
-from zerodraft import CycleOutput, DepthBatch, DepthRequest, DepthWork, DiffuSpec, ZttForCausalLM
-from zerodraft.decoding.lengths import FixedLength
-from zerodraft.drafters.none import NoDrafter
+from zerodraft import CycleOutput, DepthBatch, DepthRequest, DepthWork, ZttForCausalLM
+from zerodraft.generate.decoder import own_plain
 from zerodraft.ztt.info import model_info
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -48,7 +47,7 @@ def requests(rows: int) -> list[DepthRequest]:
 
 
 def in_step(model: ZttForCausalLM, rows: int, todo: list[DepthRequest], rule: AtRandom) -> list[list[int]]:
-    plain, answers = DiffuSpec(NoDrafter(), length=FixedLength(0)), []
+    plain, answers = own_plain(), []
     for start in range(0, len(todo), rows):
         block = todo[start : start + rows]
         ids, new = torch.tensor([one.prompt for one in block]), max(one.max_new_tokens for one in block)

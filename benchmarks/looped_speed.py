@@ -19,10 +19,9 @@ from transformers import AutoTokenizer, LlamaConfig
 from harness import arguments, emit, spread
 from zerodraft import DiffuSpec, FixedExit, LatentExit, ZeroMassExit, ZttConfig, ZttForCausalLM
 from zerodraft.decoding.lengths import FixedLength
-from zerodraft.drafters.none import NoDrafter
 from zerodraft.drafters.own import SelfDrafter
 from zerodraft.fast.lean import LeanTarget, lean_target
-from zerodraft.generate.decoder import decoder
+from zerodraft.generate.decoder import decoder, own_plain
 from zerodraft.ztt.pretrained import ExitRecord
 
 GATE = 0.002
@@ -169,7 +168,7 @@ def draft_costs(model: ZttForCausalLM, context: int, repeats: int) -> dict[str, 
 def drafts(model: ZttForCausalLM, prompts: list[torch.Tensor], new: int, repeats: int) -> dict[str, Any]:
     """Whole texts: plain, and drafted by the first cycles."""
     options = {"max_new_tokens": new, "do_sample": False}
-    specs = {"plain": DiffuSpec(NoDrafter(), length=FixedLength(0))}
+    specs = {"plain": own_plain()}
     for cycles in range(1, min(model.config.cycles, 3)):
         for k, least in ((5, 0.0), (8, 0.0), (8, None)):
             drafter = SelfDrafter(model, cycles=cycles, max_length=k, least=least)

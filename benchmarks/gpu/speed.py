@@ -29,10 +29,10 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.block import BlockDrafter, load_block
 from zerodraft.drafters.block_model import drafter_from_target
-from zerodraft.drafters.none import NoDrafter
 from zerodraft.fast.graphed import CudaGraphs, graphed_target
 from zerodraft.fast.recorded import Recorder
 from zerodraft.fast.target import HfTarget
+from zerodraft.generate.decoder import own_plain
 from zerodraft.generate.drafters import find_drafter
 from zerodraft.models.loading import load_pretrained
 from zerodraft.models.resolve import resolve
@@ -243,7 +243,7 @@ def profile(report: Report) -> dict[str, Any]:
     model, _, drafter = loaded(torch.bfloat16, report.device, report.small)
     prompt = torch.randint(5, 4000, (1, 60), generator=torch.Generator().manual_seed(0)).to(report.device)
     full = decoder(model, drafter)
-    plain = DiffuSpec(NoDrafter(), length=FixedLength(0))
+    plain = own_plain()
     always = DiffuSpec(drafter, length=FixedLength(drafter.max_length), fallback=False)
     new = 8 if report.small else 32
     options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -289,7 +289,7 @@ def depths(report: Report, dtype: torch.dtype) -> dict[str, Any]:
     model = model.to(report.device).eval()
     new, prompt = 6 if report.small else 48, torch.randint(5, model.config.vocab_size, (1, 32), device=report.device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    plain = DiffuSpec(NoDrafter(), length=FixedLength(0))
+    plain = own_plain()
     ways: dict[str, dict[str, Any]] = {
         f"{n} cycles": {"exit_rule": FixedExit(cycles=n)} for n in range(1, model.config.cycles + 1)
     }

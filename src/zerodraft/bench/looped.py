@@ -15,12 +15,10 @@ import torch
 from zerodraft.bench.decode import Row
 from zerodraft.bench.measure import interleave, spread
 from zerodraft.bench.methods import FULL, OWN_PLAIN, SELF, cycles_of, eos_ids
-from zerodraft.decoding.lengths import FixedLength
-from zerodraft.drafters.none import NoDrafter
 from zerodraft.fast.depth_batching import DepthBatch, DepthWork
 from zerodraft.fast.depth_requests import DepthRequest
 from zerodraft.fast.lean import packed_weights
-from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.generate.decoder import own_plain
 from zerodraft.models.padding import left_padded
 from zerodraft.ztt.exits import ExitRule, check_thresholds
 from zerodraft.ztt.info import model_info
@@ -189,7 +187,7 @@ def _requests(model: Any, prompts: Sequence[Sequence[int]], count: int, new: int
 
 def in_step(model: Any, rows: int, todo: Sequence[DepthRequest], rule: ExitRule) -> list[list[int]]:
     """The answers to requests, so many of them at once from the first token of all to the last one of any."""
-    plain, answers = DiffuSpec(NoDrafter(), length=FixedLength(0)), list[list[int]]()
+    plain, answers = own_plain(), list[list[int]]()
     for start in range(0, len(todo), rows):
         block = todo[start : start + rows]
         inputs = left_padded([torch.tensor(one.prompt) for one in block])

@@ -34,6 +34,11 @@ def best_target(model: Any) -> Target | None:
     return target
 
 
+def warm_up(model: Any) -> None:
+    """Pack weights and compile kernels now, so that the first text does not wait for them."""
+    best_target(model)
+
+
 def release(model: Any) -> None:
     """Give back the memory that decoding keeps beside a model from call to call: packed weights, recorded passes.
 

@@ -12,7 +12,7 @@ from zerodraft.decoding.search import SearchConfig
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
 from zerodraft.drafters.none import NoDrafter
-from zerodraft.fast.best import best_target
+from zerodraft.fast.best import warm_up
 from zerodraft.generate.drafters import find_drafter
 from zerodraft.generate.huggingface import DiffuSpec
 
@@ -54,8 +54,7 @@ def decoder(
     if isinstance(drafter, (str, PathLike)):
         drafter, _ = find_drafter(drafter, model, getattr(model, "name_or_path", ""))
     check_drafter(drafter)
-    # what it prepares beside the model is no part of the first text's time
-    best_target(model)
+    warm_up(model)
     if hybrid and not isinstance(drafter, PromptLookupDrafter):
         drafter = HybridDrafter(other=drafter)
     k = drafter.max_length
@@ -70,6 +69,6 @@ def decoder(
     )
 
 
-def own_plain(decode: DiffuSpec) -> DiffuSpec:
-    """The same decoder without drafts."""
-    return DiffuSpec(NoDrafter(), length=FixedLength(0), make_target=decode.make_target)
+def own_plain(decode: DiffuSpec | None = None) -> DiffuSpec:
+    """The decoder without drafts. It runs the model as `decode` does; without one, on the fastest exact path."""
+    return DiffuSpec(NoDrafter(), length=FixedLength(0), make_target=decode.make_target if decode else "auto")
