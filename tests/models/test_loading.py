@@ -1,15 +1,15 @@
-"""Damaged checkpoints of converted models are one clear sentence."""
+"""Damaged checkpoints of converted models are one clear sentence; how many positions a model has."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PreTrainedConfig, XLNetConfig
 
 from tests.ztt.tiny import tiny_plain
-from zerodraft import ZerodraftError
-from zerodraft.models.loading import load_pretrained
+from zerodraft import ZerodraftError, ZttConfig
+from zerodraft.models.loading import context_of, load_pretrained
 from zerodraft.ztt.convert import from_base
 
 
@@ -34,3 +34,17 @@ def test_damaged_checkpoints(tmp_path: Path, damage: str) -> None:
         load_pretrained(AutoModelForCausalLM, tmp_path)
     assert "\n" not in str(raised.value)
     assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (LlamaConfig(max_position_embeddings=77), 77),
+        (ZttConfig(base_config=LlamaConfig(max_position_embeddings=77)), 77),
+        (BloomConfig(), None),
+        (XLNetConfig(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_positions_of_a_model(config: PreTrainedConfig, positions: int | None) -> None:
+    assert context_of(config) == positions

@@ -21,6 +21,7 @@ from zerodraft.bench.rows import References, RowFile
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.generate.comparing import first_difference, near_tie
+from zerodraft.models.loading import context_of
 from zerodraft.models.padding import left_padded
 from zerodraft.models.tokenizers import encode
 
@@ -68,7 +69,7 @@ def encode_all(questions: Iterable[Question], tokenizer: Any, model: Any, new: i
     Raises:
         ZerodraftError: one that leaves no room for the answer.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     tasks = []
     for question in questions:
         encoded = encode(tokenizer, question.text, bool(tokenizer.chat_template)).to(model.device)

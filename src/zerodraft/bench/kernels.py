@@ -21,6 +21,7 @@ from zerodraft.fast.best import best_target
 from zerodraft.fast.lean import LeanTarget, lean_target
 from zerodraft.fast.target import HfTarget
 from zerodraft.models.caches import argument_of, returned_by
+from zerodraft.models.loading import context_of
 from zerodraft.models.tokenizers import encode
 from zerodraft.ztt.attention import zero_attention_lse
 
@@ -83,7 +84,7 @@ def attention_section(effort: Effort) -> Section:
 
 def target_section(model: Any, x: str, values: Sequence[int], effort: Effort) -> Section:
     """A pass of the target over a few tokens after a context, lean and as transformers does it."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(CONTEXTS) + 64
+    limit = context_of(model.config) or max(CONTEXTS) + 64
     points = []
     for value in effort.pick(values):
         at = USUAL | {x: value}

@@ -121,11 +121,13 @@ def load_target(name: str, dtype: Dtype = "auto") -> tuple[Any, Any]:
 def check_prompt(model: Any, prompt: "torch.Tensor") -> int | None:
     """How many tokens can follow a prompt; None where the model has no limit. Raises for a prompt with a token that the
     model does not have, or of too many for anything to follow."""
+    from zerodraft.models.loading import context_of
+
     if not prompt.numel():
         raise ZerodraftError("the prompt comes to no tokens: give another text, or leave the chat template out")
     check_tokens(int(prompt.max()), model, "the prompt")
     length = prompt.shape[1]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and length >= context:
         raise ZerodraftError(
             f"the prompt has {length} tokens; the model reads at most {context}, those that it writes included: give a "

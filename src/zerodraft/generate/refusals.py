@@ -9,6 +9,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.cache import check_readable
+from zerodraft.models.loading import context_of
 
 
 def check_options(model: Any, config: GenerationConfig, assistant: Any) -> None:
@@ -69,9 +70,7 @@ def check_prompts(
         raise ZerodraftError(
             "A prompt is padded on the right, where its text has to go on; pad on the left: padding_side='left'."
         )
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    # XLNet says -1 for a length without a limit
-    context = None if context is None or context < 0 else context
+    context = context_of(model.config)
     if context is not None and int(real.max()) > context:
         raise ZerodraftError(
             f"The prompt has {int(real.max())} tokens, but the model's context window holds {context}; shorten it."

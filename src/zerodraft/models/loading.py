@@ -50,6 +50,13 @@ def load_config(name: Name) -> PreTrainedConfig:
     return config
 
 
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Positions that a language model has; None where there is no limit."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    # XLNet says -1 for a length without a limit
+    return None if positions is None or positions < 0 else positions
+
+
 def check_depth(config: PreTrainedConfig, name: Name) -> None:
     """Raise for more layers than a model has: each would be built, whatever the weight files hold."""
     text = config.get_text_config()

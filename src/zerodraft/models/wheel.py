@@ -121,7 +121,7 @@ def dequantise(gguf_path: Path, destination: Path, *, max_length: int | None = N
     import torch
     import transformers
 
-    from zerodraft.models.loading import load_pretrained, load_tokenizer_files
+    from zerodraft.models.loading import context_of, load_pretrained, load_tokenizer_files
 
     directory, name = gguf_path.parent, gguf_path.name
     tokenizer = load_tokenizer_files(directory, gguf_file=name)
@@ -129,7 +129,7 @@ def dequantise(gguf_path: Path, destination: Path, *, max_length: int | None = N
         transformers.AutoModelForCausalLM, directory, gguf_file=name, dtype=torch.float32, use_safetensors=None
     )
     # GGUF tokenizers do not carry it
-    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(loaded.config)
     tokenizer.model_max_length = max_length or context or tokenizer.model_max_length
     # The loaded model still calls itself quantised and refuses to be saved: copy its weights into a fresh one.
     values = loaded.config.to_dict()

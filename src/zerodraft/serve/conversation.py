@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
+from zerodraft.models.loading import context_of
 from zerodraft.models.tokenizers import templated
 from zerodraft.serve.api import ApiError, Message
 
@@ -25,7 +26,7 @@ class Limits:
     @classmethod
     def of(cls, model: Any, prompt_tokens: int | None, total_tokens: int | None) -> "Limits":
         """The given ones, within what the model has positions for."""
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_of(model.config)
         known = [limit for limit in (total_tokens, context) if limit is not None and limit > 0]
         total = min(known, default=4096)
         return cls(prompt_tokens=min(prompt_tokens or total, total - 1), total_tokens=total)

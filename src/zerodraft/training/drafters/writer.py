@@ -8,11 +8,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.verify import NO_NUMBERS
-from zerodraft.drafters.none import NoDrafter
 from zerodraft.fast.best import best_target
-from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.generate.decoder import own_plain
+from zerodraft.models.loading import context_of
 from zerodraft.models.padding import left_padded
 from zerodraft.training.drafters.distill import DistillSettings
 
@@ -31,11 +30,10 @@ class HfWriter:
     through our engine where it has a faster exact path for the model."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        text = model.config.get_text_config()
         self.model = model
-        self._greedy = DiffuSpec(NoDrafter(), length=FixedLength(0)) if best_target(model) else None
-        self.vocab_size: int = text.vocab_size
-        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self._greedy = own_plain() if best_target(model) else None
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.context = context_of(model.config)
         eos = model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
