@@ -186,7 +186,7 @@ def _requests(model: Any, prompts: Sequence[Sequence[int]], count: int, new: int
 
 
 def in_step(model: Any, rows: int, todo: Sequence[DepthRequest], rule: ExitRule) -> list[list[int]]:
-    """The answers to requests, so many of them at once from the first token of all to the last one of any."""
+    """The answers to requests, `rows` of them at once, from the first token of all to the last one of any."""
     plain, answers = own_plain(), list[list[int]]()
     for start in range(0, len(todo), rows):
         block = todo[start : start + rows]

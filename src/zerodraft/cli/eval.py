@@ -37,15 +37,15 @@ class Eval(Command):
     exit_rule: tuple[str, ...] = metavar("RULE...", default=("off",))
     """When a token's cycles stop; one score for each."""
     drafter: str = metavar("DIR|NAME", default="")
-    """For tasks in which texts are written; default: the model's own in models/, else lookup."""
+    """For tasks that generate text; default: the model's own in models/, else lookup."""
     data: str = metavar("DIR", default="")
     """Folder of the files (piqa/..., arc/...); default: $ZERODRAFT_DATA/eval if there is one."""
     limit: int = 0
-    """Ask only so many questions of each task, the first ones; 0: all."""
+    """Ask only the first N questions of each task; 0: all."""
     batch_size: int = 8
     """Texts in a forward pass."""
     max_length: int | None = None
-    """Read only so many tokens of a question, the last ones; default: what the model's configuration says."""
+    """Read only the last N tokens of a question; default: the model's context."""
     dtype: Dtype = "auto"
     """Dtype of the computation; auto: float32 on CPUs, else as stored."""
     out: str = metavar("FILE", default="")

@@ -59,9 +59,9 @@ class Generate(Command):
     prompt_file: str = metavar("FILE", default="")
     """Read the prompt from this file; with --out one from each line."""
     out: str = metavar("FILE", default="")
-    """Answer JSON lines of prompts, one by one; goes on if interrupted."""
+    """Write one JSON line per prompt; continues an interrupted run."""
     batch: int = 1
-    """With --out: decode so many prompts together."""
+    """With --out: decode this many prompts together."""
     chat: bool = False
     """Put the prompt into the model's chat template as the user's message."""
     sampling: Sampling = settings_of(Sampling)

@@ -120,7 +120,7 @@ def ready(model: Any, dtype: Dtype = "auto") -> Any:
 
 
 def text_blocks(name: str, tokenizer: Any, length: int) -> tuple[Any, Any]:
-    """Blocks of so many tokens of a text (a file, a folder or a glob), and the documents that they are from.
+    """Blocks of `length` tokens of a text (a file, a folder or a glob), and the documents that they are from.
 
     Raises:
         ZerodraftError: it cannot be read, or has fewer tokens than one block.

@@ -20,10 +20,10 @@ KEY = "ZERODRAFT_API_KEY"
 class Serve(Command):
     """Serve a model over HTTP as OpenAI's API does, with drafts.
 
-    Requests take turns step by step, or share a batch where many ask a looped model, and greedy answers have the tokens
-    of plain decoding, whatever their company. Conversations go on from keys and values that are kept. Only this machine
-    can ask unless --host says otherwise; then set a key, by ZERODRAFT_API_KEY or --api-key. SIGTERM and Ctrl-C end it
-    in order.
+    Requests take turns step by step; many requests to a looped model share a batch. Greedy answers have the tokens of
+    plain decoding, with and without other requests. Conversations reuse kept keys and values. Only this machine can
+    connect unless --host says otherwise; then set a key with ZERODRAFT_API_KEY or --api-key. SIGTERM and Ctrl-C shut
+    it down in order.
     """
 
     example: ClassVar[str] = "zerodraft serve smollm2 --port 8000"
@@ -38,34 +38,34 @@ class Serve(Command):
     host: str = metavar("ADDRESS", default="127.0.0.1")
     """Where to listen."""
     port: int = 8000
-    """The port; 0: any that is free."""
+    """The port; 0: any free one."""
     api_key: str = metavar("KEY", default="")
     """Ask every client for this key; the environment variable keeps it out of the list of processes."""
     cors: tuple[str, ...] = each("ORIGIN", default=())
-    """A web page's origin that may ask, or *; may be repeated."""
+    """An origin of web pages that may connect, or *; may be repeated."""
     parallel: int = 4
-    """Answers that are written at once, by turns and with drafts."""
+    """Answers written at the same time, in turns and with drafts."""
     batch: int = 16
-    """Beyond them: answers of a looped model written together, over depth (0: none)."""
+    """Further answers of a looped model, written in a batch over depth (0: none)."""
     queue: int = 64
-    """Answers that may wait; more are refused (429)."""
+    """Requests that may wait; more are refused (429)."""
     max_prompt_tokens: int | None = None
-    """The longest prompt; default: what the model has positions for."""
+    """Longest prompt, in tokens; default: by the model's positions."""
     max_total_tokens: int | None = None
-    """The longest prompt and answer together; likewise."""
+    """Longest prompt and answer together; the same default."""
     max_body_kib: int = 1024
-    """The largest request, in KiB."""
+    """Largest request, in KiB."""
     max_seconds: float = 600.0
-    """The longest that a request may take."""
+    """Longest time of a request, in seconds."""
     grace: float = 30.0
-    """Seconds for running answers at the end."""
+    """Seconds that running answers have at shutdown."""
     kept_mib: float = 512.0
     """Memory for keys and values of finished texts, in MiB."""
     exit_rule: str = metavar("RULE", default="off")
     """When a looped model's tokens stop (see 'zerodraft generate')."""
 
     def check(self) -> None:
-        """The numbers, and that there is something to serve with."""
+        """The numbers, and whether the packages of the extra `serve` are there."""
         self.drafting.check()
         for flag in ("parallel", "max_body_kib", "max_seconds"):
             if not getattr(self, flag) > 0:

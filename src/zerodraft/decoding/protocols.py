@@ -168,7 +168,7 @@ class Drafter(Protocol):
 
 
 def check_drafter(drafter: Any) -> None:
-    """Raise `ZerodraftError` for what is no drafter, such as a model that was not made one."""
+    """Raise `ZerodraftError` for anything but a drafter, such as a bare model."""
     if not isinstance(drafter, Drafter):
         raise ZerodraftError(
             f"A {type(drafter).__name__} was given as the drafter: expected one of zerodraft's, such as "

@@ -186,7 +186,7 @@ def scores(lm: Any, loaded: Any, limit: int = 0) -> list[Score]:
     Args:
         lm: The model.
         loaded: The task.
-        limit: Only so many questions, the first ones; 0: all.
+        limit: Ask only this many questions, the first ones; 0: all.
     """
     from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]  # an extra
 

@@ -87,7 +87,7 @@ class DepthPrompt:
 
     @torch.inference_mode()
     def read(self, tokens: int | None = None) -> bool:
-        """Reads so many more tokens, or all that are left; whether these were the last ones."""
+        """Reads this many more tokens, or all that are left; returns whether these were the last ones."""
         weights, cache = self._weights, self._cache
         piece = list(self.request.prompt)[len(self.request.prompt) - self.left :][:tokens]
         if not piece:

@@ -32,7 +32,7 @@ class Limits:
         return cls(prompt_tokens=min(prompt_tokens or total, total - 1), total_tokens=total)
 
     def answer(self, prompt: int, wanted: int | None, param: str) -> int:
-        """How long an answer to a prompt of so many tokens may be.
+        """How long an answer to a prompt of this many tokens may be.
 
         Raises:
             ApiError: more is wanted than fits.

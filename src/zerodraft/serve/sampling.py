@@ -75,7 +75,7 @@ class Changes(LogitsProcessor):
 def arguments_of(
     asked: Asked, prompt: int, new: int, recorder: Recorder | None, grammar: LogitsProcessor | None = None
 ) -> dict[str, Any]:
-    """The arguments of `generate` for a prompt of so many tokens and an answer of at most `new`."""
+    """The arguments of `generate` for a prompt of `prompt` tokens and an answer of at most `new`."""
     processors: list[Any] = [] if recorder is None else [recorder]
     if asked.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(asked.repetition_penalty))

@@ -150,7 +150,7 @@ class Scheduler:
             self._changed.notify()
 
     def close(self, grace: float) -> None:
-        """Take nothing new, and end what is not over after so many seconds."""
+        """Take no new jobs, and end those that are still running after this many seconds."""
         with self._changed:
             self._end_at = min(self._end_at or float("inf"), time.monotonic() + grace)
             self._changed.notify()

@@ -83,7 +83,8 @@ def parse_exit_rule(text: str, calibrated: dict[str, Any] | None) -> "ExitRule |
         calibrated: what `zerodraft calibrate` wrote into the model's config.
 
     Raises:
-        ZerodraftError: unknown name, no value, one that is no number or where none belongs, or nothing calibrated yet.
+        ZerodraftError: an unknown name, a value that is missing, superfluous or not a number, or a model without a
+            calibrated rule.
     """
     from zerodraft.ztt.exits import exit_rule_from_dict
 

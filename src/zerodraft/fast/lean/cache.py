@@ -48,7 +48,7 @@ class LeanCache:
 
     @torch.inference_mode()
     def make_room(self, batch: int, count: int) -> None:
-        """For so many more tokens of each row."""
+        """Makes room for this many more tokens of each row."""
         weights = self._weights
         if not self.lengths:
             self.lengths, self._padding = [0] * batch, [0] * batch
