@@ -36,7 +36,7 @@ def test_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (None, "no questions at '.*piqa_valid_foundry.jsonl': give the folder that holds 'piqa/"),
         ("", "holds no questions"),
-        ('{"query": "a", "choices": ["b"]}\n', "Line 1 of '.*' is no question of 'piqa': 'gold' is missing"),
+        ('{"query": "a", "choices": ["b"]}\n', "Line 1 of '.*' is not a question of 'piqa': 'gold' is missing"),
         ("\n[1]\n", "Line 2 of '.*' must be an object"),
     ],
 )

@@ -175,7 +175,7 @@ def test_exit_rules_of_steps_are_for_one_text_of_a_looped_model() -> None:
     spec, rule = spec_for(tokens(1, 20)), ZeroMassExit(threshold=0.2)
     with pytest.raises(ZerodraftError, match="exit_rule is for Zero Token Transformers"):
         spec.iterate(tiny_plain("llama"), tokens(1, 7), exit_rule=rule, max_new_tokens=4)
-    with pytest.raises(ZerodraftError, match="one text at a time here, and there are 2"):
+    with pytest.raises(ZerodraftError, match="one text at a time here, but there are 2"):
         next(spec.iterate(tiny("qwen3"), tokens(2, 7), exit_rule=rule, max_new_tokens=4))
 
 

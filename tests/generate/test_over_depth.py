@@ -127,7 +127,7 @@ def test_a_processor_that_fails_is_one_texts_own(model: ZttForCausalLM) -> None:
     [
         ({"num_beams": 3}, "beam"),
         ({"exit_rule": RULE}, "a batch over depth has one for all"),
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "a request has no padding"),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1]])}, "a request cannot be padded"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"position_ids": torch.arange(4)[None] + 3}, "position_ids"),
         ({"assistant_model": over("llama")}, "assistant_model"),

@@ -59,7 +59,7 @@ def test_it_ends_in_order(folder: Path) -> None:
         (["--host", ""], "the host is empty"),
         (["--grace=-1"], "--grace is -1.0; it must be 0 or more"),
         (["--max-total-tokens", "1"], "--max-total-tokens is 1; it must be at least 2"),
-        (["--api-key", "two words"], "the API key may hold"),
+        (["--api-key", "two words"], "the API key may have"),
         (["--drafter", "lookup:x"], "lookup:"),
     ],
 )

@@ -226,8 +226,8 @@ class BenchDecode(OnPrompts):
         looped = cycles_of(model) > 1
         if not looped and (self.text or self.batches):
             raise ZerodraftError(
-                f"--text and --batches are for looped models of two cycles or more, and '{self.target}' is none: leave "
-                "them out"
+                f"--text and --batches are for looped models of two cycles or more, and '{self.target}' is not one: "
+                "leave them out"
             )
         if not self.text:
             return None

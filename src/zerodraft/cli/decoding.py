@@ -124,7 +124,7 @@ def check_prompt(model: Any, prompt: "torch.Tensor") -> int | None:
     from zerodraft.models.loading import context_of
 
     if not prompt.numel():
-        raise ZerodraftError("the prompt comes to no tokens: give another text, or leave the chat template out")
+        raise ZerodraftError("the prompt has no tokens: give another text, or leave the chat template out")
     check_tokens(int(prompt.max()), model, "the prompt")
     length = prompt.shape[1]
     context = context_of(model.config)

@@ -55,7 +55,9 @@ def load_model(auto_class: Any, path: Path, dtype: Dtype = "auto", *, as_stored:
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
         value = getattr(model.config.get_text_config(), name, None)
         if isinstance(value, (int, float)) and not 0 <= value < 1:
-            raise ZerodraftError(f"The configuration of '{path}' has {name} beyond 0 to 1, with which no norm works.")
+            raise ZerodraftError(
+                f"The configuration of '{path}' has {name} outside of 0 to 1, for which norms do not work."
+            )
     model = model.to(default_device()).eval() if as_stored else ready(model, dtype)
     with reading(f"The model '{path}'", "does not run"):
         model.generation_config = text_settings(model.generation_config)

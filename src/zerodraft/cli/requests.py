@@ -135,7 +135,7 @@ def _request_of_form(row: dict[str, Any], number: int, flags: Sampling) -> Reque
     if row["method"] != "POST" or asked is None:
         raise ZerodraftError(f"expected POST to {' or '.join(URLS)}, got {shown(row['method'])} to {shown(row['url'])}")
     if row["body"].get(asked) is None:
-        raise ZerodraftError(f"'{asked}' is missing, which {row['url']} is asked with")
+        raise ZerodraftError(f"'{asked}' is missing, which {row['url']} needs")
     return _request(row["body"], number, flags)
 
 

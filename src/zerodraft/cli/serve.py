@@ -80,7 +80,7 @@ class Serve(Command):
             raise ZerodraftError(f"--port is {self.port}; it must be from 0 to 65535")
         key = self._key()
         if not key.isascii() or not key.isprintable() or " " in key:
-            raise ZerodraftError("the API key may hold ASCII letters, digits and signs alone, and no spaces")
+            raise ZerodraftError("the API key may have only ASCII letters, digits and signs, and no spaces")
         try:
             import fastapi
             import prometheus_client

@@ -19,7 +19,7 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         ZerodraftError: another process holds it (`taken` says what it does), or it cannot be written.
     """
     if not folder.resolve().name or folder == Path():
-        raise ZerodraftError(f"'{folder}' cannot hold an output: name a directory of its own.")
+        raise ZerodraftError(f"'{folder}' cannot hold an output: name another directory.")
     with _held(folder / LOCK, taken, leave=False):
         yield
 

@@ -47,7 +47,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         if self.explore < 2:
-            raise ZerodraftError(f"explore={self.explore} would leave no step for what is best; give at least 2.")
+            raise ZerodraftError(f"explore={self.explore} leaves no steps for the best choice; give at least 2.")
 
     def timer(self, device: torch.device) -> Callable[[], float]:
         """The clock for steps on a device. On a CPU the time of this thread, which other programs add nothing to: a

@@ -89,7 +89,7 @@ def read_questions(task: str, folder: Path | None) -> list[Row]:
             try:
                 questions.append(made(row))
             except (KeyError, AttributeError) as error:
-                raise ZerodraftError(f"{where} is no question of '{task}': {why(error)}.") from error
+                raise ZerodraftError(f"{where} is not a question of '{task}': {why(error)}.") from error
     if not questions:
         raise ZerodraftError(f"'{path}' holds no questions: expected a JSON object in every line")
     return questions

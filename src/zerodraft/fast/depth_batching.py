@@ -175,7 +175,9 @@ class DepthBatch:
         for text in (*self._at_work.values(), *(text for text, _ in self._pending), *self._ended):
             if text.key == key:
                 return text.answer
-        raise ZerodraftError(f"There is no request {key} in the batch; ask before step() tells of its end.")
+        raise ZerodraftError(
+            f"There is no request {key} in the batch: it is unknown, or step() has returned its answer."
+        )
 
     def cancel(self, key: int) -> bool:
         """Forgets a request; its place is free at once. Whether it was still there."""

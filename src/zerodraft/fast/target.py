@@ -188,7 +188,7 @@ class HfTarget:
         differs = in_pieces and columns > self._window
         if not asked and (not self._drops or differs):
             raise ZerodraftError(
-                f"{type(self.model).__name__} makes its attention masks by itself, so that nobody knows whether its "
+                f"{type(self.model).__name__} makes its own attention masks, so it is unknown whether its "
                 f"layers have the sliding_window={self._window} of its configuration; leave the options of the cache "
                 "and prefill_chunk_size away, or take sliding_window out of the configuration."
             )

@@ -36,7 +36,7 @@ def feeding(model: Any, arguments: Mapping[str, Any]) -> "Feeding | None":
     for name in LOOP:
         if hasattr(GenerationMixin, name) and not _is_inherited(model, name):
             raise ZerodraftError(
-                f"{type(model).__name__} decodes in a way of its own ({name}), which drafts cannot follow; leave "
+                f"{type(model).__name__} has its own way of decoding ({name}), which drafts cannot follow; leave "
                 "out custom_generate."
             )
     return None if _is_inherited(model, PREPARE) and _is_inherited(model, UPDATE) else Feeding(model, arguments)

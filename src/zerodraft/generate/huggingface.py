@@ -347,7 +347,9 @@ def _exiting(steps: Generator[Step, None, None], exits: ExitRecord) -> Iterator[
             if step is None:
                 return
             if len(step.rows) > 1:
-                raise ZerodraftError(f"exit_rule is for one text at a time here, and there are {len(step.rows)}.")
+                raise ZerodraftError(
+                    f"exit_rule is for one text at a time here, but there are {len(step.rows)}: decode them one by one."
+                )
             (row,) = step.rows
             if row is not None and exits.depth is not None:
                 # a token's depth is that of the position before it, and the last one has been nowhere yet

@@ -62,11 +62,15 @@ def depth_request(
             over depth does not take of one request.
     """
     if len(inputs) != 1:
-        raise ZerodraftError(f"{len(inputs)} prompts were given for one request: make one of each.")
+        raise ZerodraftError(f"{len(inputs)} prompts were given for one request: make one request of each.")
     if "exit_rule" in arguments or "exit_policy" in arguments:
-        raise ZerodraftError("An exit rule was given with one request, and a batch over depth has one for all: there.")
+        raise ZerodraftError(
+            "An exit rule was given with one request, but a batch over depth has one for all: give it to the batch."
+        )
     if not bool(arguments.setdefault("attention_mask", torch.ones_like(inputs)).all()):
-        raise ZerodraftError("The attention mask has zeros, and a request has no padding: leave both out.")
+        raise ZerodraftError(
+            "The attention mask has zeros, but a request cannot be padded: leave out padding and mask."
+        )
     return model.generate(inputs, custom_generate=_Prepared(Dice(inputs.device, generator)), **arguments)
 
 
@@ -165,7 +169,7 @@ class OverDepth:
             ZerodraftError: an exit rule that is not the batch's, or a request that does not fit into it.
         """
         if exit_rule is not self.batch.exit_rule:
-            raise ZerodraftError("All texts of a batch over depth have its exit rule: leave this one out.")
+            raise ZerodraftError("A batch over depth has one exit rule for all texts: leave this one out.")
         prompt = self.batch.prompt(depth_request(model, inputs, generator=self._generator, **arguments))
         stats = self.last_stats = DecodeStats(1, inputs.shape[1])
         while True:

@@ -37,7 +37,7 @@ def default_cache_dir() -> Path:
         return user_path(chosen or user_cache_dir("zerodraft", appauthor=False, opinion=False))
     except (ZerodraftError, RuntimeError) as error:
         raise ZerodraftError(
-            f"There is no home directory for what is kept ('{chosen or '~'}'): set ZERODRAFT_CACHE to a directory, "
+            f"There is no home directory for the cache ('{chosen or '~'}'): set ZERODRAFT_CACHE to a directory, "
             "written without '~'."
         ) from error
 

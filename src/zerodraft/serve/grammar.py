@@ -40,7 +40,7 @@ class Grammar(LogitsProcessor):
         new = input_ids[0, self._read :].tolist()
         self._read += len(new)
         if new and not self.matcher.consume_tokens(new):
-            raise ZerodraftError(f"The answer has left its form: {self.matcher.get_error()}")
+            raise ZerodraftError(f"The answer violates its format: {self.matcher.get_error()}")
         allowed = np.frombuffer(self.matcher.compute_logit_bias(), np.uint8)[: scores.shape[1]]
         refused = np.ones(scores.shape[1], bool)
         refused[: len(allowed)] = allowed == 0

@@ -42,7 +42,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def _refused(host: str, port: int, error: OSError) -> ZerodraftError:
-    return ZerodraftError(f"there is no listening on {host}, port {port}: {why(error)}; choose others")
+    return ZerodraftError(f"cannot listen on {host}, port {port}: {why(error)}; choose another address or port")
 
 
 class Server(uvicorn.Server):

@@ -350,7 +350,7 @@ def _load(model: ZttForCausalLM, state: dict[str, Tensor], like: PreTrainedModel
     except RuntimeError as error:
         raise ZerodraftError(
             f"The model's weights are not those of a plain {type(model.base).__name__} (adapters, or changed modules); "
-            "merge or remove what was added to it."
+            "merge or remove the additions."
         ) from error
 
 

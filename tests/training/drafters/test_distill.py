@@ -196,8 +196,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_half_written(tmp_path: Path)
         err.rstrip()
         .split("\n")[-1]
         .endswith(
-            "could not be written (File too large): make room and run the same command again; "
-            "what was finished before is kept."
+            "could not be written (File too large): make room and run the same command again; finished work is kept."
         )
     )
     assert [name for name in os.listdir(out) if name not in ("manifest.json", ".lock")] == []

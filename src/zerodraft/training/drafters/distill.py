@@ -253,7 +253,7 @@ def _kept(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ZerodraftError(
             f"'{folder}' could not be written ({error.strerror or error}): make room and run the same command again; "
-            "what was finished before is kept."
+            "finished work is kept."
         ) from error
 
 
