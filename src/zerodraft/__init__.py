@@ -5,7 +5,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from zerodraft.common import moved
+from zerodraft import moved
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.fallback import Fallback
 from zerodraft.decoding.kept import KeptTexts

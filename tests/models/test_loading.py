@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PreTrai
 
 from tests.ztt.tiny import tiny_plain
 from zerodraft import ZerodraftError, ZttConfig
-from zerodraft.models.loading import context_of, load_pretrained
+from zerodraft.models.loading import context_of, eos_ids, load_pretrained
 from zerodraft.ztt.convert import from_base
 
 
@@ -48,3 +48,10 @@ def test_damaged_checkpoints(tmp_path: Path, damage: str) -> None:
 )
 def test_positions_of_a_model(config: PreTrainedConfig, positions: int | None) -> None:
     assert context_of(config) == positions
+
+
+@pytest.mark.parametrize(("given", "ids"), [(7, {7}), ([7, 9], {7, 9}), (None, set()), ([], set())])
+def test_tokens_that_end_a_text(given: int | list[int] | None, ids: set[int]) -> None:
+    model = tiny_plain()
+    model.generation_config.eos_token_id = given
+    assert eos_ids(model) == ids

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from zerodraft.bench.methods import Decoded, Exits, Method, eos_ids
+from zerodraft.bench.methods import Decoded, Exits, Method
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.stats import DecodeStats
 from zerodraft.generate.comparing import first_difference, near_tie
-from zerodraft.models.loading import context_of
+from zerodraft.models.loading import context_of, eos_ids
 from zerodraft.models.padding import left_padded
 from zerodraft.models.tokenizers import encode
 

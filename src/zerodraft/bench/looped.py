@@ -14,11 +14,12 @@ import torch
 
 from zerodraft.bench.decode import Row
 from zerodraft.bench.measure import interleave, spread
-from zerodraft.bench.methods import FULL, OWN_PLAIN, SELF, cycles_of, eos_ids
+from zerodraft.bench.methods import FULL, OWN_PLAIN, SELF, cycles_of
 from zerodraft.fast.depth_batching import DepthBatch, DepthWork
 from zerodraft.fast.depth_requests import DepthRequest
 from zerodraft.fast.lean import packed_weights
 from zerodraft.generate.decoder import own_plain
+from zerodraft.models.loading import eos_ids
 from zerodraft.models.padding import left_padded
 from zerodraft.ztt.exits import ExitRule, check_thresholds
 from zerodraft.ztt.info import model_info

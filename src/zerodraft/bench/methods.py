@@ -29,6 +29,7 @@ from zerodraft.drafters.none import NoDrafter
 from zerodraft.drafters.own import SelfDrafter
 from zerodraft.generate import decoder as door
 from zerodraft.generate.huggingface import DiffuSpec
+from zerodraft.models.loading import eos_ids
 from zerodraft.models.wheel import check_gguf
 from zerodraft.ztt.exits import ExitRule, exit_rule_to_dict
 from zerodraft.ztt.rules import RULES, rule_text
@@ -437,12 +438,6 @@ def choose(names: Sequence[str], found: Mapping[str, Callable[[], Method]]) -> d
             hint = f" needs {need}" if need else f" is unknown{did_you_mean(name, found)}"
             raise ZerodraftError(f"--methods: '{name}'{hint}")
     return {name: found[name]() for name in dict.fromkeys([BASE, *wanted])}
-
-
-def eos_ids(model: Any) -> frozenset[int]:
-    """The tokens that end a text."""
-    eos = model.generation_config.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
 def ours(equipment: Equipment, variation: Variation) -> Ours:

@@ -135,16 +135,13 @@ def _over_depth(model: Any, tokenizer: Any, request: Request, ids: Any) -> Any:
     return depth_request(model, ids, generator=generator, pad_token_id=pad, **sampling.arguments(tokenizer))
 
 
-def _ends(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return {ends} if isinstance(ends, int) else set(ends or ())
-
-
 def decode_together(
     model: Any, tokenizer: Any, decode: Any, group: Sequence[tuple[Request, Any]], **options: Any
 ) -> list[Answered | None]:
     """The answers to a group; None to a request with an error."""
     import torch
+
+    from zerodraft.models.loading import eos_ids
 
     if group[0][0].error:
         return [None] * len(group)
@@ -158,7 +155,7 @@ def decode_together(
         model, ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad,
         **sampling.arguments(tokenizer), **options,
     )  # fmt: skip
-    ends = _ends(model)
+    ends = eos_ids(model)
     answers: list[Answered | None] = []
     for prompt, row in zip(prompts, out[:, width:].tolist(), strict=True):
         tokens = row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]

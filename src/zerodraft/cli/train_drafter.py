@@ -27,7 +27,9 @@ class TrainDrafter(Command):
 
     example: ClassVar[str] = "zerodraft train-drafter --target smollm2 --data completions --out runs/drafter"
 
-    kind: Kind = explained(". ".join(f"{kind}: {recipe.about}" for kind, recipe in RECIPES.items()), default="block")
+    kind: Kind = explained(
+        ". ".join(f"{kind}: {recipe.about}" for kind, recipe in RECIPES.items()), default=next(iter(RECIPES))
+    )
     recipe: str | None = None
     """YAML file with any of the settings."""
     resume: bool = False

@@ -22,7 +22,7 @@ from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.vocabulary import check_vocabulary_size
 from zerodraft.fast.lean import LeanTarget, lean_target
 from zerodraft.models.caches import argument_of
-from zerodraft.models.loading import context_of
+from zerodraft.models.loading import context_of, eos_ids
 from zerodraft.ztt.interface import without_exits
 
 
@@ -71,8 +71,7 @@ class AutoregressiveDrafter:
         check_vocabulary_size(self.own_size, self.own_size if vocab_size is None else vocab_size)
         self.vocab_size = min(self.own_size, vocab_size or self.own_size)
         self.context = context_of(model.config)
-        eos = getattr(model.generation_config, "eos_token_id", None)
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.eos_ids = eos_ids(model)
         self.cache_argument = argument_of(model)
         self.head_options = {"logits_to_keep": 1} if _keeps_logits(model) else {}
         self.inputs = dict(inputs or {})

@@ -57,6 +57,12 @@ def context_of(config: PreTrainedConfig) -> int | None:
     return None if positions is None or positions < 0 else positions
 
 
+def eos_ids(model: Any) -> frozenset[int]:
+    """The tokens that end a text, by the model's generation settings; empty where it names none."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
 def check_depth(config: PreTrainedConfig, name: Name) -> None:
     """Raise for more layers than a model has: each would be built, whatever the weight files hold."""
     text = config.get_text_config()

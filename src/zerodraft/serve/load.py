@@ -1,7 +1,6 @@
 """A loaded model with all that serves it."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from zerodraft.common.errors import ZerodraftError
@@ -10,6 +9,7 @@ from zerodraft.decoding.protocols import Drafter
 from zerodraft.fast.depth_batching import DepthBatch
 from zerodraft.generate.decoder import decoder
 from zerodraft.generate.over_depth import OverDepth, goes_over_depth
+from zerodraft.models.loading import eos_ids
 from zerodraft.serve.app import Served
 from zerodraft.serve.conversation import Limits, Prompts
 from zerodraft.serve.grammar import Grammars
@@ -65,7 +65,7 @@ def serve_model(
         # recorded passes serve one text at a time, and texts that are kept would hold on to theirs
         decode.make_target = None
     scheduler = Scheduler(model, decode, metrics, parallel=parallel, queue=queue, exit_rule=rule, over_depth=over_depth)
-    eos = frozenset(_ids(model.generation_config.eos_token_id))
+    eos = eos_ids(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return Served(
         name=name,
@@ -88,7 +88,3 @@ def _over_depth(model: Any, rows: int, slots: int, rule: ExitRule | None) -> Ove
     except ZerodraftError as error:
         logger.warning("No batch over depth, requests take turns alone; a smaller --batch may do: %s", error)
         return None
-
-
-def _ids(eos: int | Sequence[int] | None) -> Sequence[int]:
-    return [eos] if isinstance(eos, int) else eos or []

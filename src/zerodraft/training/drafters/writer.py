@@ -11,7 +11,7 @@ from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.verify import NO_NUMBERS
 from zerodraft.fast.best import best_target
 from zerodraft.generate.decoder import own_plain
-from zerodraft.models.loading import context_of
+from zerodraft.models.loading import context_of, eos_ids
 from zerodraft.models.padding import left_padded
 from zerodraft.training.drafters.distill import DistillSettings
 
@@ -34,9 +34,7 @@ class HfWriter:
         self._greedy = own_plain() if best_target(model) else None
         self.vocab_size: int = model.config.get_text_config().vocab_size
         self.context = context_of(model.config)
-        eos = model.generation_config.eos_token_id
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos)
+        self.eos_ids = eos_ids(model) or frozenset([tokenizer.eos_token_id])
 
     @torch.no_grad()
     def write(

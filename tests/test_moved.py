@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from zerodraft.common.moved import MOVED, TARGETS
+from zerodraft.moved import MOVED, TARGETS
 
 
 @pytest.fixture(scope="module", autouse=True)
