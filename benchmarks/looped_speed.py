@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from harness import arguments, emit, spread
 from zerodraft import DiffuSpec, FixedExit, LatentExit, ZeroMassExit, ZttConfig, ZttForCausalLM
 from zerodraft.decoding.lengths import FixedLength
+from zerodraft.decoding.protocols import Progress
 from zerodraft.drafters.own import SelfDrafter
 from zerodraft.fast.lean import LeanTarget, lean_target
 from zerodraft.generate.decoder import decoder, own_plain
@@ -118,28 +119,37 @@ def draft_costs(model: ZttForCausalLM, context: int, repeats: int) -> dict[str, 
     target, vocabulary = lean_target(model), model.config.get_text_config().vocab_size
     assert target is not None
     ids = torch.randint(3, vocabulary, (1, context))
-    tokens = torch.randint(3, vocabulary, (1, LONGEST + 1))
+    last = torch.randint(3, vocabulary, (1,))
     target.prefill(ids, ids >= 0, ())
+    sessions: dict[Any, Any] = {}
+
+    def draft(cycles: int, rule: Any, count: int) -> list[int]:
+        key = cycles, rule
+        if key not in sessions:
+            drafter = SelfDrafter(model, cycles=cycles, rule=rule, max_length=LONGEST, least=0.0)
+            sessions[key] = drafter.start(1, target.device, None)
+            sessions[key].join(target)
+            sessions[key].observe([Progress(last, None)])
+        (lattice,) = sessions[key].propose([count])
+        return lattice.ids[:, 0].tolist()
 
     def drafted(cycles: int, rule: Any, count: int) -> float:
         began = time.thread_time()
-        target.begin_draft(cycles, rule)
-        for at in range(count):
-            target.draft(tokens[:, at : at + 1])
-        return (time.thread_time() - began) / count
+        found = len(draft(cycles, rule, count))
+        return (time.thread_time() - began) / found
 
-    def scored(count: int) -> float:
+    def scored(path: list[int]) -> float:
+        tokens, count = torch.tensor([[*last.tolist(), *path]]), 1 + len(path)
         causal = torch.ones(1, count, count, dtype=torch.bool).tril()
         began = time.thread_time()
-        target.score(tokens[:, :count], torch.arange(count)[None], causal, ())
+        target.score(tokens, torch.arange(count)[None], causal, ())
         return time.thread_time() - began
 
     def verified(cycles: int, count: int) -> float:
-        drafted(cycles, None, count)
-        return scored(count + 1)
+        return scored(draft(cycles, None, count))
 
     rules = {"": None, ", rule that stops at once": STOPS, ", rule that never stops": LatentExit(threshold=-1.0)}
-    cases: dict[str, Any] = {"plain": lambda: scored(1)}
+    cases: dict[str, Any] = {"plain": lambda: scored([])}
     drafting = [cycles for cycles in (1, 2, 4) if cycles < model.config.cycles]
     for cycles in drafting:
         for name, rule in rules.items():

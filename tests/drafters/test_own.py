@@ -1,5 +1,8 @@
 """A looped model that drafts for itself: the drafts are those of its first cycles, the text that of all."""
 
+import shutil
+from collections.abc import Collection
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -8,18 +11,22 @@ import torch
 
 from tests.decoding.enumerating import OPTIONS, PROMPT, Enumerator, V, distance, exact, settings
 from tests.fast.cycled import CYCLED, over
+from tests.fast.test_compiled import PROCESSORS, library
 from tests.ztt.tiny import gap, left_padded, tiny, tiny_plain, tokens
 from zerodraft import CycleOutput, DiffuSpec, LatentExit, ZeroMassExit, ZttForCausalLM, decoder
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.decoding.lengths import FixedLength
 from zerodraft.decoding.protocols import Drafter, DraftSession, Progress
 from zerodraft.decoding.search import SearchConfig
+from zerodraft.drafters.autoregressive import choose
 from zerodraft.drafters.hybrid import HybridDrafter
 from zerodraft.drafters.own import SelfDrafter
 from zerodraft.fast.compiled import kernels
-from zerodraft.fast.lean import lean_target
+from zerodraft.fast.lean import LeanTarget, lean_target, packed_weights
+from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.lean.exits import EarlyExit
 from zerodraft.generate.drafters import find_drafter
+from zerodraft.ztt.exits import ExitRule
 
 NAMES = (
     "cycled llama",
@@ -165,8 +172,8 @@ def test_the_compiled_pass_drafts_what_python_does(name: str, rule: str, cycles:
     ours, theirs = compiled._draft, asked._draft
     assert ours is not None
     assert theirs is not None
-    assert ours.early._compiled is not None
-    assert theirs.early._compiled is None
+    assert ours.early.compiled is not None
+    assert theirs.early.compiled is None
     for token in (20, 21, 22, 23, 24):
         ids = torch.tensor([[token]])
         assert gap(compiled.draft(ids), asked.draft(ids)) < 2e-5
@@ -191,6 +198,126 @@ def test_the_compiled_pass_drafts_what_python_does(name: str, rule: str, cycles:
     following = torch.tensor([[40]]), torch.tensor([[0]]), torch.ones(1, 1, 1, dtype=torch.bool)
     expected = plain.score(*following, ()).logits
     assert gap(compiled.score(*following, ()).logits, expected) < 2e-5
+
+
+Draft = tuple[list[list[int]], list[list[float]]]
+
+
+def token_by_token(
+    target: LeanTarget, first: int, length: int, *, candidates: int, least: float, eos: Collection[int]
+) -> Draft:
+    """The oracle of a draft in one call."""
+    rows: Draft = [], []
+    token, chance = first, 0.0
+    while len(rows[0]) < length and not (rows[0] and token in eos) and not chance < least:
+        ids, log_q = choose(target.draft(torch.tensor([[token]]))[0], candidates, 0.0, None)
+        token, chance = int(ids[0]), chance + float(log_q[0])
+        rows[0].append(ids.tolist())
+        rows[1].append(log_q.tolist())
+    return rows
+
+
+def assert_one_call_is_token_by_token(
+    model: Any, cycles: int = 1, rule: ExitRule | None = None, *, length: int = 6, **how: Any
+) -> Draft:
+    """The same candidates, and all that verification goes on from."""
+    how = {"candidates": 4, "least": -inf, "eos": (), **how}
+    prompt, targets = tokens(1, 8) % model.config.get_text_config().vocab_size, [lean_target(model) for _ in range(2)]
+    for target in targets:
+        assert target is not None
+        target.prefill(prompt, prompt >= 0, ())
+        target.begin_draft(cycles, rule)
+    ours, theirs = targets
+    assert ours is not None
+    assert theirs is not None
+    found, expected = ours.draft_likeliest(20, length, **how), token_by_token(theirs, 20, length, **how)
+    assert found is not None
+    assert found[0].tolist() == expected[0]
+    assert found[1] == pytest.approx(np.array(expected[1]), abs=2e-5)
+    mine, other, end = ours._draft, theirs._draft, 8 + len(expected[0])
+    assert mine is not None
+    assert other is not None
+    assert mine.ids == other.ids
+    assert gap(torch.cat(mine.states), torch.cat(other.states)) < 2e-5
+    assert len(mine.fed) == len(other.fed)
+    for one, fed in zip(mine.fed, other.fed, strict=True):
+        assert gap(one, fed) < 2e-5
+    assert gap(ours._cache.kv[:, :, :, 8:end], theirs._cache.kv[:, :, :, 8:end]) < 2e-5
+    return expected
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs compiled kernels")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cycled llama, fed again and scaled, gates, keys turned",
+        "cycled qwen3, keys turned",
+        "cycled qwen2, gates, no tail",
+    ],
+)
+def test_one_call_drafts_what_calls_token_by_token_do(name: str, narrow: bool, rule: str) -> None:
+    model = CYCLED[name]()
+    if narrow:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.bfloat16())
+    for cycles in (1, 2):
+        assert_one_call_is_token_by_token(model, cycles, RULES[rule])
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs compiled kernels")
+@pytest.mark.parametrize("candidates", [1, 3, 35, 99])
+def test_one_call_of_any_number_of_candidates(candidates: int) -> None:
+    """Of a vocabulary that fills no vector, and more than there are."""
+    ids, _ = assert_one_call_is_token_by_token(over("llama", {"vocab_size": 35}), candidates=candidates)
+    assert len(ids[0]) == min(candidates, 35)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_one_call_on_other_processors(
+    processor: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = over("llama", {"vocab_size": 35}, input_injection=True)
+    weights = packed_weights(model)
+    assert weights is not None
+    assert isinstance(weights.run, CompiledLayers)
+    monkeypatch.setattr(weights.run, "functions", library(PROCESSORS[processor], tmp_path_factory))
+    assert_one_call_is_token_by_token(model)
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs compiled kernels")
+def test_one_call_ends_where_token_by_token_does() -> None:
+    model = over("llama", cycles=3)
+    ids, log_q = assert_one_call_is_token_by_token(model)
+    path = [row[0] for row in ids]
+    end = path.index(path[3])
+    assert len(assert_one_call_is_token_by_token(model, eos=(999, path[3]))[0]) == end + 1
+    # the root is no part of the draft, though it may be the end of a text
+    assert assert_one_call_is_token_by_token(model, eos=(999,))[0] == ids
+    least = sum(row[0] for row in log_q[:2]) - 1e-3
+    assert len(assert_one_call_is_token_by_token(model, least=least)[0]) == 3
+
+
+@pytest.mark.skipif(kernels() is None, reason="needs compiled kernels")
+def test_where_python_has_a_part_in_it_there_is_no_single_call() -> None:
+    def found(model: Any, ids: torch.Tensor, length: int = 3, rule: Any = None, first: int = 20) -> Any:
+        target = lean_target(model)
+        assert target is not None
+        target.prefill(ids, torch.ones_like(ids, dtype=torch.bool), ())
+        target.begin_draft(1, rule)
+        return target.draft_likeliest(first, length, candidates=4, least=-inf, eos=())
+
+    llama, windows = over("llama"), CYCLED["cycled mistral, window of 5, no head and tail"]()
+    assert found(llama, tokens(1, 2)) is not None
+    assert found(llama, tokens(2, 2)) is None
+    assert found(llama, tokens(1, 2), rule=lambda out: torch.ones(len(out.hidden), dtype=torch.bool)) is None
+    assert found(llama, tokens(1, 2), first=llama.config.get_text_config().vocab_size) is None
+    assert found(windows, tokens(1, 2)) is not None
+    assert found(windows, tokens(1, 2), length=4) is None
+    assert found(CYCLED["cycled qwen3, fed again and scaled, gates"](), tokens(1, 2)) is None  # gated FFNs
 
 
 MAKE: dict[str, Any] = {"lean": lean_target, "the model's forward": None}

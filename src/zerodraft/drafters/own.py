@@ -117,12 +117,18 @@ class SelfSession:
             self.alone.rewind(row, length)
 
     def propose(self, lengths: Sequence[int]) -> list[Lattice]:
-        """Drafts for all rows together, one token after the other."""
+        """Drafts for all rows together, one token after the other; for a single row in one call, if that can be."""
         drafter, target = self.drafter, self.target
         if target is None:
             return self.alone.propose(lengths)
         alone = drafter.alone
         target.begin_draft(drafter.cycles, drafter.rule)
+        if len(lengths) == 1 and alone.temperature == 0 and (length := min(lengths[0], drafter.max_length)) > 0:
+            found = target.draft_likeliest(
+                self.last[0], length, candidates=alone.candidates, least=alone.least, eos=alone.eos_ids
+            )
+            if found is not None:
+                return [Lattice(*found, chain=True)]
         drafted: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in lengths]
         last, going = list(self.last), [length > 0 for length in lengths]
         chances = [0.0] * len(lengths)

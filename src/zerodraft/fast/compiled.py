@@ -77,15 +77,26 @@ class Exits(ctypes.Structure):
     ]
 
 
+class Draft(ctypes.Structure):
+    """`Draft` of kernels/structures.h."""
+
+    _fields_ = [
+        *((name, _Int) for name in ("first", "vocabulary", "narrow", "candidates", "eos_count")),
+        ("least", ctypes.c_double),
+        *((name, _Pointer) for name in ("eos", "embedding", "head", "head_bias", "head_gain")),
+        *((name, _Pointer) for name in ("logits", "ids", "log_q")),
+    ]
+
+
 class Kernels:
     """The compiled functions. Tensors are contiguous, float32 (weights also bfloat16), on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._linear, self._forward, self._scratch_floats = library.linear, library.forward, library.scratch_floats
-        self._with_exits = library.forward_with_exits
+        self._with_exits, self._draft = library.forward_with_exits, library.draft
         self._linear.argtypes = [_Pointer, _Pointer, _Int] + [_Pointer] * 3 + [_Int] * 5
         self._linear.restype = self._forward.restype = self._with_exits.restype = None
-        self._scratch_floats.restype = library.lanes.restype = _Int
+        self._scratch_floats.restype = self._draft.restype = library.lanes.restype = _Int
         self.lanes: int = library.lanes()
 
     def linear(
@@ -130,12 +141,19 @@ class Kernels:
         rest = _pointers(masks), _pointers(taps), ctypes.byref(exits)
         self._call(self._with_exits, shape, layers, run, *rest, exits=True)
 
-    def _call(self, function: Any, shape: Shape, layers: Any, run: Pass, *rest: Any, exits: bool) -> None:
+    def draft(self, shape: Shape, layers: Any, run: Pass, exits: Exits, own: Draft) -> int:
+        """At most as many tokens of a single text as the pass has room for, one after the other, each with early exit;
+        how many."""
+        nulls = _nulls(shape.layers)
+        rest = nulls, nulls, ctypes.byref(exits), ctypes.byref(own)
+        return self._call(self._draft, shape, layers, run, *rest, exits=True)
+
+    def _call(self, function: Any, shape: Shape, layers: Any, run: Pass, *rest: Any, exits: bool) -> Any:
         run.threads = torch.get_num_threads()
         floats = self._scratch_floats(ctypes.byref(shape), ctypes.byref(run), exits)
         scratch = torch.empty(floats, dtype=torch.float32, device=CPU)
         run.scratch = scratch.data_ptr()
-        function(ctypes.byref(shape), layers, ctypes.byref(run), *rest)
+        return function(ctypes.byref(shape), layers, ctypes.byref(run), *rest)
 
 
 def _pointers(addresses: Sequence[Any]) -> Any:

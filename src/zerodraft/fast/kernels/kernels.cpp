@@ -13,11 +13,13 @@
 //   layer.h       a decoder layer
 //   forward.h     the layers of a pass
 //   exits.h       all layers with early exit
+//   draft.h       tokens that a looped model drafts for itself
 //
 // Legend: N rows of a pass (B sequences of T tokens), K inputs of a product, H hidden size, D head size, S slots of the
 // cache. Heads lie as in lean/layer.py: a rotary pair is two neighbouring elements, and norms' gains are in the weights
 // if these need not stay what they are, so that a norm is one factor a row.
 
+#include "draft.h"
 #include "exits.h"
 #include "forward.h"
 #include "product.h"
@@ -45,6 +47,14 @@ void forward_with_exits(const Shape* shape, const void* layers, const Pass* pass
     forward_with_exits_of(*shape, static_cast<const Layer<uint16_t>*>(layers), *pass, masks, taps, *exits);
   else
     forward_with_exits_of(*shape, static_cast<const Layer<float>*>(layers), *pass, masks, taps, *exits);
+}
+
+// `draft_of` for weights of either type.
+int64_t draft(const Shape* shape, const void* layers, const Pass* pass, const float* const* masks, float* const* taps,
+              const Exits* exits, const Draft* own) {
+  if (shape->narrow)
+    return draft_of(*shape, static_cast<const Layer<uint16_t>*>(layers), *pass, masks, taps, *exits, *own);
+  return draft_of(*shape, static_cast<const Layer<float>*>(layers), *pass, masks, taps, *exits, *own);
 }
 
 // `forward_of` for weights of either type.

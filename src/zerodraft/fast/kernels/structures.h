@@ -85,4 +85,20 @@ struct Exits {
 // infinity where there is none.
 enum Score { kLatent, kMean, kMost, kLeast };
 
+// What drafts greedily beside the layers; the head's weights in panels.
+struct Draft {
+  // The known token, the LM head's outputs, whether its weights are bfloat16, and how many candidates a position has.
+  int64_t first, vocabulary, narrow, candidates;
+  // A draft ends behind one of these tokens, or where the logarithm of the chance that all of it is right is below this.
+  int64_t eos_count;
+  double least;
+  const int64_t* eos;
+  const float* embedding;  // (V, H)
+  const void* head;
+  const float *head_bias, *head_gain;
+  float* logits;  // (V): of the last token
+  int64_t* ids;   // (positions, candidates)
+  float* log_q;   // (positions, candidates)
+};
+
 }  // namespace

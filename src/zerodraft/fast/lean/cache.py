@@ -178,6 +178,14 @@ class LeanCache:
             masked_from=0 if whole else self.slots,
         )
 
+    def one_by_one(self, count: int) -> Tokens | None:
+        """Tokens of the only text that are run one after the other, each of which sees all before it; None if a window
+        hides some."""
+        end = self.slots + count
+        if any(window is not None and (end > window or self.gaps is not None) for window in self._windows):
+            return None
+        return Tokens(turns=self._rope[self.slots : end], biases={}, past=self.slots, seen=end)
+
     def _bias(
         self, depth: Tensor, fresh: Tensor, visible: Tensor | None, window: int | None, gaps: Tensor | None
     ) -> Float[Tensor, "B 1 T S"] | None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
-from zerodraft.fast.compiled import CPU, PANEL, Exits, Kernels, LayerPointers, Pass, Shape, address, kernels
+from zerodraft.fast.compiled import CPU, PANEL, Draft, Exits, Kernels, LayerPointers, Pass, Shape, address, kernels
 from zerodraft.fast.lean.layer import LeanLayer
 from zerodraft.fast.lean.passes import Ran, Tokens, is_met
 from zerodraft.fast.lean.scores import Scores
@@ -253,6 +253,23 @@ class CompiledExits:
         masks, at = layers.masks(x, kv, tokens), layers.addresses(tapped)
         layers.functions.forward_with_exits(layers.shape, layers.pointers, run, masks, at, self._exits)
         return Ran(x, tapped, []), depth
+
+    def draft(
+        self,
+        x: Float[Tensor, "N H"],
+        kv: Float[Tensor, "E 1 nk2 S D"],
+        tokens: Tokens,
+        own: Draft,
+        *,
+        head_output: Float[Tensor, "N H"] | None,
+        note: tuple[int, Float[Tensor, "N H"]],
+    ) -> int:
+        """Up to N tokens of one text, one after the other; how many. `x` is used up, `note` as in `EarlyExit.run`."""
+        layers = self._layers
+        layers.check_fed(head_output)
+        self._exits.noted, self._exits.states = note[0], address(note[1], x.shape)
+        run = layers.make_pass(x, kv, tokens, range(layers.count), head_output, 0, 0)
+        return layers.functions.draft(layers.shape, layers.pointers, run, self._exits, own)
 
 
 def _pointers(layer: LeanLayer, shape: Shape) -> LayerPointers:

@@ -9,15 +9,17 @@ Ideas: self-speculation with shared keys and values as in LayerSkip (Elhoushi et
 models LoopSpec (arXiv 2609.17184).
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor
 
-from zerodraft.fast.compiled import CPU
+from zerodraft.fast.compiled import CPU, PANEL, Draft, address
 from zerodraft.fast.lean.cache import LeanCache
 from zerodraft.fast.lean.exits import EarlyExit
 from zerodraft.fast.lean.weights import LeanWeights
@@ -57,6 +59,50 @@ class OwnDraft:
         if fed is not None:
             self.fed.append(fed)
         return ran.x
+
+    def likeliest(
+        self, first: int, length: int, *, candidates: int, least: float, eos: Collection[int]
+    ) -> tuple[Int64[np.ndarray, "k m"], Float32[np.ndarray, "k m"]] | None:
+        """A text's whole draft in one call of the kernels: the likeliest tokens behind `first`, each with the other
+        candidates, and their log-probabilities; None where Python has a part in it. It ends behind a token of `eos` and
+        where the logarithm of the chance that all of it is right is below `least`."""
+        cache, compiled, head, embedding = self.cache, self.early.compiled, self.weights.head, self.weights.embedding
+        size, hidden = embedding.shape
+        if compiled is None or head.panels is None or not 0 <= first < head.out_features <= size:
+            return None
+        cache.make_room(1, length)
+        if len(cache.lengths) > 1 or not embedding.is_contiguous() or (tokens := cache.one_by_one(length)) is None:
+            return None
+        x, states = torch.empty(2, length, hidden, dtype=torch.float32, device=CPU)
+        logits = torch.empty(head.out_features, dtype=torch.float32, device=CPU)
+        fed = torch.empty_like(x) if self.weights.feeds_again else None
+        ids = np.empty((length, min(candidates, head.out_features)), np.int64)
+        log_q = np.empty(ids.shape, np.float32)
+        ends = (ctypes.c_int64 * len(eos))(*eos)
+        panels = -(-head.out_features // PANEL), hidden, PANEL
+        own = Draft(
+            first=first,
+            vocabulary=head.out_features,
+            narrow=head.panel_dtype == torch.bfloat16,
+            candidates=ids.shape[1],
+            eos_count=len(eos),
+            least=least,
+            eos=ctypes.addressof(ends),
+            embedding=address(embedding, (size, hidden)),
+            head=address(head.panels, panels, head.panel_dtype),
+            head_bias=None if head.bias is None else address(head.bias, (head.out_features,)),
+            head_gain=None if head.gain is None else address(head.gain, (hidden,)),
+            logits=logits.data_ptr(),
+            ids=ids.ctypes.data,
+            log_q=log_q.ctypes.data,
+        )
+        count = compiled.draft(x, cache.kv, tokens, own, head_output=fed, note=(self.cycles, states))
+        ids, log_q = ids[:count], log_q[:count]
+        self.ids += [first, *ids[:-1, 0].tolist()]
+        self.states += states[:count].split(1)
+        if fed is not None:
+            self.fed += fed[:count].split(1)
+        return ids, log_q
 
     def verify(
         self, ids: Int[Tensor, "1 T"], depth: Int[Tensor, "1 T"], visible: Bool[Tensor, "1 T T"]

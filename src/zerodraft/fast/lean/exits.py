@@ -28,17 +28,17 @@ from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresho
 
 
 class EarlyExit:
-    """A rule over a model's packed weights, asked within the compiled pass where that can be, else here."""
+    """A rule over a model's packed weights, asked within the `compiled` pass where that can be, else here."""
 
     def __init__(self, weights: LeanWeights, rule: ExitRule, policy: ExitPolicy) -> None:
         assert weights.stages is not None
         check_thresholds(rule, weights.stages.cycles)
         self._weights, self._stages, self._rule = weights, weights.stages, rule
         self._policy: ExitPolicy = policy
-        self._compiled: CompiledExits | None = None
+        self.compiled: CompiledExits | None = None
         scores, layers = scores_of(rule, weights.stages), weights.run
         if scores is not None and isinstance(layers, CompiledLayers):
-            self._compiled = CompiledExits(layers, weights.stages, scores, policy)
+            self.compiled = CompiledExits(layers, weights.stages, scores, policy)
 
     def run(
         self,
@@ -66,8 +66,8 @@ class EarlyExit:
         """
         _check_taps(taps, self._stages)
         how: dict[str, Any] = {"head_output": head_output, "taps": taps}
-        if self._compiled is not None:
-            return self._compiled.run(x, kv, tokens, real=real, last_only=last_only, note=note, **how)
+        if self.compiled is not None:
+            return self.compiled.run(x, kv, tokens, real=real, last_only=last_only, note=note, **how)
         stages, run = self._stages, self._weights.run.run
         x, before, _ = run(x, kv, tokens, stages.head, **how)
         runs = _Runs(x, tokens, kv.shape[1], head_output)

@@ -8,8 +8,9 @@ Legend: B rows of the batch, T tokens of one call, N = B*T, H hidden size.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -158,6 +159,15 @@ class LeanTarget:
         with torch.inference_mode():
             x = self._draft.step(ids)
         return self._weights.logits(x)
+
+    @torch.inference_mode()
+    def draft_likeliest(
+        self, first: int, length: int, *, candidates: int, least: float, eos: Collection[int]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Candidates of up to `length` tokens behind the last known one and their log-probabilities, (k, m), in one
+        call; None where `draft` has to be asked token by token. See `OwnDraft.likeliest`."""
+        assert self._draft is not None
+        return self._draft.likeliest(first, length, candidates=candidates, least=least, eos=eos)
 
     def goes_on_from(self, earlier: Target) -> bool:
         """See `LastingTarget.goes_on_from`."""
