@@ -40,17 +40,15 @@ class DepthWork:
     """What was computed so far, prompts left out.
 
     Attributes:
-        calls: Of the cycled layers.
-        rows: In these calls.
-        places: As many rows as would have fitted.
-        boundary_calls: Of tail and head.
-        tokens: That came out.
+        calls: Calls of the cycled layers.
+        rows: Rows in these calls.
+        places: Rows that would have fitted into them.
+        tokens: Tokens written.
     """
 
     calls: int = 0
     rows: int = 0
     places: int = 0
-    boundary_calls: int = 0
     tokens: int = 0
 
     @property
@@ -251,7 +249,6 @@ class DepthBatch:
         at = torch.tensor(places, device=CPU)
         x, fed = self._x[at], None if self._fed is None else self._fed[at]
         x = self._weights.run.run(x, self._kv, self._tokens(at), self._stages.tail, head_output=fed).x
-        self.work.boundary_calls += 1
         self.work.tokens += len(places)
         self._go_on(places, self._weights.logits(x), self._cycle[at].tolist())
 

@@ -35,12 +35,12 @@ def decoder(
     Args:
         model: A causal language model of transformers, or a Zero Token Transformer.
         drafter: One that is loaded; a directory, hub id or short name; `lookup` for copies alone. Nothing: the one
-            that was made for the model, if this checkout or the working directory has it, else copies.
-        ngram: A table that helps the path search (`zerodraft ngram build`).
-        hybrid: Copy from the text too.
+            that was made for the model, if this checkout or the working directory has it, else `lookup`.
+        ngram: An n-gram table for the path search (`zerodraft ngram build`).
+        hybrid: Also copy from the text.
         trace: Keep every step in `last_stats.trace`.
-        reuse: Read of a text only what it has beyond the beginning that it shares with the last one, or with one of
-            those that `KeptTexts` keep.
+        reuse: Do not read again the beginning that a text shares with the last one, or with one of those that
+            `KeptTexts` keep.
 
     Raises:
         ZerodraftError: a drafter or a table that cannot be loaded or does not fit the model.

@@ -66,18 +66,18 @@ class DiffuSpec:
             forward pass, which is also taken where the function returns None, where a given cache already holds a
             part of the text, and by "auto" where `generate` was given more inputs.
         trace: Keep every step in `last_stats.trace`.
-        fallback: Makes steps plain while drafts do not pay (see `Fallback`). None: one of its own, unless `length` is a
-            `FixedLength`, which is taken at its word. False: always draft, as the published method does.
+        fallback: Makes steps plain while drafts do not pay (see `Fallback`). None: a new one, unless `length` is a
+            `FixedLength`: then always draft. False: always draft, as the published method does.
         generator: Randomness of sampling; None takes torch's global one, as `generate` does.
         dice: The random choices themselves, in place of `generator`.
-        reuse: Keep the keys, values and drafts' state of the last text: a call whose prompt begins like it, as the next
-            turn of a conversation does, reads what is new alone (`last_stats.reused_tokens`). `KeptTexts` keep those
+        reuse: Keep the keys, values and drafts' state of the last text: a call whose prompt begins like it, such as the
+            next turn of a conversation, reads only the new tokens (`last_stats.reused_tokens`). `KeptTexts` keep those
             of several texts. For one row without padding, nothing else given to the model, and no exit rule; other
             calls read everything. A change of the weights is noticed, other changes of the model (adapters switched on
             or off) are not: call `forget` then.
 
     Attributes:
-        costs: What steps take, for all calls; its `explore` says how often something other than the best is tried.
+        costs: Measured costs of steps, for all calls; its `explore` says how often something but the best is tried.
         beside: The `Fallback` from a `HybridDrafter`'s model to copies alone.
         last_stats: What the last call did (of a running one: so far).
         last_result: What `generate` would have returned, once the steps of `iterate` are over.
