@@ -1,6 +1,7 @@
 """Batches over depth: every request gets what it gets alone, whatever its company, its cycles and its arrival."""
 
 from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.fast.cycled import over
 from tests.ztt.tiny import gap, tiny, tokens
 from zerodraft import ConfidenceExit, FixedExit, LatentExit, ZerodraftError, ZeroMassExit, ZttForCausalLM
 from zerodraft.fast.depth_batching import DepthBatch
-from zerodraft.fast.depth_requests import DepthAnswer, DepthRequest
+from zerodraft.fast.depth_requests import DepthAnswer, DepthRequest, check_count, tokens_of
 from zerodraft.fast.lean import packed_weights
 from zerodraft.fast.lean.compiled_layers import CompiledLayers
 from zerodraft.fast.lean.depths import in_turn, run_depths
@@ -213,6 +214,94 @@ def test_what_a_choice_raises_ends_its_request_alone() -> None:
         batch.answer(keys[0])
 
 
+@pytest.mark.parametrize("given", [5.0, None, "5", torch.tensor(5.0), torch.tensor([5, 6])], ids=repr)
+def test_a_choice_that_is_no_token_ends_its_request_alone(given: Any) -> None:
+    model, todo = over("llama", cycles=3), requests(3)
+    batch = DepthBatch(model, rows=3, slots=64)
+    keys = [batch.submit(request) for request in (todo[0], replace(todo[1], choose=lambda *_: given), todo[2])]
+    found: dict[int, DepthAnswer] = {}
+    while batch.busy:
+        found.update(batch.step())
+    assert [found[keys[0]], found[keys[2]]] == [alone(model, todo[0]), alone(model, todo[2])]
+    assert "expected a token" in str(found[keys[1]].error)
+
+
+def test_tokens_of_a_choice_are_whole_numbers() -> None:
+    request = replace(requests(1)[0], max_new_tokens=3, choose=lambda text, logits: logits.argmax())
+    (answer,) = DepthBatch(over("llama"), rows=1, slots=32).run([request])
+    assert [type(token) for token in answer.tokens] == [int] * 3
+
+
+def test_a_prompt_is_what_it_was_when_it_was_given() -> None:
+    model, prompt = over("llama"), tokens(1, 9)[0]
+    given = prompt.tolist()
+    request = DepthRequest(prompt=given, max_new_tokens=4)
+    given.clear()
+    wanted = alone(model, DepthRequest(prompt=prompt.tolist(), max_new_tokens=4))
+    assert DepthBatch(model, rows=1, slots=32).run([request]) == [wanted]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("chooses", range(3))
+def test_a_choice_may_cancel_any_request(after: int, chooses: int) -> None:
+    model = over("llama", cycles=3)
+    todo = [DepthRequest(prompt=tokens(1, 4, seed=i)[0].tolist(), max_new_tokens=6) for i in range(3)]
+    for victim in range(3):
+        batch, keys, seen = DepthBatch(model, rows=3, slots=16), list[int](), list[int]()
+
+        def cancels(
+            text: torch.Tensor, logits: torch.Tensor, batch: Any = batch, keys: Any = keys, seen: Any = seen,
+            victim: int = victim,
+        ) -> int:  # fmt: skip
+            seen.append(text.shape[1])
+            if len(seen) == after:
+                assert batch.cancel(keys[victim])
+            return int(logits.argmax())
+
+        keys += [batch.submit(replace(one, choose=cancels) if i == chooses else one) for i, one in enumerate(todo)]
+        found: dict[int, DepthAnswer] = {}
+        while batch.busy:
+            found.update(batch.step())
+        assert found == {keys[i]: alone(model, one) for i, one in enumerate(todo) if i != victim}
+        assert sorted(batch._free) == [0, 1, 2]
+
+
+def test_a_step_within_a_step_is_refused() -> None:
+    model, (one, two) = over("llama", cycles=3), requests(2)
+    batch = DepthBatch(model, rows=2, slots=32)
+
+    def steps(text: torch.Tensor, logits: torch.Tensor) -> int:
+        batch.step()
+        return 0
+
+    keys = [batch.submit(replace(one, choose=steps)), batch.submit(two)]
+    found: dict[int, DepthAnswer] = {}
+    while batch.busy:
+        found.update(batch.step())
+    assert "A step of this batch is under way" in str(found[keys[0]].error)
+    assert found[keys[1]] == alone(model, two)
+
+
+def test_steps_of_another_thread_wait_for_nobody_and_change_nothing() -> None:
+    model, (one, two) = over("llama", cycles=3), requests(2)
+    batch, raised = DepthBatch(model, rows=2, slots=32), list[str]()
+
+    def other() -> None:
+        try:
+            batch.step()
+        except ZerodraftError as error:
+            raised.append(str(error))
+
+    def within(text: torch.Tensor, logits: torch.Tensor) -> int:
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+        return int(logits.argmax())
+
+    assert batch.run([replace(one, choose=within), two]) == [alone(model, one), alone(model, two)]
+    assert len(raised) == one.max_new_tokens
+
+
 def test_a_text_ends_with_one_of_its_ends() -> None:
     model, (request, *_) = over("llama"), requests(1)
     request = DepthRequest(prompt=request.prompt, max_new_tokens=12)
@@ -239,8 +328,9 @@ def test_what_was_computed_is_counted() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"rows": 0}, "rows=0 must be at least 1"),
-        ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"rows": 0}, "rows=0 must be a whole number of at least 1"),
+        ({"slots": 0}, "slots=0 must be a whole number of at least 1"),
+        ({"rows": True}, "rows=True must be a whole number"),
         (
             {"rows": 2, "slots": 10**17},
             r"rows=2 of slots=10{17} need \d+\.\d GiB for keys and values",
@@ -272,8 +362,18 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         batch.submit(DepthRequest(prompt=[3, 64], max_new_tokens=1))
     with pytest.raises(ZerodraftError, match="The prompt is empty"):
         DepthRequest(prompt=[], max_new_tokens=1)
-    with pytest.raises(ZerodraftError, match="max_new_tokens=0 must be at least 1"):
-        DepthRequest(prompt=[3], max_new_tokens=0)
+    for count in (0, True):
+        with pytest.raises(ZerodraftError, match=f"max_new_tokens={count} must be a whole number of at least 1"):
+            DepthRequest(prompt=[3], max_new_tokens=count)
+    for count in (2.5, None, "3"):
+        with pytest.raises(ZerodraftError, match=f"rows={count!r} must be a whole number of at least 1"):
+            check_count("rows", count)
+    for prompt in ("text", [2.0], [[3, 4]], torch.tensor([[3, 4]]), None, 3):
+        with pytest.raises(ZerodraftError, match="is no list of tokens"):
+            tokens_of("prompt", prompt)
+    assert tokens_of("prompt", torch.tensor([3, 4])) == tokens_of("prompt", range(3, 5)) == [3, 4]
+    with pytest.raises(ZerodraftError, match="tokens=-1 must be a whole number"):
+        batch.prompt(DepthRequest(prompt=[3] * 4, max_new_tokens=1)).read(-1)
     with pytest.raises(ZerodraftError, match="made by another batch"):
         batch.submit(DepthBatch(over("llama"), rows=1, slots=9).prompt(DepthRequest(prompt=[3] * 9, max_new_tokens=1)))
     assert not batch.busy

@@ -131,6 +131,8 @@ def test_a_processor_that_fails_is_one_texts_own(model: ZttForCausalLM) -> None:
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"position_ids": torch.arange(4)[None] + 3}, "position_ids"),
         ({"assistant_model": over("llama")}, "assistant_model"),
+        ({"num_return_sequences": 2, "do_sample": True}, "one answer, and 2 were asked for"),
+        ({"custom_generate": decoder(over("llama"))}, "custom_generate was given with a request"),
     ],
 )
 def test_what_no_request_can_ask_is_refused(model: ZttForCausalLM, arguments: dict[str, Any], complaint: str) -> None:
@@ -141,6 +143,8 @@ def test_what_no_request_can_ask_is_refused(model: ZttForCausalLM, arguments: di
 def test_several_prompts_and_other_rules_are_refused(model: ZttForCausalLM) -> None:
     with pytest.raises(ZerodraftError, match="2 prompts were given for one request"):
         depth_request(model, tokens(2, 4), max_new_tokens=3)
+    without = depth_request(model, tokens(1, 4), attention_mask=None, max_new_tokens=3)
+    assert without.prompt == tokens(1, 4)[0].tolist()
     together = OverDepth(DepthBatch(model, rows=1, slots=64))
     with pytest.raises(ZerodraftError, match="exit rule"):
         next(together.iterate(model, tokens(1, 4), exit_rule=RULE, max_new_tokens=3))

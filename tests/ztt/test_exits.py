@@ -14,6 +14,8 @@ from tests.ztt.unrolled import unroll
 from zerodraft import (
     ConfidenceExit,
     CycleOutput,
+    DepthBatch,
+    DepthRequest,
     EntropyExit,
     ExitRule,
     FixedExit,
@@ -23,9 +25,11 @@ from zerodraft import (
     ZerodraftError,
     ZeroMassExit,
     ZttForCausalLM,
+    decoder,
     exit_rule_from_dict,
     exit_rule_to_dict,
 )
+from zerodraft.ztt.exits import check_thresholds
 
 POLICIES = ["propagate", "latest"]
 # Rules with a score, and whether a token stops above (+1) or below (-1) the threshold.
@@ -508,3 +512,35 @@ def test_a_wrong_count_of_thresholds_is_refused() -> None:
     short = LatentExit(threshold=(None,))
     with pytest.raises(ZerodraftError, match="has 1 threshold, and it is asked after cycle 2"):
         model(tokens(), exit_rule=lambda out: short(out))
+
+
+@pytest.mark.parametrize("rule", ["latent:0.3", LatentExit, 0.5], ids=repr)
+def test_what_is_no_rule_is_refused(rule: Any) -> None:
+    with pytest.raises(ZerodraftError, match="is no exit rule: give an object such as LatentExit"):
+        check_thresholds(rule, 3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [True, torch.tensor(True), torch.ones(7, dtype=torch.bool), torch.ones(3), torch.ones(3, 1, dtype=torch.bool)],
+    ids=repr,
+)
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_a_rule_that_answers_otherwise_is_refused(answer: Any, lean: bool, batch: str) -> None:
+    model, prompt = tiny(cycles=3), tokens(1, 3)
+    mask = torch.ones_like(prompt)
+    if batch == "padded":
+        prompt = torch.cat([prompt, tokens(1, 3, seed=1)])
+        mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    how: dict[str, Any] = {"custom_generate": decoder(model)} if lean else {}
+    with pytest.raises(ZerodraftError, match=r"The exit rule gave .* for 3 tokens: make it return"):
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0,
+            exit_rule=lambda out: answer, **how,
+        )  # fmt: skip
+    if batch == "one":
+        with pytest.raises(ZerodraftError, match="The exit rule gave"):
+            DepthBatch(model, rows=1, slots=8, exit_rule=lambda out: answer).run(
+                [DepthRequest(prompt=prompt[0].tolist(), max_new_tokens=2)]
+            )

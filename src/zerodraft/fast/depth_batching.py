@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ from torch import Tensor
 
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.fast.compiled import CPU
-from zerodraft.fast.depth_requests import DepthAnswer, DepthPrompt, DepthRequest, DepthText
+from zerodraft.fast.depth_requests import DepthAnswer, DepthPrompt, DepthRequest, DepthText, check_count
 from zerodraft.fast.lean import packed_weights
 from zerodraft.fast.lean.depths import has_zero, run_depths
 from zerodraft.fast.lean.exits import EarlyExit, copy_on
 from zerodraft.fast.lean.passes import Tokens
 from zerodraft.fast.lean.weights import rotations
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, reads_zero_mass, stopping
 from zerodraft.ztt.model import ZttForCausalLM
 
 
@@ -63,7 +64,7 @@ class DepthWork:
 
 
 class DepthBatch:
-    """Decodes requests together on the lean decode path.
+    """Decodes requests together on the lean decode path. One thread at a time may step.
 
     Args:
         model: A Zero Token Transformer that the lean path computes: over Llama, Mistral, Qwen2 or Qwen3, float32, CPU.
@@ -91,8 +92,7 @@ class DepthBatch:
         patience: float = 0.5,
     ) -> None:
         for name, value in (("rows", rows), ("slots", slots)):
-            if value < 1:
-                raise ZerodraftError(f"{name}={value} must be at least 1.")
+            check_count(name, value)
         if not 0 <= patience <= 1:
             raise ZerodraftError(f"patience={patience} must lie between 0 and 1.")
         check_policy(exit_policy)
@@ -133,6 +133,7 @@ class DepthBatch:
         self._cycling: list[int] = []
         self._waiting: list[int] = []
         self._next_key = 0
+        self._stepping = Lock()
 
     def prompt(self, request: DepthRequest) -> DepthPrompt:
         """A request whose prompt shall be read in pieces, by its `read`, before it is submitted.
@@ -154,8 +155,10 @@ class DepthBatch:
         """Adds a request, whose prompt may be read already; returns the key under which its answer will come.
 
         Raises:
-            ZerodraftError: it is longer than a place, or its prompt was made by another batch.
+            ZerodraftError: it is longer than a place, its prompt was made by another batch, or it is no request.
         """
+        if not isinstance(request, (DepthRequest, DepthPrompt)):
+            raise ZerodraftError(f"A {type(request).__name__} was submitted; give a DepthRequest, or a batch's prompt.")
         prompt = self.prompt(request) if isinstance(request, DepthRequest) else request
         if prompt.batch is not self:
             raise ZerodraftError("The prompt was made by another batch; make it by the prompt() of this one.")
@@ -217,10 +220,22 @@ class DepthBatch:
                 self.cancel(key)
         return [found[key] for key in keys]
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[int, DepthAnswer]]:
         """One cycle of all that are in the cycled layers, and what has to come before it; the requests that ended. Each
-        of the others may have one token more in its `answer`."""
+        of the others may have one token more in its `answer`.
+
+        Raises:
+            ZerodraftError: another step is under way, in another thread or around a `choose`.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise ZerodraftError("A step of this batch is under way: step in one thread, and not within a choice.")
+        try:
+            return self._step()
+        finally:
+            self._stepping.release()
+
+    @torch.inference_mode()
+    def _step(self) -> list[tuple[int, DepthAnswer]]:
         while self._free and self._pending:
             self._admit(*self._pending[0])
         if self._waiting and (not self._cycling or len(self._waiting) >= self._patience * len(self._at_work)):
@@ -254,17 +269,26 @@ class DepthBatch:
 
     def _go_on(self, places: list[int], logits: Float[Tensor, "n V"], depths: list[int]) -> None:
         """The next token of the requests at some places; those that are not over join the cycled layers with it."""
+        texts, tokens = [self._at_work[place] for place in places], dict[int, int]()
+        chosen = zip(texts, places, logits.argmax(-1).tolist(), logits, depths, strict=True)
+        for text, place, likeliest, row, depth in chosen:
+            if self._is_at(place, text):
+                tokens[place] = text.add(likeliest, row, depth)
+        # not before: a choice may have cancelled any of them
         staying: list[tuple[int, int]] = []
-        for place, likeliest, row, depth in zip(places, logits.argmax(-1).tolist(), logits, depths, strict=True):
-            text = self._at_work[place]
-            token = text.add(likeliest, row, depth)
+        for text, place in zip(texts, places, strict=True):
+            if not self._is_at(place, text):
+                continue
             if text.answer.finish_reason is None:
-                staying.append((place, token))
+                staying.append((place, tokens[place]))
             else:
                 self._leave(place)
                 self._ended.append(text)
         if staying:
             self._enter(*map(list, zip(*staying, strict=True)))
+
+    def _is_at(self, place: int, text: DepthText) -> bool:
+        return self._at_work.get(place) is text
 
     def _leave(self, place: int) -> None:
         del self._at_work[place]
@@ -304,7 +328,8 @@ class DepthBatch:
                 if cycle < stages.cycles:
                     rows = (cycles == cycle).nonzero()[:, 0]
                     shown = None if mass is None or not has_zero(weights, cycle) else mass[rows]
-                    stops = self.exit_rule(CycleOutput(cycle, ran.x[rows], entered[rows], shown, weights.logits))
+                    out = CycleOutput(cycle, ran.x[rows], entered[rows], shown, weights.logits)
+                    stops = stopping(self.exit_rule, out)
                     if bool(stops.any()):
                         through[rows[stops]] = True
                         self._skip(ran.x, rows[stops], at, cycle)

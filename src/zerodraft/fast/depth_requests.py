@@ -1,7 +1,9 @@
 """What goes into a batch over depth and what comes out: requests, how their prompts are read, answers as they grow."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,22 @@ from zerodraft.fast.compiled import CPU
 from zerodraft.fast.lean.cache import LeanCache
 from zerodraft.fast.lean.exits import EarlyExit
 from zerodraft.fast.lean.weights import LeanWeights
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise `ZerodraftError` unless an argument is a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ZerodraftError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def tokens_of(name: str, value: Any) -> list[int]:
+    """An argument that is some tokens, as a list; raises `ZerodraftError` where it is none."""
+    try:
+        return [operator.index(token) for token in value]
+    except (TypeError, ValueError):
+        raise ZerodraftError(
+            f"{name}={value!r} is no list of tokens; give whole numbers, of a tensor by ids[0].tolist()."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +57,12 @@ class DepthRequest:
     stops: Callable[[Int[Tensor, "1 T"]], bool] | None = None
 
     def __post_init__(self) -> None:
+        # a list of its own, whatever becomes of the one that was given
+        object.__setattr__(self, "prompt", tokens_of("prompt", self.prompt))
         if not self.prompt:
             raise ZerodraftError("The prompt is empty; give at least one token.")
-        if self.max_new_tokens < 1:
-            raise ZerodraftError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        check_count("max_new_tokens", self.max_new_tokens)
+        object.__setattr__(self, "ends", frozenset(tokens_of("ends", self.ends)))
 
     @property
     def slots(self) -> int:
@@ -87,9 +107,15 @@ class DepthPrompt:
 
     @torch.inference_mode()
     def read(self, tokens: int | None = None) -> bool:
-        """Reads this many more tokens, or all that are left; returns whether these were the last ones."""
+        """Reads this many more tokens, or all that are left; returns whether these were the last ones.
+
+        Raises:
+            ZerodraftError: `tokens` is below 1.
+        """
+        if tokens is not None:
+            check_count("tokens", tokens)
         weights, cache = self._weights, self._cache
-        piece = list(self.request.prompt)[len(self.request.prompt) - self.left :][:tokens]
+        piece = self.request.prompt[len(self.request.prompt) - self.left :][:tokens]
         if not piece:
             return not self.left
         cache.make_room(1, len(piece))
@@ -145,7 +171,11 @@ class DepthText:
         if text is None:
             return token, token in request.ends
         if request.choose is not None:
-            token = request.choose(text.ids(), logits)
+            given: object = request.choose(text.ids(), logits)
+            try:
+                token = operator.index(given)  # pyright: ignore[reportArgumentType]  # whatever it is
+            except TypeError:
+                raise ZerodraftError(f"choose gave {given!r}; expected a token, as a whole number.") from None
             if not 0 <= token < len(logits):
                 raise ZerodraftError(f"choose gave token {token}; expected one of the vocabulary of {len(logits)}.")
         text.add(token)

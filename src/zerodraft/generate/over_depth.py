@@ -61,13 +61,19 @@ def depth_request(
         ZerodraftError: several prompts, padding, what is no decoding token by token (beams, drafts), or what a batch
             over depth does not take of one request.
     """
+    if not isinstance(inputs, Tensor) or inputs.ndim != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ZerodraftError("The prompt is no tensor of tokens (1, T): give it as model.generate takes it.")
     if len(inputs) != 1:
         raise ZerodraftError(f"{len(inputs)} prompts were given for one request: make one request of each.")
     if "exit_rule" in arguments or "exit_policy" in arguments:
         raise ZerodraftError(
-            "An exit rule was given with one request, but a batch over depth has one for all: give it to the batch."
+            "An exit rule was given with one request, but a batch over depth has one for all: give it to DepthBatch."
         )
-    if not bool(arguments.setdefault("attention_mask", torch.ones_like(inputs)).all()):
+    if "custom_generate" in arguments:
+        raise ZerodraftError("custom_generate was given with a request, which DepthBatch decodes: leave it out.")
+    mask = arguments.pop("attention_mask", None)
+    arguments["attention_mask"] = mask = torch.ones_like(inputs) if mask is None else torch.as_tensor(mask)
+    if not bool(mask.all()):
         raise ZerodraftError(
             "The attention mask has zeros, but a request cannot be padded: leave out padding and mask."
         )
@@ -101,6 +107,10 @@ class _Prepared:
         check_options(model, generation_config, given.pop("assistant_model", None))
         check_prompts(model, input_ids, torch.ones_like(input_ids, dtype=torch.bool), position_ids)
         check_inputs({name: value for name, value in given.items() if not _is_empty(value)}, own_target=True)
+        if len(input_ids) != 1:
+            raise ZerodraftError(
+                f"A request has one answer, and {len(input_ids)} were asked for: make as many requests."
+            )
         choice = TokenChoice(logits_processor, sample=bool(generation_config.do_sample), rows=1)
         stopping = Stopping(stopping_criteria)
         known = (EosTokenCriteria, MaxLengthCriteria)

@@ -23,7 +23,15 @@ from transformers import Cache
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.ztt.cache import KvMemory, KvProbe, KvReady, SlotView
 from zerodraft.ztt.config import Plan, Step
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_policy, check_thresholds, reads_zero_mass
+from zerodraft.ztt.exits import (
+    CycleOutput,
+    ExitPolicy,
+    ExitRule,
+    check_policy,
+    check_thresholds,
+    reads_zero_mass,
+    stopping,
+)
 from zerodraft.ztt.families import DecoderParts, makes_masks
 from zerodraft.ztt.interface import LayerCall, Once, TokenGrid, current
 from zerodraft.ztt.running import Running
@@ -247,10 +255,10 @@ class CycleRun(Recorder):
                 break
             asked = tokens.asked()
             stops = self.ask(cycle, before, tokens.states, masses, only=None if asked is tokens.grid else asked)
-            stopping = int(stops.sum())
-            if stopping == 0 and asked is tokens.grid:
+            count = int(stops.sum())
+            if count == 0 and asked is tokens.grid:
                 tokens.go_on(cycle + 1)
-            elif stopping == len(stops):
+            elif count == len(stops):
                 tokens.stop_all()
                 self.leave(memory, cycles[cycle:], tokens, asked)
                 break
@@ -273,7 +281,7 @@ class CycleRun(Recorder):
         if only is not None:
             after, before = after[only.index], before[only.index]
             mass = None if mass is None else mass[only.index]
-        return self.options.rule(CycleOutput(cycle, after, before, mass, self.readout))
+        return stopping(self.options.rule, CycleOutput(cycle, after, before, mass, self.readout))
 
     def leave(self, memory: KvMemory, cycles: list[list[Step]], tokens: Running, stopped: TokenGrid | None) -> None:
         """Nobody runs any more, but later tokens will attend to the slots of the remaining cycles."""

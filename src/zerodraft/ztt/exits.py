@@ -241,8 +241,26 @@ def exit_rule_from_dict(data: dict[str, Any]) -> ExitRule:
         raise ZerodraftError(f"Exit rule {name!r} does not fit its parameters {parameters}: {error}.") from None
 
 
-def check_thresholds(rule: ExitRule | None, cycles: int) -> None:
-    """Raise `ZerodraftError` where a rule has a threshold for each cycle, and not as many as a model's cycles want."""
+def stopping(rule: ExitRule, out: CycleOutput) -> Bool[Tensor, " n"]:
+    """The tokens that stop after a cycle.
+
+    Raises:
+        ZerodraftError: the rule gave something else than one boolean of each token.
+    """
+    stops: object = rule(out)
+    if isinstance(stops, Tensor) and stops.dtype == torch.bool and stops.shape == out.hidden.shape[:1]:
+        return stops
+    given = f"a tensor {tuple(stops.shape)} of {stops.dtype}" if isinstance(stops, Tensor) else repr(stops)
+    raise ZerodraftError(
+        f"The exit rule gave {given} for {len(out.hidden)} tokens: make it return a tensor with one boolean of each."
+    )
+
+
+def check_thresholds(rule: Any, cycles: int) -> None:
+    """Raise `ZerodraftError` for what is no rule, and where a rule has a threshold for each cycle, and not as many as a
+    model's cycles want."""
+    if rule is not None and (isinstance(rule, type) or not callable(rule)):
+        raise ZerodraftError(f"exit_rule={rule!r} is no exit rule: give an object such as LatentExit(threshold=0.3).")
     if isinstance(rule, AtLeast):
         check_thresholds(rule.rule, cycles)
     if isinstance(rule, ScoredRule) and isinstance(rule.threshold, Sequence) and len(rule.threshold) != cycles - 1:

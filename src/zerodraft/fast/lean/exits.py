@@ -24,7 +24,7 @@ from zerodraft.fast.lean.passes import Ran, Tokens
 from zerodraft.fast.lean.scores import scores_of
 from zerodraft.fast.lean.weights import LeanWeights
 from zerodraft.fast.lean.ztt import Stages
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass, stopping
 
 
 class EarlyExit:
@@ -94,7 +94,7 @@ class EarlyExit:
                 break
             mass = torch.stack(ran.masses, 1) if ran.masses else None
             out = CycleOutput(cycle, runs.x, entered, mass, self._weights.logits)
-            stops = self._rule(out) if real is None or cycle > 1 else self._stops_first(out, real)
+            stops = stopping(self._rule, out) if real is None or cycle > 1 else self._stops_first(out, real)
             count = int(stops.sum())
             if count:
                 states, gone = runs.leave(None if count == len(stops) else stops)
@@ -111,7 +111,8 @@ class EarlyExit:
         """Who stops after the first cycle: padding, which the rule is not shown, and what the rule says."""
         mass = None if out.zero_mass is None else out.zero_mass[real]
         stops = ~real
-        stops[real] = self._rule(CycleOutput(out.cycle, out.hidden[real], out.previous[real], mass, out.readout))
+        shown = CycleOutput(out.cycle, out.hidden[real], out.previous[real], mass, out.readout)
+        stops[real] = stopping(self._rule, shown)
         return stops
 
 
