@@ -300,6 +300,25 @@ def test_looped_models_are_batched_over_depth(
     assert [line["tokens"] for line in again] == [line["tokens"] for line in found]
 
 
+@pytest.mark.parametrize(
+    ("flags", "drafter"),
+    [
+        (["--batch", "2", "--dtype", "float32"], None),
+        (["--batch", "2", "--drafter", "lookup"], "lookup"),
+        ([], "lookup"),
+    ],
+)
+def test_only_what_drafted_is_told(
+    flags: list[str], drafter: str | None, ztt_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = write(tmp_path / "a.jsonl", {"prompt": "the cat"}, {"prompt": "a dog"}), tmp_path / "b.jsonl"
+    words = ["generate", "--model", str(ztt_dir), "--prompt-file", prompts, "--out", str(out), "--max-new-tokens", "4"]
+    assert main([*words, *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["drafter"] == drafter
+    for line in out.read_text("utf-8").splitlines():
+        assert ("cycles" in json.loads(line)["stats"]) == (drafter is None)
+
+
 def alone_over_depth(model: Any, tokenizer: Any, line: dict[str, Any]) -> list[int]:
     """By the model's own `generate`."""
     sampling = Sampling(

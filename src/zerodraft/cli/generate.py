@@ -57,7 +57,7 @@ class Generate(Command):
     trace: bool = False
     """Colour (or mark) accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")
-    """Read the prompt from this file; with --out one from each line."""
+    """Read the prompt from this file; with --out JSON lines: {"prompt": TEXT}."""
     out: str = metavar("FILE", default="")
     """Write one JSON line per prompt; continues an interrupted run."""
     batch: int = 1
@@ -171,8 +171,10 @@ class Generate(Command):
         model, tokenizer, decode, drafter = self._decoder(name)
         rule = rule_of(model, self.exit_rule)
         options: dict[str, Any] = {} if rule is None else {"exit_rule": rule}
-        if self.batch > 1 and not self._given(OF_DRAFTS):
-            options["over_depth"] = goes_over_depth(model)
+        drafting = [flag for flag in self._given(OF_DRAFTS) if flag != "--dtype"]
+        over_depth = self.batch > 1 and not drafting and goes_over_depth(model)
+        if over_depth:
+            options["over_depth"] = True
         started = time.perf_counter()
         result = answer_file(
             model, tokenizer, decode, requests, out, keys=keys, rows=self.batch, chat=self.chat, name=name, **options
@@ -181,7 +183,7 @@ class Generate(Command):
         went_on = f" ({result['kept']} were there)" if result["kept"] else ""
         refused = f", {result['failed']} refused" if result["failed"] else ""
         console.print(f"{result['answered']} prompts answered{went_on}{refused}, {speed:.1f} tokens/s, in {self.out}")
-        return {**result, "tokens_per_second": speed, "drafter": drafter}
+        return {**result, "tokens_per_second": speed, "drafter": None if over_depth else drafter}
 
     def _run_ztt(self, console: Console) -> Result:
         """With a Zero Token Transformer: speed and depth."""
