@@ -196,6 +196,17 @@ def test_texts_in_step_end_where_they_end_alone(model: Any) -> None:
     assert len(expected[0]) < 9
 
 
+def test_a_rule_with_a_threshold_for_each_cycle_is_one_method(bench: Bench, model: Any) -> None:
+    each = ",".join(["0.7", "never", "0.5"][: model.config.cycles - 1])
+    found = bench("--methods", f"plain,latent:{each},cycles:1", "--limit", "1")
+    assert set(found["overall"]) == {"hf_plain", "plain", f"latent:{each}", "cycles:1"}
+
+
+def test_a_place_for_no_file_is_refused_before_anything_is_measured(bench: Bench, tmp_path: Path) -> None:
+    assert "a directory: name a file" in bench("--output", str(tmp_path), code=2)["error"]
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_does_not_fit_is_told(bench: Bench, text: Path, target_dir: Path, prompts: Path, capsys: Any) -> None:
     assert "need not be equal: leave cycles:1 out" in bench("--equality-only", "--methods", "cycles:1", code=2)["error"]
     assert "measures neither" in bench("--equality-only", "--text", str(text), code=2)["error"]

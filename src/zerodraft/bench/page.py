@@ -17,8 +17,8 @@ from zerodraft.bench.tables import (
 
 HEAD = """# Benchmarks
 
-Written by `zerodraft bench report results/*.json --out docs/benchmarks.md --plots docs/figures` from the results in
-this repository; do not edit. What the figures mean and how to measure them: [benchmarking.md](benchmarking.md).
+Written by `zerodraft bench report`; do not edit. What the figures mean and how to measure them is in zerodraft's
+`docs/benchmarking.md`.
 """
 
 LEFT_OUT = {"Speedup by prompt, by task", "Tokens per second by task", "Differing tokens", "Acceptance by position"}

@@ -1,6 +1,7 @@
 """`zerodraft bench decode`, `memory`, `kernels` and `report`: measure decoding methods and kernels, and report it."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from zerodraft.cli.decoding import Drafting, load_target
 from zerodraft.cli.loading import Dtype, check_tokens, text_blocks
 from zerodraft.common.errors import ZerodraftError
 from zerodraft.common.files import user_path
-from zerodraft.common.outputs import write_whole
+from zerodraft.common.outputs import check_file, write_whole
+from zerodraft.ztt.rules import NEVER
 
 if TYPE_CHECKING:
     from zerodraft.bench.decode import Settings, Task
@@ -57,6 +59,8 @@ class Measured(Command):
         """Looks at the numbers."""
         self.drafting.check()
         self.check_least(threads=0)
+        if self.output:
+            check_file(self.output, "--output")
 
     def check_least(self, **least_of: float) -> None:
         """Raises `ZerodraftError` for a flag below its least value."""
@@ -139,7 +143,8 @@ class OnPrompts(Measured):
         self.check_least(max_new_tokens=2)
 
     def _wanted(self) -> list[str]:
-        return [name for word in self.methods for name in word.split(",") if name]
+        # a comma before a threshold is one within a rule: latent:0.3,never
+        return [name for word in self.methods for name in re.split(rf",(?!{NEVER}\b|[-+.\d])", word) if name]
 
     def _equipment(self, model: Any, tokenizer: Any, ruler: "Ruler | None" = None) -> "tuple[Equipment, str]":
         from zerodraft.bench.looped import exit_rules
