@@ -395,6 +395,12 @@ def test_what_cannot_draft_for_itself_is_one_sentence() -> None:
         SelfDrafter(tiny_plain())
     with pytest.raises(ZerodraftError, match="fewer than the model has"):
         SelfDrafter(tiny("llama", cycles=2), cycles=2)
+    for cycles in (0, 3):
+        with pytest.raises(ZerodraftError, match=rf"The first {cycles!r} of 3 cycles"):
+            SelfDrafter(tiny("llama", cycles=3), cycles=cycles)
+    for least in (-0.1, 2.0, float("nan")):
+        with pytest.raises(ZerodraftError, match=rf"least={least} is no chance"):
+            SelfDrafter(tiny("llama"), least=least)
     with pytest.raises(ZerodraftError, match="schedule"):
         SelfDrafter(tiny("llama", schedule="layer"))
     with pytest.raises(ZerodraftError, match="another target"):

@@ -56,9 +56,9 @@ class SelfDrafter:
                 "cycles do; choose another drafter."
             )
         config = model.config
-        if config.schedule != "block" or not 1 <= cycles < config.cycles:
+        if config.schedule != "block" or cycles not in range(1, config.cycles):
             raise ZerodraftError(
-                f"The first {cycles} of {config.cycles} cycles (schedule {config.schedule!r}) were asked to draft: "
+                f"The first {cycles!r} of {config.cycles} cycles (schedule {config.schedule!r}) were asked to draft: "
                 'expected at least 1, fewer than the model has, and schedule "block".'
             )
         check_thresholds(rule, config.cycles)
