@@ -86,6 +86,6 @@ def test_of_two_servers_that_begin_at_once_the_second_says_so(model: Any, tokeni
         first.listen()
         served = serve_model(model, tokenizer, "tiny", "lookup")
         server = Server(served, second, key="", cors=(), body_bytes=1, grace=0)
-        with pytest.raises(ZerodraftError, match="in use; choose others"):
+        with pytest.raises(ZerodraftError, match="in use; choose another address or port"):
             server.until_told()
         served.scheduler.join()

@@ -57,7 +57,7 @@ class Generate(Command):
     trace: bool = False
     """Colour (or mark) accepted, rejected and the target's own tokens."""
     prompt_file: str = metavar("FILE", default="")
-    """Read the prompt from this file; with --out JSON lines: {"prompt": TEXT}."""
+    """Read the prompt from this file; with --out: prompts as JSON lines."""
     out: str = metavar("FILE", default="")
     """Write one JSON line per prompt; continues an interrupted run."""
     batch: int = 1
