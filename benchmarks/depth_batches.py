@@ -18,9 +18,8 @@ import torch
 
 from harness import arguments, emit, spread
 from looped_speed import random_model
-from zerodraft import CycleOutput, DepthBatch, DepthRequest, DepthWork, ZttForCausalLM
-from zerodraft.generate.decoder import own_plain
-from zerodraft.ztt.info import model_info
+from zerodraft import CycleOutput, DepthBatch, DepthRequest, DepthWork
+from zerodraft.bench.looped import bound, in_step, share_of_cycles
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 2
@@ -46,25 +45,10 @@ def requests(rows: int) -> list[DepthRequest]:
     return [DepthRequest(prompt=prompt, max_new_tokens=24 + (i * 7) % 33) for i, prompt in enumerate(prompts)]
 
 
-def in_step(model: ZttForCausalLM, rows: int, todo: list[DepthRequest], rule: AtRandom) -> list[list[int]]:
-    plain, answers = own_plain(), []
-    for start in range(0, len(todo), rows):
-        block = todo[start : start + rows]
-        ids, new = torch.tensor([one.prompt for one in block]), max(one.max_new_tokens for one in block)
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
-            exit_rule=rule, custom_generate=plain,
-        )  # fmt: skip
-        texts = out[:, PROMPT:].tolist()
-        answers += [text[: one.max_new_tokens] for text, one in zip(texts, block, strict=True)]
-    return answers
-
-
 def main() -> None:
     options = arguments(__doc__ or "", repeats=3, percent=30)
     model, rule = random_model(), AtRandom(options.percent / 100)
-    flops = model_info(model, context=40).flops_per_token
-    share = model.config.cycles * (flops[1] - flops[0]) / flops[-1]
+    share = share_of_cycles(model, 40)
     results: dict[str, Any] = {"share_of_cycles": share}
     for rows in ROWS:
         todo, over, texts = requests(rows), DepthWork(), {}
@@ -82,16 +66,15 @@ def main() -> None:
                     over = batch.work if exits else over
                 if round_:
                     of.append(tokens / (time.thread_time() - began))
-        mean = over.cycles_per_token / model.config.cycles
-        bound = 1 / (1 - share + share * mean)
+        most = bound(share, over.cycles_per_token / model.config.cycles)
         gain = max(rates["over depth"]) / max(rates["full depth"])
         results[str(rows)] = {
             "tokens_per_second": {name: spread(of) for name, of in rates.items()},
             "mean_cycles": over.cycles_per_token,
             "occupancy": over.occupancy,
-            "bound": bound,
+            "bound": most,
             "gain_over_full_depth": gain,
-            "share_of_bound": gain / bound,
+            "share_of_bound": gain / most,
             "gain_over_in_step": max(rates["over depth"]) / max(rates["in step"]),
             "equal": sum(a == b for a, b in zip(texts["over depth"], texts["in step"], strict=True)) / len(todo),
         }

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from tests.saved import save, tiny_llama
 from zerodraft.bench import methods
 from zerodraft.bench.decode import closeness, encode_all, order
-from zerodraft.bench.methods import Decoded, HuggingFace, Ours
+from zerodraft.bench.decoded import Decoded
+from zerodraft.bench.methods import HuggingFace, Ours
 from zerodraft.bench.prompts import read_questions
 from zerodraft.bench.rows import RowFile
 from zerodraft.cli.main import main

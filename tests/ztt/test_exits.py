@@ -29,7 +29,7 @@ from zerodraft import (
     exit_rule_from_dict,
     exit_rule_to_dict,
 )
-from zerodraft.ztt.exits import check_thresholds
+from zerodraft.ztt.exits import check_rule
 
 POLICIES = ["propagate", "latest"]
 # Rules with a score, and whether a token stops above (+1) or below (-1) the threshold.
@@ -517,7 +517,7 @@ def test_a_wrong_count_of_thresholds_is_refused() -> None:
 @pytest.mark.parametrize("rule", ["latent:0.3", LatentExit, 0.5], ids=repr)
 def test_what_is_no_rule_is_refused(rule: Any) -> None:
     with pytest.raises(ZerodraftError, match="is no exit rule: give an object such as LatentExit"):
-        check_thresholds(rule, 3)
+        check_rule(rule, 3)
 
 
 @pytest.mark.parametrize(

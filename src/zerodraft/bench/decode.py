@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from zerodraft.bench.methods import Decoded, Exits, Method
+from zerodraft.bench.decoded import Decoded, Method
+from zerodraft.bench.methods import Exits
 from zerodraft.bench.prompts import Question
 from zerodraft.bench.rows import References, RowFile
 from zerodraft.common.errors import ZerodraftError

@@ -2,9 +2,7 @@
 agreement with full depth, and how batches over depth pay.
 
 Agreement is the share of the tokens of full depth that are chosen with exits too, each after the same text. The bound
-of a batch over depth is 1 / (1 - s + s * d), where s is the share of the cycles in the FLOPs of full depth and d the
-mean share of the cycles that are run: what exits would bring if skipped cycles saved all of their FLOPs
-(arXiv 2608.09444).
+of a batch over depth is that of arXiv 2608.09444.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +11,16 @@ from typing import Any
 import torch
 
 from zerodraft.bench.decode import Row
-from zerodraft.bench.measure import interleave, spread
+from zerodraft.bench.measure import Case, interleave, spread
 from zerodraft.bench.methods import FULL, OWN_PLAIN, SELF, cycles_of
 from zerodraft.fast.depth_batching import DepthBatch, DepthWork
 from zerodraft.fast.depth_requests import DepthRequest
-from zerodraft.fast.lean import packed_weights
 from zerodraft.generate.decoder import own_plain
 from zerodraft.models.loading import eos_ids
 from zerodraft.models.padding import left_padded
-from zerodraft.ztt.exits import ExitRule, check_thresholds
+from zerodraft.ztt.exits import ExitRule
 from zerodraft.ztt.info import model_info
-from zerodraft.ztt.rules import RULES, has_masses, parse_exit_rule, scored_names
+from zerodraft.ztt.rules import RULES, has_masses, rule_of, scored_names
 from zerodraft.ztt.tradeoff import Point, Ruler, at_level, scored_rule
 
 LEVEL = 0.5
@@ -50,25 +47,18 @@ def exit_rules(model: Any, wanted: Sequence[str], ruler: Ruler | None = None) ->
         return {}
     found: dict[str, ExitRule] = {}
     if model.config.exit_rule is not None:
-        found["calibrated"] = _parsed("calibrated", model)
-    found |= {f"cycles:{n}": _parsed(f"cycles:{n}", model) for n in range(1, cycles)}
+        found["calibrated"] = rule_of(model, "calibrated")
+    found |= {f"cycles:{n}": rule_of(model, f"cycles:{n}") for n in range(1, cycles)}
     for name in scored_names():
         if name == "zero-mass" and not has_masses(model.config):
             continue
         if ruler is None:
-            found[name] = _parsed(f"{name}:{RULES[name].example}", model)
+            found[name] = rule_of(model, f"{name}:{RULES[name].example}")
         else:
             rule = scored_rule(name)
             found[name] = at_level(rule, ruler.scores(rule), LEVEL)
     written = (name for name in wanted if name.partition(":")[0] in RULES and ":" in name)
-    return found | {name: _parsed(name, model) for name in written if name not in found}
-
-
-def _parsed(text: str, model: Any) -> ExitRule:
-    rule = parse_exit_rule(text, model.config.exit_rule)
-    assert rule is not None
-    check_thresholds(rule, model.config.cycles)
-    return rule
+    return found | {name: rule_of(model, name) for name in written if name not in found}
 
 
 def exit_figures(
@@ -108,10 +98,16 @@ def exit_figures(
     return found
 
 
-def takes_depths(model: Any) -> bool:
-    """Whether batches over depth decode this model."""
-    weights = packed_weights(model) if cycles_of(model) > 1 else None
-    return weights is not None and weights.stages is not None
+def share_of_cycles(model: Any, context: int) -> float:
+    """Of a looped model's cycles in the FLOPs of a token at full depth behind this many others."""
+    flops = model_info(model, context=context).flops_per_token
+    return model.config.cycles * (flops[1] - flops[0]) / flops[-1]
+
+
+def bound(share: float, mean: float) -> float:
+    """What exits would bring if skipped cycles saved all of their FLOPs: `share` is that of the cycles at full depth,
+    `mean` the mean share of the cycles that are run."""
+    return 1 / (1 - share + share * mean)
 
 
 def batches(
@@ -128,7 +124,7 @@ def batches(
     neighbours in which all wait for the deepest token and the longest text, with the same exits.
 
     Args:
-        model: One that `takes_depths`.
+        model: One that `goes_over_depth`.
         prompts: As often as they are needed, in turn.
         rule: By which tokens leave.
         sizes: Requests at once.
@@ -136,44 +132,44 @@ def batches(
         repeats: Runs of each.
         on_size: Called after each size.
     """
-    context = round(sum(map(len, prompts)) / len(prompts)) + new // 2
-    flops = model_info(model, context=context).flops_per_token
-    share = model.config.cycles * (flops[1] - flops[0]) / flops[-1]
+    share = share_of_cycles(model, round(sum(map(len, prompts)) / len(prompts)) + new // 2)
     found: dict[str, Any] = {"share_of_cycles": share, "sizes": []}
     for rows in sizes:
         todo = _requests(model, prompts, max(ROUNDS * rows, 4), new)
-        texts: dict[str, list[list[int]]] = {}
-        work = DepthWork()
-
-        def over(rule: ExitRule | None, name: str, rows: int = rows, todo: Any = todo, texts: Any = texts) -> DepthWork:
-            batch = DepthBatch(model, rows=rows, slots=max(one.slots for one in todo), exit_rule=rule)
-            texts[name] = [answer.tokens for answer in batch.run(todo)]
-            return batch.work
-
-        def with_exits() -> None:
-            nonlocal work
-            work = over(rule, OVER_DEPTH)
-
-        def waiting(rows: int = rows, todo: Any = todo, texts: Any = texts) -> None:
-            texts[IN_STEP] = in_step(model, rows, todo, rule)
-
-        cases = {FULL_DEPTH: lambda: over(None, FULL_DEPTH), OVER_DEPTH: with_exits, IN_STEP: waiting}
-        seconds = interleave(cases, repeats=repeats)
-        rates = {name: [sum(map(len, texts[name])) / one for one in of] for name, of in seconds.items()}
-        mean = work.cycles_per_token / model.config.cycles
-        found["sizes"].append(
-            {
-                "rows": rows,
-                "requests": len(todo),
-                "tokens_per_second": {name: spread(of) for name, of in rates.items()},
-                "mean_cycles": work.cycles_per_token,
-                "occupancy": work.occupancy,
-                "bound": 1 / (1 - share + share * mean),
-                "equal": sum(a == b for a, b in zip(texts[OVER_DEPTH], texts[IN_STEP], strict=True)),
-            }
-        )
+        found["sizes"].append({"rows": rows, "requests": len(todo), **_size(model, rows, todo, rule, share, repeats)})
         on_size(found["sizes"][-1])
     return found
+
+
+def _size(
+    model: Any, rows: int, todo: Sequence[DepthRequest], rule: ExitRule, share: float, repeats: int
+) -> dict[str, Any]:
+    texts: dict[str, list[list[int]]] = {}
+    work: dict[str, DepthWork] = {}
+
+    def over(name: str, rule: ExitRule | None) -> None:
+        batch = DepthBatch(model, rows=rows, slots=max(one.slots for one in todo), exit_rule=rule)
+        texts[name] = [answer.tokens for answer in batch.run(todo)]
+        work[name] = batch.work
+
+    def waiting() -> None:
+        texts[IN_STEP] = in_step(model, rows, todo, rule)
+
+    cases: dict[str, Case] = {
+        FULL_DEPTH: lambda: over(FULL_DEPTH, None),
+        OVER_DEPTH: lambda: over(OVER_DEPTH, rule),
+        IN_STEP: waiting,
+    }
+    seconds = interleave(cases, repeats=repeats)
+    rates = {name: [sum(map(len, texts[name])) / one for one in of] for name, of in seconds.items()}
+    done = work[OVER_DEPTH]
+    return {
+        "tokens_per_second": {name: spread(of) for name, of in rates.items()},
+        "mean_cycles": done.cycles_per_token,
+        "occupancy": done.occupancy,
+        "bound": bound(share, done.cycles_per_token / model.config.cycles),
+        "equal": sum(a == b for a, b in zip(texts[OVER_DEPTH], texts[IN_STEP], strict=True)),
+    }
 
 
 def _requests(model: Any, prompts: Sequence[Sequence[int]], count: int, new: int) -> list[DepthRequest]:

@@ -9,18 +9,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
+from zerodraft.bench.decoded import Decoded, Method
+from zerodraft.bench.llama_cpp import LlamaCpp
 from zerodraft.common.errors import ZerodraftError, did_you_mean
-from zerodraft.common.files import user_path
 from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.lengths import CostAwareLength, FixedLength
 from zerodraft.decoding.protocols import Target, join
 from zerodraft.decoding.search import SearchConfig
-from zerodraft.decoding.stats import DecodeStats
 from zerodraft.drafters.block import BlockDrafter
 from zerodraft.drafters.dflash import DFlashDrafter
 from zerodraft.drafters.lookup import PromptLookupDrafter
@@ -30,7 +29,6 @@ from zerodraft.drafters.own import SelfDrafter
 from zerodraft.generate import decoder as door
 from zerodraft.generate.huggingface import DiffuSpec
 from zerodraft.models.loading import eos_ids
-from zerodraft.models.wheel import check_gguf
 from zerodraft.ztt.exits import ExitRule, exit_rule_to_dict
 from zerodraft.ztt.rules import RULES, rule_text
 
@@ -41,42 +39,6 @@ OWN_PLAIN = "plain"
 SELF = "self:"
 LOOKUP_TOKENS = 10
 """Tokens that transformers' prompt lookup proposes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """New ids of each row, how long they took, the target's passes after the prompt's, and what a decoder of ours
-    tells about itself; `asked` says by the step, and row by row, whether a model drafted (a step left out: it did
-    not); `depths`, the cycles behind each new token where tokens may leave early."""
-
-    tokens: list[list[int]]
-    seconds: float
-    passes: int | None = None
-    stats: DecodeStats | None = None
-    asked: Mapping[int, Sequence[bool]] = field(default_factory=dict)
-    depths: list[list[int]] | None = None
-
-
-@runtime_checkable
-class Method(Protocol):
-    """One way of decoding.
-
-    `about` says what it is, for the report; `ours` whether it is a decoder of this package; `exact` whether its greedy
-    tokens ought to be those of plain decoding.
-    """
-
-    @property
-    def about(self) -> str: ...
-
-    @property
-    def ours(self) -> bool: ...
-
-    @property
-    def exact(self) -> bool: ...
-
-    def decode(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Decoded:
-        """Continue prompts (`input_ids` and `attention_mask`); `options` are those of `generate`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,72 +250,6 @@ class HuggingFace:
         finally:
             hook.remove()
         return Decoded(found.tokens, found.seconds, passes - 1)
-
-
-class LlamaCpp:
-    """llama.cpp through its Python package, greedy; the weights are loaded for the first text."""
-
-    ours = False
-    exact = False
-    PRECISIONS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 15: "q4_k_m", 32: "bf16"}
-
-    def __init__(self, path: str, *, context: int, threads: int, eos_ids: frozenset[int]) -> None:
-        self.path = user_path(path)
-        if not self.path.is_file():
-            raise ZerodraftError(f"--gguf: no file at '{path}'")
-        kind = gguf_file_type(self.path)
-        self.precision = "unknown" if kind is None else self.PRECISIONS.get(kind, f"type{kind}")
-        same = self.precision == "f32"
-        self.about = f"llama.cpp, {'equal precision (f32)' if same else f'quantised ({self.precision})'}"
-        self.context, self.threads, self.eos_ids = context, threads, eos_ids
-        self._llm: Any = None
-
-    @property
-    def llm(self) -> Any:
-        """llama.cpp with this model."""
-        if self._llm is None:
-            import llama_cpp  # pyright: ignore[reportMissingImports]  # optional
-
-            self._llm = llama_cpp.Llama(
-                model_path=str(self.path),
-                n_ctx=self.context,
-                n_threads=self.threads,
-                n_threads_batch=self.threads,
-                verbose=False,
-            )
-        return self._llm
-
-    def decode(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Decoded:
-        """One row after another."""
-        if options.get("do_sample"):
-            raise ZerodraftError("llama.cpp is measured with greedy decoding only: leave it out of --methods")
-        llm = self.llm
-        started, rows = time.perf_counter(), []
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            llm.reset()  # else the last call's prompt would count as read already
-            tokens: list[int] = []
-            for token in llm.generate(ids[mask.bool()].tolist(), temp=0.0, repeat_penalty=1.0):
-                tokens.append(int(token))
-                if token in self.eos_ids or len(tokens) == options["max_new_tokens"]:
-                    break
-            rows.append(tokens)
-        return Decoded(rows, time.perf_counter() - started)
-
-
-def gguf_file_type(path: Path) -> int | None:
-    """`general.file_type` of a GGUF file (which precision its weights have); None without one.
-
-    Raises:
-        ZerodraftError: the file is of another kind, or the package that reads it is missing.
-    """
-    check_gguf()
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(path).get_field("general.file_type")
-    except (ValueError, IndexError) as error:
-        raise ZerodraftError(f"--gguf: '{path}' is not a GGUF file") from error
-    return None if field is None else int(field.contents())
 
 
 def available(equipment: Equipment) -> dict[str, Callable[[], Method]]:

@@ -173,11 +173,19 @@ class Generate(Command):
         options: dict[str, Any] = {} if rule is None else {"exit_rule": rule}
         drafting = [flag for flag in self._given(OF_DRAFTS) if flag != "--dtype"]
         over_depth = self.batch > 1 and not drafting and goes_over_depth(model)
-        if over_depth:
-            options["over_depth"] = True
         started = time.perf_counter()
         result = answer_file(
-            model, tokenizer, decode, requests, out, keys=keys, rows=self.batch, chat=self.chat, name=name, **options
+            model,
+            tokenizer,
+            decode,
+            requests,
+            out,
+            keys=keys,
+            rows=self.batch,
+            chat=self.chat,
+            name=name,
+            over_depth=over_depth,
+            **options,
         )
         speed = result["new_tokens"] / (time.perf_counter() - started)
         went_on = f" ({result['kept']} were there)" if result["kept"] else ""

@@ -134,8 +134,8 @@ def text_blocks(name: str, tokenizer: Any, length: int) -> tuple[Any, Any]:
     packed = pack_texts(documents, tokenizer, length)
     if not len(packed):
         raise ZerodraftError(
-            f"'{name}' has {len(packed.tokens)} tokens, fewer than one block of {length}; give a longer text or a "
-            "smaller --block-length"
+            f"'{name}' has {len(packed.tokens)} tokens, fewer than one block of {length}; give a longer text or "
+            "ask for shorter blocks"
         )
     return packed, documents
 

@@ -65,7 +65,7 @@ class AutoregressiveDrafter:
                 f"{temperature}: expected at least 1, at least 1 and 0 or more."
             )
         if not 0 <= least <= 1:
-            raise ZerodraftError(f"least={least} is no chance: expected 0 to 1.")
+            raise ZerodraftError(f"least={least} must lie between 0 and 1.")
         self.model, self.temperature = model, temperature
         self.candidates, self.max_length = candidates, max_length
         text = model.config.get_text_config()

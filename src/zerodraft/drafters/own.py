@@ -19,7 +19,7 @@ from zerodraft.decoding.lattice import Lattice
 from zerodraft.decoding.protocols import Progress, Target
 from zerodraft.drafters.autoregressive import AutoregressiveDrafter, choose
 from zerodraft.fast.lean import LeanTarget
-from zerodraft.ztt.exits import AtLeast, ExitRule, check_thresholds
+from zerodraft.ztt.exits import AtLeast, ExitRule, check_rule
 from zerodraft.ztt.model import ZttForCausalLM
 
 
@@ -61,7 +61,7 @@ class SelfDrafter:
                 f"The first {cycles!r} of {config.cycles} cycles (schedule {config.schedule!r}) were asked to draft: "
                 'expected at least 1, fewer than the model has, and schedule "block".'
             )
-        check_thresholds(rule, config.cycles)
+        check_rule(rule, config.cycles)
         if least is None:
             drafting = config.stored_layers + (cycles - 1) * config.shared_layers
             least = drafting / (config.stored_layers + (config.cycles - 1) * config.shared_layers)

@@ -61,7 +61,8 @@ def depth_request(
         ZerodraftError: several prompts, padding, what is no decoding token by token (beams, drafts), or what a batch
             over depth does not take of one request.
     """
-    if not isinstance(inputs, Tensor) or inputs.ndim != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+    given: Any = inputs
+    if not isinstance(given, Tensor) or given.ndim != 2:
         raise ZerodraftError("The prompt is no tensor of tokens (1, T): give it as model.generate takes it.")
     if len(inputs) != 1:
         raise ZerodraftError(f"{len(inputs)} prompts were given for one request: make one request of each.")

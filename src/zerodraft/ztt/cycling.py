@@ -28,7 +28,7 @@ from zerodraft.ztt.exits import (
     ExitPolicy,
     ExitRule,
     check_policy,
-    check_thresholds,
+    check_rule,
     reads_zero_mass,
     stopping,
 )
@@ -117,7 +117,7 @@ class CycleOptions:
         if self.cycles is not None and not 1 <= self.cycles <= plan.cycles:
             raise ZerodraftError(f"cycles={self.cycles} must lie between 1 and the model's {plan.cycles}.")
         check_policy(self.policy)
-        check_thresholds(self.rule, plan.cycles)
+        check_rule(self.rule, plan.cycles)
         chosen = (self.rule is not None, self.depth is not None, self.every_cycle)
         if sum(chosen) > 1:
             raise ZerodraftError("Give only one of exit_rule, exit_depth and cycle_weights.")

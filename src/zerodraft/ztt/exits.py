@@ -256,13 +256,13 @@ def stopping(rule: ExitRule, out: CycleOutput) -> Bool[Tensor, " n"]:
     )
 
 
-def check_thresholds(rule: Any, cycles: int) -> None:
+def check_rule(rule: Any, cycles: int) -> None:
     """Raise `ZerodraftError` for what is no rule, and where a rule has a threshold for each cycle, and not as many as a
     model's cycles want."""
     if rule is not None and (isinstance(rule, type) or not callable(rule)):
         raise ZerodraftError(f"exit_rule={rule!r} is no exit rule: give an object such as LatentExit(threshold=0.3).")
     if isinstance(rule, AtLeast):
-        check_thresholds(rule.rule, cycles)
+        check_rule(rule.rule, cycles)
     if isinstance(rule, ScoredRule) and isinstance(rule.threshold, Sequence) and len(rule.threshold) != cycles - 1:
         raise ZerodraftError(_wrong_count(len(rule.threshold), f"the model's {cycles} cycles want {cycles - 1}"))
 

@@ -144,7 +144,7 @@ def rule_of(model: Any, text: str) -> Any:
         )
     rule = parse_exit_rule(text, model.config.exit_rule if is_ztt else None)
     if rule is not None:
-        from zerodraft.ztt.exits import check_thresholds
+        from zerodraft.ztt.exits import check_rule
 
-        check_thresholds(rule, model.config.cycles)
+        check_rule(rule, model.config.cycles)
     return rule

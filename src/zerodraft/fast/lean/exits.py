@@ -24,7 +24,7 @@ from zerodraft.fast.lean.passes import Ran, Tokens
 from zerodraft.fast.lean.scores import scores_of
 from zerodraft.fast.lean.weights import LeanWeights
 from zerodraft.fast.lean.ztt import Stages
-from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_thresholds, reads_zero_mass, stopping
+from zerodraft.ztt.exits import CycleOutput, ExitPolicy, ExitRule, check_rule, reads_zero_mass, stopping
 
 
 class EarlyExit:
@@ -32,7 +32,7 @@ class EarlyExit:
 
     def __init__(self, weights: LeanWeights, rule: ExitRule, policy: ExitPolicy) -> None:
         assert weights.stages is not None
-        check_thresholds(rule, weights.stages.cycles)
+        check_rule(rule, weights.stages.cycles)
         self._weights, self._stages, self._rule = weights, weights.stages, rule
         self._policy: ExitPolicy = policy
         self.compiled: CompiledExits | None = None
