@@ -126,8 +126,13 @@ def test_room_is_limited_and_freed_within_a_step(scheduler: Scheduler, tools: An
 
 def test_time_runs_out_running_and_waiting(scheduler: Scheduler, tools: Any) -> None:
     told = Told()
-    scheduler.submit([told.job(tools, name, new=2000, seconds=1.0) for name in "abc"])
+    jobs = [told.job(tools, name, new=2000) for name in "abc"]
+    scheduler.submit(jobs)
     scheduler.start()
+    while "a" not in {name for name, _ in told}:
+        time.sleep(0.001)
+    for job in jobs:
+        job.deadline = time.monotonic()
     told.wait("a", "b", "c")
     assert {told.end(name).reason for name in "abc"} == {"timeout"}
     assert told.end("a").new_tokens > 0
